@@ -1,0 +1,218 @@
+"""Builds led_kernels._C, the compiled kernels; everything else about the package is in pyproject.toml.
+
+Environment variables:
+    LED_KERNELS_REQUIRE_EXT=1       fail when the extension cannot be built, instead of installing without it
+    LED_KERNELS_SANITIZE=LIST       instrument with -fsanitize=LIST, for instance address,undefined
+    DEBUG=1                         debug symbols and assertions
+"""
+
+import hashlib
+import os
+import re
+import sys
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from glob import glob
+from pathlib import Path
+
+import pybind11
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+from setuptools.errors import BaseError, CCompilerError, CompileError, LinkError
+
+DEBUG = os.environ.get("DEBUG") == "1"
+SANITIZE = os.environ.get("LED_KERNELS_SANITIZE", "")
+
+# Only the files named here may use instructions that not every machine has; the kernels are chosen at run time.
+ISA_FLAGS = {
+    "unix": {
+        "cpu_avx2": ["-mavx2", "-mfma", "-mf16c"],
+        "cpu_avx512": ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma", "-mf16c"],
+    },
+    "msvc": {"cpu_avx2": ["/arch:AVX2"], "cpu_avx512": ["/arch:AVX512"]},
+}
+# On another architecture a compiler may refuse these flags or ignore them: either way the probe fails.
+ISA_PROBE = """
+#if !defined(__AVX2__) && !defined(__AVX512F__)
+#error not x86-64
+#endif
+"""
+OPENMP_PROBE = """
+#include <omp.h>
+int main() { return omp_get_max_threads() < 1; }
+"""
+OPENMP_FLAGS = {  # (compile, link), the first that works
+    "unix": [(["-fopenmp"], ["-fopenmp"]), (["-Xpreprocessor", "-fopenmp"], ["-lomp"])],
+    "msvc": [(["/openmp"], [])],
+}
+
+
+@contextmanager
+def output_to(file):
+    """Send what this process and the compilers it starts print to `file`."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    saved = os.dup(1), os.dup(2)
+    os.dup2(file.fileno(), 1)
+    os.dup2(file.fileno(), 2)
+    try:
+        yield
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        for target, fd in enumerate(saved, start=1):
+            os.dup2(fd, target)
+            os.close(fd)
+
+
+def with_headers(path, seen=()):
+    """`path` and every header of csrc that it includes, directly or not."""
+    files = {path, *seen}
+    for name in re.findall(r'#include "([^"]+)"', path.read_text(encoding="utf-8")):
+        for header in (path.parent / name, Path("csrc") / name):
+            header = Path(os.path.normpath(header))
+            if header not in files and header.is_file():
+                files |= with_headers(header, files)
+    return files
+
+
+class BuildExt(build_ext):
+    """Compiles each file with its own flags, several at a time, and only those that changed.
+
+    If that fails, the reason goes to `_build_error.txt` beside where the extension would be, for `led info` to show.
+    """
+
+    def build_extension(self, ext):
+        output = Path(self.get_ext_fullpath(ext.name))
+        error_file = output.with_name("_build_error.txt")
+        output.parent.mkdir(parents=True, exist_ok=True)
+        for stale in (output, error_file):
+            stale.unlink(missing_ok=True)
+        with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as log:
+            failure = None
+            try:
+                with output_to(log):
+                    self.compile_and_link(ext, output)
+            except (CCompilerError, BaseError) as exc:
+                failure = exc
+            log.seek(0)
+            printed = log.read()
+        print(printed, end="")
+        if failure is None:
+            return
+        compiler_error = re.search(r".*\berror( [A-Z]+\d+)?:.*", printed)
+        reason = compiler_error.group(0) if compiler_error else str(failure)
+        error_file.write_text(reason + "\n", encoding="utf-8")
+        if not ext.optional:
+            raise failure
+        self.warn(
+            f"led-kernels is installed without its compiled kernels, as building them failed: {reason}\n"
+            "  It works through the slower `torch` backend. A C++17 compiler and Python's headers are needed; "
+            "LED_KERNELS_REQUIRE_EXT=1 turns this warning into an error."
+        )
+
+    def compile_and_link(self, ext, output):
+        compile_flags, link_flags = self.common_flags()
+        isa_flags = self.isa_flags()
+
+        def compile_source(source):
+            flags = compile_flags + isa_flags.get(Path(source).stem, [])
+            # Objects of different flags live in different folders, so that a change of flags recompiles.
+            folder = os.path.join(self.build_temp, hashlib.sha256(repr(flags).encode()).hexdigest()[:8])
+            (obj,) = self.compiler.object_filenames([source], strip_dir=False, output_dir=folder)
+            newest_input = max(file.stat().st_mtime for file in with_headers(Path(source)))
+            if self.force or not os.path.exists(obj) or os.path.getmtime(obj) < newest_input:
+                self.compiler.compile(
+                    [source], output_dir=folder, include_dirs=ext.include_dirs, extra_postargs=flags
+                )
+            return obj
+
+        # A linker keeps the first of several copies of an inline function. With the portable objects in front,
+        # none that runs on every machine comes from a file compiled for only some.
+        sources = sorted(ext.sources, key=lambda source: (Path(source).stem in ISA_FLAGS["unix"], source))
+        with ThreadPoolExecutor(self.parallel or os.cpu_count()) as pool:
+            objects = list(pool.map(compile_source, sources))
+        self.compiler.link_shared_object(
+            objects,
+            str(output),
+            libraries=self.get_libraries(ext),
+            library_dirs=ext.library_dirs,
+            export_symbols=self.get_export_symbols(ext),
+            extra_postargs=link_flags,
+            build_temp=self.build_temp,
+            target_lang="c++",
+        )
+
+    def common_flags(self):
+        """Flags for compiling any source, and for linking."""
+        if self.compiler.compiler_type == "msvc":
+            compile_flags = ["/std:c++17", "/EHsc", "/bigobj", "/O2"]
+            link_flags = []
+            if DEBUG:
+                compile_flags += ["/Z7", "/UNDEBUG"]
+                link_flags += ["/DEBUG"]
+        else:
+            optional = ["-fvisibility=hidden", "-fno-math-errno", "-ffp-contract=fast"]
+            compile_flags = ["-std=c++17", "-O3", *(flag for flag in optional if self.compiles([flag]))]
+            link_flags = []
+            # Python's own flags, which come first, may hold -g and NDEBUG.
+            compile_flags += ["-g", "-UNDEBUG"] if DEBUG or SANITIZE else ["-g0"]
+            if SANITIZE:
+                sanitize = [f"-fsanitize={SANITIZE}", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer"]
+                compile_flags += ["-O1", *sanitize]
+                link_flags += sanitize
+        for openmp_compile, openmp_link in OPENMP_FLAGS[self.compiler_family()]:
+            if self.compiles(openmp_compile, OPENMP_PROBE, openmp_link):
+                return compile_flags + openmp_compile, link_flags + openmp_link
+        return compile_flags, link_flags
+
+    def isa_flags(self):
+        """Extra flags by the stem of the file's name; a file without them compiles to nothing."""
+        candidates = ISA_FLAGS[self.compiler_family()]
+        return {stem: flags for stem, flags in candidates.items() if self.compiles(flags, ISA_PROBE)}
+
+    def compiler_family(self):
+        return "msvc" if self.compiler.compiler_type == "msvc" else "unix"
+
+    def compiles(self, flags, code="", link_flags=None):
+        """Whether `code` compiles and, if `link_flags` are given, links to a program."""
+        with tempfile.TemporaryDirectory() as folder, open(os.path.join(folder, "log"), "w") as log:
+            source = Path(folder, "probe.cpp")
+            source.write_text(code, encoding="utf-8")
+            try:
+                with output_to(log):
+                    objects = self.compiler.compile([str(source)], output_dir=folder, extra_postargs=flags)
+                    if link_flags is not None:
+                        self.compiler.link_executable(
+                            objects, "probe", output_dir=folder, extra_postargs=link_flags, target_lang="c++"
+                        )
+            except (CompileError, LinkError):
+                return False
+        return True
+
+    def copy_extensions_to_source(self):
+        """For an editable install: the extension, or why there is none, beside the Python sources."""
+        super().copy_extensions_to_source()
+        package = Path(self.get_finalized_command("build_py").get_package_dir("led_kernels"))
+        built = Path(self.build_lib, "led_kernels")
+        for path in (built / "_build_error.txt", Path(self.get_ext_fullpath("led_kernels._C"))):
+            target = package / path.name
+            if (built / path.name).exists():
+                self.copy_file(str(built / path.name), str(target))
+            else:
+                target.unlink(missing_ok=True)
+
+
+setup(
+    ext_modules=[
+        Extension(
+            "led_kernels._C",
+            sources=sorted(glob("csrc/*.cpp") + glob("csrc/cpu/*.cpp")),
+            depends=sorted(glob("csrc/**/*.h", recursive=True)),  # puts them into the sdist
+            include_dirs=["csrc", pybind11.get_include()],
+            optional=os.environ.get("LED_KERNELS_REQUIRE_EXT") != "1",
+        )
+    ],
+    cmdclass={"build_ext": BuildExt},
+)
