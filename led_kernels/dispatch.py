@@ -1,0 +1,155 @@
+"""Which backend serves a call. A named backend never falls back; every refusal says why and what to do."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+import os
+from types import ModuleType
+
+import torch
+
+BACKENDS = ("reference", "torch", "cpu", "triton", "cuda")
+_MODULES = {"torch": "blockwise"}
+_HALF_AND_SINGLE = (torch.float16, torch.bfloat16, torch.float32)
+_ALL_FLOATS = (*_HALF_AND_SINGLE, torch.float64)
+
+
+class BackendUnavailable(RuntimeError):
+    """The named backend cannot run this call; the message says why and what to do."""
+
+
+def can_run_reference(
+    device: torch.device | None = None, dtype: torch.dtype | None = None, raise_error: bool = False
+) -> bool:
+    """Whether the dense oracle runs here: everywhere, for float dtypes."""
+    return _answer("reference", _dtype_refusal(dtype, _ALL_FLOATS), raise_error)
+
+
+def can_run_torch(
+    device: torch.device | None = None, dtype: torch.dtype | None = None, raise_error: bool = False
+) -> bool:
+    """Whether blockwise torch operations run here: everywhere, for float dtypes."""
+    return _answer("torch", _dtype_refusal(dtype, _ALL_FLOATS), raise_error)
+
+
+def can_run_cpu(
+    device: torch.device | None = None, dtype: torch.dtype | None = None, raise_error: bool = False
+) -> bool:
+    """Whether the compiled CPU kernels run here: needs the extension ``led_kernels._C`` and tensors on the CPU."""
+    reason = _device_refusal(device, "cpu") or _extension_refusal() or _dtype_refusal(dtype, _ALL_FLOATS)
+    return _answer("cpu", reason, raise_error)
+
+
+def can_run_triton(
+    device: torch.device | None = None, dtype: torch.dtype | None = None, raise_error: bool = False
+) -> bool:
+    """Whether the Triton kernels run here."""
+    reason = (
+        _module_refusal("triton")
+        or _device_refusal(device, "cuda")
+        or _dtype_refusal(dtype, _HALF_AND_SINGLE)
+    )
+    return _answer("triton", reason, raise_error)
+
+
+def can_run_cuda(
+    device: torch.device | None = None, dtype: torch.dtype | None = None, raise_error: bool = False
+) -> bool:
+    """Whether the compiled CUDA kernels run here."""
+    reason = (
+        _module_refusal("cuda") or _device_refusal(device, "cuda") or _dtype_refusal(dtype, _HALF_AND_SINGLE)
+    )
+    return _answer("cuda", reason, raise_error)
+
+
+_CAN_RUN = {
+    "reference": can_run_reference,
+    "torch": can_run_torch,
+    "cpu": can_run_cpu,
+    "triton": can_run_triton,
+    "cuda": can_run_cuda,
+}
+
+
+def can_run(
+    backend: str,
+    device: torch.device | None = None,
+    dtype: torch.dtype | None = None,
+    raise_error: bool = False,
+) -> bool:
+    """Whether ``backend`` runs on this device and dtype (``None``: at all).
+
+    Raises:
+        BackendUnavailable: if it cannot and ``raise_error``; the message says why and what to do.
+        ValueError: for an unknown name.
+    """
+    if backend not in _CAN_RUN:
+        raise ValueError(
+            f"backend is {backend!r}; give one of {', '.join(BACKENDS)}, or None to choose by device."
+        )
+    return _CAN_RUN[backend](device, dtype, raise_error)
+
+
+def choose_backend(device: torch.device, dtype: torch.dtype, backend: str | None = None) -> str:
+    """Name of the backend that serves a call.
+
+    ``backend``, else the environment variable ``LED_KERNELS_BACKEND``, names it and is then never replaced; else the
+    device decides: GPU triton, cuda, torch; CPU cpu, torch.
+
+    Raises:
+        BackendUnavailable: when the named backend cannot run the call.
+        ValueError: for an unknown name.
+    """
+    named = backend or os.environ.get("LED_KERNELS_BACKEND")
+    if named:
+        can_run(named, device, dtype, raise_error=True)
+        return named
+    preferred = ("triton", "cuda") if device.type == "cuda" else ("cpu",)
+    return next((name for name in preferred if can_run(name, device, dtype)), "torch")
+
+
+def backend_module(backend: str) -> ModuleType:
+    """The module that holds a backend's four functions."""
+    return importlib.import_module(f"led_kernels.backends.{_MODULES.get(backend, backend)}")
+
+
+def _answer(backend: str, reason: str | None, raise_error: bool) -> bool:
+    if reason and raise_error:
+        raise BackendUnavailable(f"backend {backend!r} cannot run: {reason}")
+    return reason is None
+
+
+@functools.cache
+def _extension_refusal() -> str | None:
+    try:
+        importlib.import_module("led_kernels._C")
+    except ImportError as error:
+        return (
+            f"the extension led_kernels._C is not there ({error}); install a C++17 compiler and reinstall led-kernels, "
+            "or use backend='torch'."
+        )
+    return None
+
+
+@functools.cache
+def _module_refusal(backend: str) -> str | None:
+    if importlib.util.find_spec(f"led_kernels.backends.{backend}") is None:
+        return "this version of led-kernels does not hold it; use backend='torch' on a GPU."
+    return None
+
+
+def _device_refusal(device: torch.device | None, wanted: str) -> str | None:
+    if device is not None and device.type != wanted:
+        return f"it takes tensors on {wanted}, these are on {device.type}; move them or name another backend."
+    if wanted == "cuda" and not torch.cuda.is_available():
+        return "torch sees no GPU; install a GPU build of torch and check the driver, or use a CPU backend."
+    return None
+
+
+def _dtype_refusal(dtype: torch.dtype | None, served: tuple[torch.dtype, ...]) -> str | None:
+    if dtype is not None and dtype not in served:
+        names = ", ".join(str(d).removeprefix("torch.") for d in served)
+        return f"it computes in {names}, not {str(dtype).removeprefix('torch.')}; cast the inputs."
+    return None

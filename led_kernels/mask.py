@@ -1,0 +1,308 @@
+"""The mask of one batch: which rows are padding, local or global, built once per forward and used by every layer."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor
+
+PADDING, LOCAL, GLOBAL = 0, 1, 2
+
+
+@dataclass(frozen=True, eq=False)
+class LongformerMask:
+    """Which rows exist, and which of them are global, for a padded batch or for packed sequences.
+
+    Row ``i`` of sequence ``b`` is row ``seq_start[b] + i`` of a ``[total_rows, heads, head_dim]`` tensor when the
+    mask is packed, and row ``i`` of batch entry ``b`` (``seq_start`` is 0) when it is padded. All positions below
+    are relative to their sequence.
+
+    Attributes:
+        seq_start: int32 ``[batch]``, first row of each sequence.
+        seq_len: int32 ``[batch]``, 1 + the last position that is not padding; 0 for a row of only padding.
+        token_kind: uint8 ``[batch, seqlen]`` or ``[total_rows]``; 0 padding, 1 local, 2 global.
+        padding_before: int32, same shape; how many positions before this one, in its sequence, are padding. A tile
+            ``[a, b)`` is free of padding when ``padding_before`` does not grow over it.
+        global_index: int32 ``[batch, max_globals]``, positions of the global tokens, ascending, filled with -1.
+        num_globals: int32 ``[batch]``.
+        max_seqlen: the longest sequence that the shapes admit.
+
+    Build one with :meth:`from_padding`, :meth:`from_lengths` or :meth:`packed`. Each does at most one
+    device-to-host sync, on which the value checks ride. ``max_globals=`` fixes the capacity of ``global_index``:
+    then nothing is synced or checked, shapes depend on it alone, and more global tokens than it holds are the
+    caller's error (``LED_KERNELS_DEBUG=1`` checks the values by a device assert).
+    """
+
+    seq_start: Tensor
+    seq_len: Tensor
+    token_kind: Tensor
+    padding_before: Tensor
+    global_index: Tensor
+    num_globals: Tensor
+    max_seqlen: int
+
+    @property
+    def is_packed(self) -> bool:
+        return self.token_kind.dim() == 1
+
+    @property
+    def batch(self) -> int:
+        return self.seq_len.shape[0]
+
+    @property
+    def max_globals(self) -> int:
+        return self.global_index.shape[1]
+
+    @property
+    def device(self) -> torch.device:
+        return self.token_kind.device
+
+    def to(self, device: torch.device | str) -> LongformerMask:
+        """The same mask on another device."""
+        values = (getattr(self, field.name) for field in fields(self))
+        return LongformerMask(*(v.to(device) if isinstance(v, Tensor) else v for v in values))
+
+    @classmethod
+    def from_padding(
+        cls,
+        attention_mask: Tensor,
+        global_attention_mask: Tensor | None = None,
+        max_globals: int | None = None,
+    ) -> LongformerMask:
+        """Mask of a padded batch, from the masks that Hugging Face models take.
+
+        Args:
+            attention_mask: bool, integer or float ``[batch, seqlen]``; 0 padding, 1 token (any pattern: holes and
+                left padding too). 2 marks a global token, the merged form of Longformer.
+            global_attention_mask: ``[batch, seqlen]``; 1 marks a global token, -1 (the tokenizer's padding value)
+                padding. Padding in ``attention_mask`` wins.
+            max_globals: capacity of ``global_index``; default: the largest count in the batch.
+
+        Raises:
+            ValueError: for another shape, a device mismatch, or a value other than those above.
+        """
+        _check_rank(attention_mask, "attention_mask", 2, "[batch, seqlen]")
+        merged = attention_mask.to(torch.int64)
+        if global_attention_mask is not None:
+            if global_attention_mask.shape != attention_mask.shape:
+                raise ValueError(
+                    f"global_attention_mask has shape {tuple(global_attention_mask.shape)}; "
+                    f"give it attention_mask's, {tuple(attention_mask.shape)}."
+                )
+            if global_attention_mask.device != attention_mask.device:
+                raise ValueError(
+                    f"global_attention_mask is on {global_attention_mask.device} and attention_mask on "
+                    f"{attention_mask.device}; move both to one device."
+                )
+            merged = merged * (global_attention_mask.to(torch.int64) + 1)
+        _, seqlen = merged.shape
+        position = torch.arange(seqlen, device=merged.device)
+        seq_len = torch.where(merged != PADDING, position + 1, 0).amax(dim=1)
+        candidates = torch.where(merged == GLOBAL, position, seqlen)  # [batch, seqlen]
+        counts = (merged == GLOBAL).sum(dim=1)
+        valid = ((merged >= PADDING) & (merged <= GLOBAL)).all()
+        if attention_mask.is_floating_point():  # no fraction was cut off
+            valid = valid & (attention_mask == attention_mask.round()).all()
+        if max_globals is None:
+            valid, max_globals = (int(x) for x in _sync(valid, _max(counts)))
+            if not valid:
+                raise ValueError(
+                    "attention_mask holds a value other than 0 (padding), 1 (token) and 2 (global) after merging with "
+                    "global_attention_mask (1 global, 0 local, -1 padding); use these values only."
+                )
+        else:
+            _debug_assert(
+                valid & (counts <= max_globals).all(),
+                "mask value out of range or more globals than max_globals",
+            )
+        return cls._build(
+            merged,
+            torch.zeros_like(seq_len),
+            seq_len,
+            candidates.sort(dim=1).values,
+            counts,
+            max_globals,
+            seqlen,
+        )
+
+    @classmethod
+    def from_lengths(
+        cls,
+        lengths: Tensor | Sequence[int],
+        seqlen: int,
+        global_index: Tensor | Sequence | None = None,
+        max_globals: int | None = None,
+    ) -> LongformerMask:
+        """Mask of a batch padded on the right, from its lengths.
+
+        Args:
+            lengths: int ``[batch]``, each in 0 … seqlen.
+            seqlen: padded length of the batch.
+            global_index: int ``[batch, n]`` positions of global tokens in any order, -1 where there is none; or
+                ``[n]``, the same for every sequence.
+            max_globals: capacity; default: n. Giving it skips the value checks and their sync.
+
+        Raises:
+            ValueError: for a length outside 0 … seqlen or a global position outside its sequence.
+        """
+        if seqlen < 1:
+            raise ValueError(f"seqlen is {seqlen}; give a padded length of at least 1.")
+        lengths = torch.as_tensor(lengths)
+        _check_rank(lengths, "lengths", 1, "[batch]")
+        lengths = lengths.to(torch.int64)
+        index = _as_global_index(global_index, lengths.shape[0], lengths.device)
+        index_ok = ((index >= -1) & (index < lengths[:, None])).all()
+        lengths_ok = ((lengths >= 0) & (lengths <= seqlen)).all()
+        if max_globals is None:
+            lengths_valid, index_valid = _sync(lengths_ok, index_ok)
+            if not lengths_valid:
+                raise ValueError(f"lengths holds a value outside 0 … {seqlen}; clip it or raise seqlen.")
+            _check_index(index_valid)
+        else:
+            _debug_assert(lengths_ok & index_ok, "lengths or global_index out of range")
+        position = torch.arange(seqlen, device=lengths.device)
+        kind = (position < lengths[:, None]).to(torch.int64)  # [batch, seqlen]
+        candidates, counts = _sort_unique(index, lengths, seqlen)
+        # column `seqlen` takes what is no position, and is cut off
+        marks = torch.zeros(kind.shape[0], seqlen + 1, dtype=torch.int64, device=kind.device)
+        kind = kind + marks.scatter(1, candidates.clamp(max=seqlen), 1)[:, :seqlen]
+        capacity = candidates.shape[1] if max_globals is None else max_globals
+        return cls._build(kind, torch.zeros_like(lengths), lengths, candidates, counts, capacity, seqlen)
+
+    @classmethod
+    def packed(
+        cls,
+        cu_seqlens: Tensor | Sequence[int],
+        global_index: Tensor | Sequence | None = None,
+        max_globals: int | None = None,
+        total_rows: int | None = None,
+        max_seqlen: int | None = None,
+    ) -> LongformerMask:
+        """Mask of sequences packed one after another without padding; they never see each other.
+
+        Args:
+            cu_seqlens: int ``[batch + 1]``, 0 and then the running total of the lengths, as in flash-attention.
+            global_index: as in :meth:`from_lengths`, relative to each sequence.
+            max_globals: capacity; default: the columns of ``global_index``. Giving it, with ``total_rows``, skips
+                the value checks and their sync.
+            total_rows: ``cu_seqlens[-1]``, if known on the host.
+            max_seqlen: the longest sequence, if known on the host; default: measured, or ``total_rows`` when
+                nothing is synced.
+
+        Raises:
+            ValueError: when cu_seqlens does not start at 0 or does not ascend, or a global position lies outside
+                its sequence.
+        """
+        cu_seqlens = torch.as_tensor(cu_seqlens)
+        _check_rank(cu_seqlens, "cu_seqlens", 1, "[batch + 1]")
+        if cu_seqlens.shape[0] < 1:
+            raise ValueError("cu_seqlens is empty; give 0 followed by the running total of the lengths.")
+        cu_seqlens = cu_seqlens.to(torch.int64)
+        start, lengths = cu_seqlens[:-1], cu_seqlens.diff()
+        index = _as_global_index(global_index, lengths.shape[0], lengths.device)
+        ascending = (cu_seqlens[0] == 0) & (lengths >= 0).all()
+        index_ok = ((index >= -1) & (index < lengths[:, None])).all()
+        if max_globals is None or total_rows is None:
+            is_ascending, is_index, total, longest = _sync(ascending, index_ok, cu_seqlens[-1], _max(lengths))
+            if not is_ascending:
+                raise ValueError(
+                    "cu_seqlens does not start at 0 and ascend; give the running total of the lengths."
+                )
+            _check_index(is_index)
+            if total_rows is not None and total_rows != total:
+                raise ValueError(
+                    f"total_rows is {total_rows} but cu_seqlens ends at {int(total)}; give the latter."
+                )
+            total_rows = int(total)
+            max_seqlen = int(longest) if max_seqlen is None else max_seqlen
+        else:
+            _debug_assert(ascending & index_ok, "cu_seqlens not ascending or global_index out of range")
+            max_seqlen = total_rows if max_seqlen is None else max_seqlen
+        candidates, counts = _sort_unique(index, lengths, total_rows)
+        rows = torch.where(candidates < lengths[:, None], candidates + start[:, None], total_rows)
+        marks = torch.zeros(total_rows + 1, dtype=torch.int64, device=rows.device)
+        kind = marks.scatter(0, rows.flatten(), 1)[:total_rows] + 1
+        capacity = candidates.shape[1] if max_globals is None else max_globals
+        return cls._build(kind, start, lengths, candidates, counts, capacity, max_seqlen)
+
+    @classmethod
+    def _build(
+        cls,
+        kind: Tensor,
+        seq_start: Tensor,
+        seq_len: Tensor,
+        candidates: Tensor,
+        counts: Tensor,
+        max_globals: int,
+        max_seqlen: int,
+    ) -> LongformerMask:
+        """candidates: ascending positions of the global tokens per row, values >= its length behind them."""
+        if max_globals < 0:
+            raise ValueError(f"max_globals is {max_globals}; give the capacity, 0 or more.")
+        candidates = candidates[:, :max_globals]
+        candidates = torch.nn.functional.pad(candidates, (0, max_globals - candidates.shape[1]))
+        slot = torch.arange(max_globals, device=kind.device)
+        is_padding = (kind == PADDING).to(torch.int32)
+        return cls(
+            seq_start=seq_start.to(torch.int32),
+            seq_len=seq_len.to(torch.int32),
+            token_kind=kind.to(torch.uint8),
+            padding_before=(is_padding.cumsum(-1) - is_padding).to(torch.int32),
+            global_index=torch.where(slot < counts[:, None], candidates, -1).to(torch.int32),
+            num_globals=counts.clamp(max=max_globals).to(torch.int32),
+            max_seqlen=max_seqlen,
+        )
+
+
+def _sync(*values: Tensor) -> list:
+    """The one device-to-host copy of a constructor."""
+    return torch.stack([v.to(torch.int64) for v in values]).tolist()
+
+
+def _max(values: Tensor) -> Tensor:
+    """Maximum of a vector that may be empty."""
+    return torch.nn.functional.pad(values, (0, 1)).amax()
+
+
+def _debug_assert(condition: Tensor, message: str) -> None:
+    if os.environ.get("LED_KERNELS_DEBUG") == "1":
+        torch._assert_async(condition, message)
+
+
+def _check_rank(x: Tensor, name: str, rank: int, shape: str) -> None:
+    if x.dim() != rank:
+        raise ValueError(f"{name} has shape {tuple(x.shape)}; give it as {shape}.")
+    if rank == 2 and x.shape[1] < 1:
+        raise ValueError(f"{name} has no columns; a sequence holds at least 1 position.")
+
+
+def _check_index(valid: int) -> None:
+    if not valid:
+        raise ValueError(
+            "global_index holds a position outside its sequence; give 0 … length - 1, or -1 for none."
+        )
+
+
+def _as_global_index(global_index: Tensor | Sequence | None, batch: int, device: torch.device) -> Tensor:
+    """-> int64 [batch, n]"""
+    if global_index is None:
+        return torch.empty(batch, 0, dtype=torch.int64, device=device)
+    index = torch.as_tensor(global_index, dtype=torch.int64).to(device)
+    if index.dim() == 1:
+        index = index.expand(batch, -1)
+    if index.dim() != 2 or index.shape[0] != batch:
+        raise ValueError(f"global_index has shape {tuple(index.shape)}; give it as [{batch}, n] or [n].")
+    return index
+
+
+def _sort_unique(index: Tensor, lengths: Tensor, beyond: int) -> tuple[Tensor, Tensor]:
+    """Ascending positions without duplicates, `beyond` behind them: int64 [batch, n], and their counts [batch]."""
+    index = torch.where((index >= 0) & (index < lengths[:, None]), index, beyond).sort(dim=1).values
+    repeated = (
+        torch.nn.functional.pad(index[:, 1:] == index[:, :-1], (1, 0)) if index.shape[1] else index.bool()
+    )
+    index = torch.where(repeated, beyond, index).sort(dim=1).values
+    return index, (index < lengths[:, None]).sum(dim=1)

@@ -1,0 +1,186 @@
+"""The custom ops: schemas, fake functions and autograd. Flat tensors, ints and a backend name; no validation here.
+
+``banded_forward`` and ``global_forward`` return ``(out, lse)``; their backward ops recompute the probabilities from
+``lse`` and so save only q, k, v, out and lse.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from led_kernels.dispatch import backend_module
+from led_kernels.mask import LongformerMask
+
+_NO_DOUBLE_BACKWARD = (
+    "double backward through led_kernels attention is not supported; use backend-free dense attention where second "
+    "derivatives are needed."
+)
+
+
+@torch.library.custom_op("led_kernels::banded_forward", mutates_args=())
+def banded_forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    seq_start: Tensor,
+    seq_len: Tensor,
+    token_kind: Tensor,
+    padding_before: Tensor,
+    global_index: Tensor,
+    num_globals: Tensor,
+    seed: Tensor | None,
+    max_seqlen: int,
+    window_left: int,
+    window_right: int,
+    softmax_scale: float,
+    dropout_p: float,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    mask = LongformerMask(
+        seq_start, seq_len, token_kind, padding_before, global_index, num_globals, max_seqlen
+    )
+    return backend_module(backend).banded_forward(
+        q, k, v, mask, window_left, window_right, softmax_scale, dropout_p, seed
+    )
+
+
+@torch.library.custom_op("led_kernels::banded_backward", mutates_args=())
+def banded_backward(
+    d_out: Tensor,
+    d_lse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    seq_start: Tensor,
+    seq_len: Tensor,
+    token_kind: Tensor,
+    padding_before: Tensor,
+    global_index: Tensor,
+    num_globals: Tensor,
+    seed: Tensor | None,
+    max_seqlen: int,
+    window_left: int,
+    window_right: int,
+    softmax_scale: float,
+    dropout_p: float,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    mask = LongformerMask(
+        seq_start, seq_len, token_kind, padding_before, global_index, num_globals, max_seqlen
+    )
+    return backend_module(backend).banded_backward(
+        d_out, d_lse, q, k, v, out, lse, mask, window_left, window_right, softmax_scale, dropout_p, seed
+    )
+
+
+@torch.library.custom_op("led_kernels::global_forward", mutates_args=())
+def global_forward(
+    q_global: Tensor,
+    k_global: Tensor,
+    v_global: Tensor,
+    seq_start: Tensor,
+    seq_len: Tensor,
+    token_kind: Tensor,
+    padding_before: Tensor,
+    global_index: Tensor,
+    num_globals: Tensor,
+    seed: Tensor | None,
+    max_seqlen: int,
+    softmax_scale: float,
+    dropout_p: float,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    mask = LongformerMask(
+        seq_start, seq_len, token_kind, padding_before, global_index, num_globals, max_seqlen
+    )
+    return backend_module(backend).global_forward(
+        q_global, k_global, v_global, mask, softmax_scale, dropout_p, seed
+    )
+
+
+@torch.library.custom_op("led_kernels::global_backward", mutates_args=())
+def global_backward(
+    d_out: Tensor,
+    d_lse: Tensor | None,
+    q_global: Tensor,
+    k_global: Tensor,
+    v_global: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    seq_start: Tensor,
+    seq_len: Tensor,
+    token_kind: Tensor,
+    padding_before: Tensor,
+    global_index: Tensor,
+    num_globals: Tensor,
+    seed: Tensor | None,
+    max_seqlen: int,
+    softmax_scale: float,
+    dropout_p: float,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    mask = LongformerMask(
+        seq_start, seq_len, token_kind, padding_before, global_index, num_globals, max_seqlen
+    )
+    return backend_module(backend).global_backward(
+        d_out, d_lse, q_global, k_global, v_global, out, lse, mask, softmax_scale, dropout_p, seed
+    )
+
+
+def lse_dtype(dtype: torch.dtype) -> torch.dtype:
+    """fp32, or fp64 for fp64 inputs."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+@banded_forward.register_fake
+def _(q, k, v, *args):
+    # padded [batch, seqlen, heads, head_dim] -> [batch, heads, seqlen]; packed [rows, heads, head_dim] -> [heads, rows]
+    *lead, rows, heads, _ = q.shape
+    return q.new_empty(q.shape), q.new_empty((*lead, heads, rows), dtype=lse_dtype(q.dtype))
+
+
+@global_forward.register_fake
+def _(q_global, k_global, v_global, *args):
+    batch, max_globals, heads, _ = q_global.shape
+    lse = q_global.new_empty((batch, heads, max_globals), dtype=lse_dtype(q_global.dtype))
+    return q_global.new_empty(q_global.shape), lse
+
+
+def _fake_backward(d_out, d_lse, q, k, v, *args):
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+
+
+def _save(ctx, inputs, output):
+    q, k, v, *rest = inputs
+    tensors, ctx.settings = (
+        rest[:7],
+        rest[7:],
+    )  # the six of the mask and the seed; sizes, scale, dropout, backend
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(q, k, v, *output, *tensors)
+
+
+def _backward_through(backward_op):
+    def backward(ctx, d_out, d_lse):
+        q, k, v, out, lse, *tensors = ctx.saved_tensors
+        no_grads = (None,) * (len(tensors) + len(ctx.settings))
+        if d_out is None and d_lse is None:
+            return None, None, None, *no_grads
+        if d_out is None:
+            d_out = torch.zeros_like(out)
+        return *backward_op(d_out, d_lse, q, k, v, out, lse, *tensors, *ctx.settings), *no_grads
+
+    return backward
+
+
+def _refuse_double_backward(ctx, *grads):
+    raise NotImplementedError(_NO_DOUBLE_BACKWARD)
+
+
+for _forward, _backward in ((banded_forward, banded_backward), (global_forward, global_backward)):
+    _forward.register_autograd(_backward_through(_backward), setup_context=_save)
+    _backward.register_fake(_fake_backward)
+    _backward.register_autograd(_refuse_double_backward)
