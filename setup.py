@@ -24,7 +24,7 @@ from setuptools.errors import BaseError, CCompilerError, CompileError, LinkError
 DEBUG = os.environ.get("DEBUG") == "1"
 SANITIZE = os.environ.get("LED_KERNELS_SANITIZE", "")
 
-# Only the files named here may use instructions that not every machine has; the kernels are chosen at run time.
+# Only these files may use instructions that not every machine has; the kernels are chosen at run time.
 ISA_FLAGS = {
     "unix": {
         "cpu_avx2": ["-mavx2", "-mfma", "-mf16c"],
@@ -80,7 +80,7 @@ def with_headers(path, seen=()):
 class BuildExt(build_ext):
     """Compiles each file with its own flags, several at a time, and only those that changed.
 
-    If that fails, the reason goes to `_build_error.txt` beside where the extension would be, for `led info` to show.
+    If that fails, the reason goes to `_build_error.txt`, where the extension would be; `led info` shows it.
     """
 
     def build_extension(self, ext):
@@ -108,8 +108,8 @@ class BuildExt(build_ext):
             raise failure
         self.warn(
             f"led-kernels is installed without its compiled kernels, as building them failed: {reason}\n"
-            "  It works through the slower `torch` backend. A C++17 compiler and Python's headers are needed; "
-            "LED_KERNELS_REQUIRE_EXT=1 turns this warning into an error."
+            "  It works through the slower `torch` backend. Building needs a C++17 compiler and "
+            "Python's headers; LED_KERNELS_REQUIRE_EXT=1 makes a failure an error."
         )
 
     def compile_and_link(self, ext, output):
@@ -128,8 +128,8 @@ class BuildExt(build_ext):
                 )
             return obj
 
-        # A linker keeps the first of several copies of an inline function. With the portable objects in front,
-        # none that runs on every machine comes from a file compiled for only some.
+        # A linker keeps the first of several copies of an inline function. Portable objects come first, so
+        # that no copy which runs on every machine is one compiled for only some.
         sources = sorted(ext.sources, key=lambda source: (Path(source).stem in ISA_FLAGS["unix"], source))
         with ThreadPoolExecutor(self.parallel or os.cpu_count()) as pool:
             objects = list(pool.map(compile_source, sources))
