@@ -1,0 +1,14 @@
+"""A Longformer-Encoder-Decoder on the kernels of ``led_kernels``: config, model, cache, generation, checkpoints."""
+
+from led_model.cache import StaticKVCache
+from led_model.config import GenerationConfig, LEDConfig
+from led_model.model import LEDForConditionalGeneration, LEDModel, Seq2SeqLMOutput
+
+__all__ = [
+    "GenerationConfig",
+    "LEDConfig",
+    "LEDForConditionalGeneration",
+    "LEDModel",
+    "Seq2SeqLMOutput",
+    "StaticKVCache",
+]

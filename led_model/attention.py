@@ -1,0 +1,107 @@
+"""The three attentions of an LED: banded and global in the encoder, causal and cross in the decoder."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from led_kernels import LongformerMask
+from led_kernels.projection import encoder_self_attention
+from torch import Tensor, nn
+
+from led_model.cache import StaticKVCache
+from led_model.config import LEDConfig
+
+
+class EncoderSelfAttention(nn.Module):
+    """Local rows attend to a band and to the global tokens; global rows, with their own projections, to everything.
+
+    Longformer, https://arxiv.org/abs/2004.05150, section 3.
+    """
+
+    def __init__(self, config: LEDConfig, layer: int) -> None:
+        super().__init__()
+        d_model = config.d_model
+        self.num_heads = config.encoder_attention_heads
+        self.window_size = config.window_size(layer)
+        self.dropout = config.attention_dropout
+        self.qkv = nn.Linear(d_model, 3 * d_model)
+        self.query_global = nn.Linear(d_model, d_model)
+        self.key_global = nn.Linear(d_model, d_model)
+        self.value_global = nn.Linear(d_model, d_model)
+        self.output = nn.Linear(d_model, d_model)
+
+    def forward(self, hidden: Tensor, mask: LongformerMask) -> Tensor:
+        """``[batch, seqlen, d_model]`` to the same."""
+        batch, seqlen, _ = hidden.shape
+        q, k, v = self.qkv(hidden).view(batch, seqlen, 3, self.num_heads, -1).unbind(2)  # views, no copy
+        attended = encoder_self_attention(
+            hidden,
+            q,
+            k,
+            v,
+            query_global=self.query_global,
+            key_global=self.key_global,
+            value_global=self.value_global,
+            mask=mask,
+            num_heads=self.num_heads,
+            window_size=self.window_size,
+            dropout_p=self.dropout if self.training else 0.0,
+        )
+        del q, k, v  # so that the output projection reuses their memory
+        return self.output(attended)
+
+
+class DecoderSelfAttention(nn.Module):
+    """Causal attention, over the tokens at hand or over a cache."""
+
+    def __init__(self, config: LEDConfig, layer: int) -> None:
+        super().__init__()
+        self.layer = layer
+        self.num_heads = config.decoder_attention_heads
+        self.dropout = config.attention_dropout
+        self.qkv = nn.Linear(config.d_model, 3 * config.d_model)
+        self.out_proj = nn.Linear(config.d_model, config.d_model)
+
+    def forward(
+        self, hidden: Tensor, mask: Tensor | None, position: Tensor, cache: StaticKVCache | None = None
+    ) -> Tensor:
+        """``[batch, seqlen, d_model]`` to the same.
+
+        ``mask`` is bool ``[batch or 1, 1, seqlen, keys]``, true where a query sees a key; ``None``: plain causal.
+        """
+        batch, seqlen, _ = hidden.shape
+        qkv = self.qkv(hidden).view(batch, seqlen, 3, self.num_heads, -1)
+        q, k, v = qkv.transpose(1, 3).unbind(2)  # each [batch, heads, seqlen, head_dim]
+        if cache is not None:
+            k, v = cache.write(self.layer, position, k, v)
+        dropout_p = self.dropout if self.training else 0.0
+        attended = F.scaled_dot_product_attention(q, k, v, mask, dropout_p, is_causal=mask is None)
+        return self.out_proj(attended.transpose(1, 2).reshape(batch, seqlen, -1))
+
+
+class CrossAttention(nn.Module):
+    """Attention of the decoder to the encoder's output, whose keys and values are computed once per document."""
+
+    def __init__(self, config: LEDConfig) -> None:
+        super().__init__()
+        d_model = config.d_model
+        self.num_heads = config.decoder_attention_heads
+        self.dropout = config.attention_dropout
+        self.q_proj = nn.Linear(d_model, d_model)
+        self.k_proj = nn.Linear(d_model, d_model)
+        self.v_proj = nn.Linear(d_model, d_model)
+        self.out_proj = nn.Linear(d_model, d_model)
+
+    def keys_values(self, encoded: Tensor) -> tuple[Tensor, Tensor]:
+        """``[batch, source, d_model]`` to two of ``[batch, heads, source, head_dim]``."""
+        # contiguous per head: each decoding step streams them from memory
+        return self._split(self.k_proj(encoded)).contiguous(), self._split(self.v_proj(encoded)).contiguous()
+
+    def forward(self, hidden: Tensor, keys_values: tuple[Tensor, Tensor], mask: Tensor | None) -> Tensor:
+        """``[batch, seqlen, d_model]`` to the same; ``mask`` is bool ``[batch, 1, 1, source]``, false for padding."""
+        batch, seqlen, _ = hidden.shape
+        dropout_p = self.dropout if self.training else 0.0
+        attended = F.scaled_dot_product_attention(self._split(self.q_proj(hidden)), *keys_values, mask, dropout_p)
+        return self.out_proj(attended.transpose(1, 2).reshape(batch, seqlen, -1))
+
+    def _split(self, x: Tensor) -> Tensor:
+        return x.view(*x.shape[:2], self.num_heads, -1).transpose(1, 2)

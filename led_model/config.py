@@ -1,0 +1,167 @@
+"""What Hugging Face's config.json and generation_config.json say of an LED, as dataclasses."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+# names that transformers accepts for the same thing (LEDConfig.attribute_map)
+_ALIASES = {
+    "hidden_size": "d_model",
+    "num_attention_heads": "encoder_attention_heads",
+    "num_hidden_layers": "encoder_layers",
+    "attention_probs_dropout_prob": "attention_dropout",
+    "initializer_range": "init_std",
+}
+
+
+@dataclass
+class LEDConfig:
+    """Shape and special tokens of an LED; names and defaults are those of transformers' ``LEDConfig``.
+
+    ``attention_window`` is the even total width as in config.json, one for all layers or one per layer; attention
+    reaches ``attention_window // 2`` tokens to either side (:meth:`window_size`).
+
+    Raises:
+        ValueError: for a window that is odd or not positive, a list of windows of another length than the layers,
+            or heads that do not divide ``d_model``.
+    """
+
+    vocab_size: int = 50265
+    max_encoder_position_embeddings: int = 16384
+    max_decoder_position_embeddings: int = 1024
+    encoder_layers: int = 12
+    encoder_ffn_dim: int = 4096
+    encoder_attention_heads: int = 16
+    decoder_layers: int = 12
+    decoder_ffn_dim: int = 4096
+    decoder_attention_heads: int = 16
+    encoder_layerdrop: float = 0.0
+    decoder_layerdrop: float = 0.0
+    activation_function: str = "gelu"
+    d_model: int = 1024
+    dropout: float = 0.1
+    attention_dropout: float = 0.0
+    activation_dropout: float = 0.0
+    classifier_dropout: float = 0.0
+    init_std: float = 0.02
+    attention_window: int | list[int] = 512
+    decoder_start_token_id: int = 2
+    pad_token_id: int | None = 1
+    bos_token_id: int | None = 0
+    eos_token_id: int | list[int] | None = 2
+    use_cache: bool = True
+    tie_word_embeddings: bool = True
+
+    def __post_init__(self) -> None:
+        if isinstance(self.attention_window, int):
+            self.attention_window = [self.attention_window] * self.encoder_layers
+        if len(self.attention_window) != self.encoder_layers:
+            raise ValueError(
+                f"attention_window lists {len(self.attention_window)} widths for {self.encoder_layers} encoder layers; "
+                "give one per layer, or a single number."
+            )
+        for window in self.attention_window:
+            if window <= 0 or window % 2:
+                raise ValueError(f"attention_window holds {window}; give positive even widths.")
+        for side in ("encoder", "decoder"):
+            heads = getattr(self, f"{side}_attention_heads")
+            if heads < 1 or self.d_model % heads:
+                raise ValueError(
+                    f"{side}_attention_heads is {heads}, which does not divide d_model {self.d_model}; change one."
+                )
+
+    def window_size(self, layer: int) -> int:
+        """How many tokens encoder layer ``layer`` sees to either side."""
+        return self.attention_window[layer] // 2
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> LEDConfig:
+        """From the contents of config.json; keys that do not concern the model's shape are left aside.
+
+        Raises:
+            ValueError: when ``model_type`` names another architecture.
+        """
+        model_type = values.get("model_type", "led")
+        if model_type != "led":
+            raise ValueError(f"config.json says model_type {model_type!r}; give a checkpoint of model_type 'led'.")
+        renamed = {_ALIASES[key]: value for key, value in values.items() if key in _ALIASES}
+        known = {f.name for f in fields(cls)}
+        return cls(**renamed | {key: value for key, value in values.items() if key in known})
+
+
+@dataclass
+class GenerationConfig:
+    """When greedy generation starts, stops and what it is forced to say; names are those of transformers.
+
+    ``max_length`` counts the start token, ``max_new_tokens`` does not and wins; with neither, 20 tokens are made.
+    ``not_greedy`` holds what the checkpoint asks for beyond that (beams, sampling, penalties), by name.
+    """
+
+    decoder_start_token_id: int = 2
+    pad_token_id: int | None = 1
+    eos_token_id: int | list[int] | None = 2
+    forced_bos_token_id: int | None = None
+    forced_eos_token_id: int | list[int] | None = None
+    max_length: int | None = None
+    max_new_tokens: int | None = None
+    not_greedy: dict[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> GenerationConfig:
+        """From generation_config.json, or from config.json, where older checkpoints keep the same keys."""
+        known = {f.name for f in fields(cls)} - {"not_greedy"}
+        neutral = {
+            "num_beams": 1,
+            "do_sample": False,
+            "length_penalty": 1.0,
+            "min_length": 0,
+            "min_new_tokens": 0,
+            "no_repeat_ngram_size": 0,
+            "repetition_penalty": 1.0,
+            "bad_words_ids": None,
+        }
+        not_greedy = {
+            key: values[key]
+            for key, default in neutral.items()
+            if values.get(key) is not None and values[key] != default
+        }
+        return cls(**{key: values[key] for key in known if key in values}, not_greedy=not_greedy)
+
+    @property
+    def eos_token_ids(self) -> list[int]:
+        return _as_list(self.eos_token_id)
+
+    @property
+    def forced_eos_token_ids(self) -> list[int]:
+        return _as_list(self.forced_eos_token_id)
+
+    def length_limit(self) -> int:
+        """Longest sequence to return, start token included."""
+        if self.max_new_tokens is not None:
+            return 1 + self.max_new_tokens
+        return self.max_length if self.max_length is not None else 21
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file.
+
+    Raises:
+        ValueError: when the file is not a JSON object.
+    """
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not valid JSON ({error}); fetch it again.") from None
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} holds a {type(values).__name__}, not a JSON object; fetch it again.")
+    return values
+
+
+def _as_list(token_id: int | list[int] | None) -> list[int]:
+    if token_id is None:
+        return []
+    return list(token_id) if isinstance(token_id, (list, tuple)) else [token_id]
