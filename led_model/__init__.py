@@ -1,4 +1,4 @@
-"""A Longformer-Encoder-Decoder on the kernels of ``led_kernels``: config, model, cache, generation, checkpoints."""
+"""A Longformer-Encoder-Decoder on the kernels of ``led_kernels``."""
 
 from led_model.cache import StaticKVCache
 from led_model.config import GenerationConfig, LEDConfig

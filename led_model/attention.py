@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import torch.nn.functional as F
-from led_kernels import LongformerMask
-from led_kernels.projection import encoder_self_attention
 from torch import Tensor, nn
 
+from led_kernels import LongformerMask
+from led_kernels.projection import encoder_self_attention
 from led_model.cache import StaticKVCache
 from led_model.config import LEDConfig
 
 
 class EncoderSelfAttention(nn.Module):
-    """Local rows attend to a band and to the global tokens; global rows, with their own projections, to everything.
+    """Local rows attend to a band and the global tokens; global rows, projected apart, to everything.
 
     Longformer, https://arxiv.org/abs/2004.05150, section 3.
     """
@@ -66,7 +66,7 @@ class DecoderSelfAttention(nn.Module):
     ) -> Tensor:
         """``[batch, seqlen, d_model]`` to the same.
 
-        ``mask`` is bool ``[batch or 1, 1, seqlen, keys]``, true where a query sees a key; ``None``: plain causal.
+        ``mask`` is bool ``[batch or 1, 1, seqlen, keys]``, true where a query sees a key; ``None``: causal.
         """
         batch, seqlen, _ = hidden.shape
         qkv = self.qkv(hidden).view(batch, seqlen, 3, self.num_heads, -1)
@@ -79,7 +79,7 @@ class DecoderSelfAttention(nn.Module):
 
 
 class CrossAttention(nn.Module):
-    """Attention of the decoder to the encoder's output, whose keys and values are computed once per document."""
+    """The decoder attends to the encoder's output; keys and values are made once per document."""
 
     def __init__(self, config: LEDConfig) -> None:
         super().__init__()
@@ -97,10 +97,11 @@ class CrossAttention(nn.Module):
         return self._split(self.k_proj(encoded)).contiguous(), self._split(self.v_proj(encoded)).contiguous()
 
     def forward(self, hidden: Tensor, keys_values: tuple[Tensor, Tensor], mask: Tensor | None) -> Tensor:
-        """``[batch, seqlen, d_model]`` to the same; ``mask`` is bool ``[batch, 1, 1, source]``, false for padding."""
+        """``[batch, seqlen, d_model]`` to the same; ``mask`` is bool ``[batch, 1, 1, source]``."""
         batch, seqlen, _ = hidden.shape
         dropout_p = self.dropout if self.training else 0.0
-        attended = F.scaled_dot_product_attention(self._split(self.q_proj(hidden)), *keys_values, mask, dropout_p)
+        q = self._split(self.q_proj(hidden))
+        attended = F.scaled_dot_product_attention(q, *keys_values, mask, dropout_p)
         return self.out_proj(attended.transpose(1, 2).reshape(batch, seqlen, -1))
 
     def _split(self, x: Tensor) -> Tensor:

@@ -11,10 +11,10 @@ from led_model.config import LEDConfig
 class StaticKVCache:
     """Keys and values of every decoder self-attention, one slot per target position.
 
-    ``keys`` and ``values`` are ``[layers, batch, heads, max_length, head_dim]``. Shapes and addresses never change, and
-    slots are chosen by an index tensor, so a decoding step can be compiled once or captured in a graph. The slots not
-    yet written hold zeros (0 weight times NaN would be NaN) and are masked by :meth:`attention_mask`: a mask that is
-    left out, because a step has one query, attends to them and yields wrong tokens.
+    ``keys`` and ``values`` are ``[layers, batch, heads, max_length, head_dim]``. Shapes and addresses never
+    change, and slots are chosen by an index tensor, so a decoding step can be compiled once or captured in a
+    graph. Slots not yet written hold zeros (0 weight times NaN would be NaN) and :meth:`attention_mask` hides
+    them: it is needed even where a step has one query, or empty slots take part and the tokens are wrong.
     """
 
     def __init__(
@@ -37,7 +37,7 @@ class StaticKVCache:
         return self.slots.shape[0]
 
     def write(self, layer: int, position: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Writes ``[batch, heads, n, head_dim]`` at int64 ``position [n]``; returns the layer's full buffers."""
+        """Writes ``[batch, heads, n, head_dim]`` at int64 ``position [n]``; returns the full buffers."""
         self.keys[layer].index_copy_(2, position, key)
         self.values[layer].index_copy_(2, position, value)
         return self.keys[layer], self.values[layer]
@@ -45,7 +45,7 @@ class StaticKVCache:
     def attention_mask(self, position: Tensor, padding_mask: Tensor | None = None) -> Tensor:
         """Which slots queries at ``position [n]`` see: those up to themselves that hold no padding.
 
-        ``padding_mask`` is ``[batch, ≤ max_length]``, nonzero for tokens; slots it does not reach hold tokens.
+        ``padding_mask`` is ``[batch, ≤ max_length]``, nonzero for tokens; slots beyond it hold tokens.
         Returns bool ``[batch or 1, 1, n, max_length]``.
         """
         mask = (self.slots <= position[:, None])[None, None]

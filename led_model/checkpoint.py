@@ -1,6 +1,6 @@
 """Reads Hugging Face checkpoints: finds the files, maps tensor names, and names what does not fit.
 
-:func:`hf_names` is the one place that knows how our parameters are called and laid out in a checkpoint; reading and
+:func:`hf_names` is the one place that knows what our parameters are called in a checkpoint; reading and
 :func:`to_hf_state_dict` both follow it.
 """
 
@@ -102,7 +102,7 @@ def checkpoint_files(path_or_id: str | os.PathLike[str], revision: str | None = 
     if directory.is_dir():
         return lambda name: path if (path := directory / name).is_file() else None
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", str(path_or_id)) or directory.exists():
-        raise FileNotFoundError(f"{path_or_id} is no directory; give one that holds config.json, or a hub id.")
+        raise FileNotFoundError(f"{path_or_id} is no directory; give one with a config.json, or a hub id.")
     try:
         from huggingface_hub import hf_hub_download
         from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError
@@ -124,7 +124,8 @@ def checkpoint_files(path_or_id: str | os.PathLike[str], revision: str | None = 
             return None
         except (HfHubHTTPError, OSError) as error:
             raise FileNotFoundError(
-                f"{path_or_id} is no directory, and the hub refused {name} ({_first_line(error)}); check the name."
+                f"{path_or_id} is no directory, and the hub refused {name} ({_first_line(error)}); "
+                "check the name."
             ) from None
 
     return fetch
@@ -133,7 +134,7 @@ def checkpoint_files(path_or_id: str | os.PathLike[str], revision: str | None = 
 def _required(fetch: Fetch, name: str, source: object) -> Path:
     path = fetch(name)
     if path is None:
-        raise FileNotFoundError(f"{source} holds no {name}; give a directory or hub id of a complete checkpoint.")
+        raise FileNotFoundError(f"{source} holds no {name}; give a complete checkpoint.")
     return path
 
 
@@ -148,7 +149,7 @@ def _read_tensors(fetch: Fetch, source: object) -> dict[str, Tensor]:
         tensors: dict[str, Tensor] = {}
         for shard in shards:
             if Path(shard).name != shard:
-                raise ValueError(f"{path} names a shard {shard!r} outside its directory; fetch the checkpoint again.")
+                raise ValueError(f"{path} names a shard outside its directory, {shard!r}; fetch it again.")
             tensors.update(_read_file(_required(fetch, shard, source)))
         return tensors
     raise FileNotFoundError(f"{source} holds no weights; it needs one of {', '.join(_WEIGHT_FILES)}.")
@@ -160,7 +161,9 @@ def _read_file(path: Path) -> dict[str, Tensor]:
             return load_file(path)
         tensors: Any = torch.load(path, map_location="cpu", weights_only=True)
     except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
-        raise ValueError(f"{path} cannot be read as weights ({_first_line(error)}); fetch it again.") from None
+        raise ValueError(
+            f"{path} holds no readable weights ({_first_line(error)}); fetch it again."
+        ) from None
     if not isinstance(tensors, dict) or not all(isinstance(t, Tensor) for t in tensors.values()):
         raise ValueError(f"{path} holds no plain dict of tensors; save the model's state_dict.")
     return tensors
@@ -183,8 +186,8 @@ def _fill_embeddings(tensors: dict[str, Tensor], tied: bool, source: object) -> 
     for name in present[1:]:
         if not torch.equal(tensors[name], tensors[present[0]]):
             raise ValueError(
-                f"{source}: config.json ties {name} to {present[0]} but they differ; set tie_word_embeddings to false "
-                "in config.json, or drop one."
+                f"config.json of {source} ties {name} to {present[0]} but they differ; "
+                "set tie_word_embeddings to false in it, or drop one."
             )
     for name in _EMBEDDINGS if present else ():
         tensors[name] = tensors[present[0]]

@@ -22,12 +22,12 @@ _ALIASES = {
 class LEDConfig:
     """Shape and special tokens of an LED; names and defaults are those of transformers' ``LEDConfig``.
 
-    ``attention_window`` is the even total width as in config.json, one for all layers or one per layer; attention
-    reaches ``attention_window // 2`` tokens to either side (:meth:`window_size`).
+    ``attention_window`` is the even total width as in config.json, one for all layers or one per layer;
+    attention reaches ``attention_window // 2`` tokens to either side (:meth:`window_size`).
 
     Raises:
-        ValueError: for a window that is odd or not positive, a list of windows of another length than the layers,
-            or heads that do not divide ``d_model``.
+        ValueError: for a window that is odd or not positive, windows that do not match the layers in number, or
+            heads that do not divide ``d_model``.
     """
 
     vocab_size: int = 50265
@@ -61,8 +61,8 @@ class LEDConfig:
             self.attention_window = [self.attention_window] * self.encoder_layers
         if len(self.attention_window) != self.encoder_layers:
             raise ValueError(
-                f"attention_window lists {len(self.attention_window)} widths for {self.encoder_layers} encoder layers; "
-                "give one per layer, or a single number."
+                f"attention_window lists {len(self.attention_window)} widths for {self.encoder_layers} encoder "
+                "layers; give one per layer, or a single number."
             )
         for window in self.attention_window:
             if window <= 0 or window % 2:
@@ -71,7 +71,8 @@ class LEDConfig:
             heads = getattr(self, f"{side}_attention_heads")
             if heads < 1 or self.d_model % heads:
                 raise ValueError(
-                    f"{side}_attention_heads is {heads}, which does not divide d_model {self.d_model}; change one."
+                    f"{side}_attention_heads is {heads} and does not divide d_model {self.d_model}; "
+                    "change one of them."
                 )
 
     def window_size(self, layer: int) -> int:
@@ -87,7 +88,7 @@ class LEDConfig:
         """
         model_type = values.get("model_type", "led")
         if model_type != "led":
-            raise ValueError(f"config.json says model_type {model_type!r}; give a checkpoint of model_type 'led'.")
+            raise ValueError(f"model_type in config.json is {model_type!r}; give a checkpoint of 'led'.")
         renamed = {_ALIASES[key]: value for key, value in values.items() if key in _ALIASES}
         known = {f.name for f in fields(cls)}
         return cls(**renamed | {key: value for key, value in values.items() if key in known})
@@ -97,7 +98,7 @@ class LEDConfig:
 class GenerationConfig:
     """When greedy generation starts, stops and what it is forced to say; names are those of transformers.
 
-    ``max_length`` counts the start token, ``max_new_tokens`` does not and wins; with neither, 20 tokens are made.
+    ``max_length`` counts the start token; ``max_new_tokens`` does not, and wins; with neither, 20 are made.
     ``not_greedy`` holds what the checkpoint asks for beyond that (beams, sampling, penalties), by name.
     """
 

@@ -32,13 +32,13 @@ def greedy_generate(
         attention_mask: ``[batch, source]``, nonzero for tokens; default: all but the padding id.
         global_attention_mask: ``[batch, source]``, 1 for tokens that all others see. Usually the first.
         on_token: called after each step with its tokens, int64 ``[batch]``.
-        settings: fields of :class:`GenerationConfig` that replace the checkpoint's, such as ``max_new_tokens=256``.
+        settings: fields of :class:`GenerationConfig` that replace the checkpoint's, as ``max_new_tokens=256``.
 
     Returns:
         int64 ``[batch, length]``, start token first; a sequence that has ended goes on with padding.
 
     Raises:
-        ValueError: when the length asked for exceeds the decoder's position table, or a batch has no padding id.
+        ValueError: when the length asked for is 0 or exceeds the decoder's position table.
         TypeError: for a setting that is no field of :class:`GenerationConfig`.
     """
     config = model.config
@@ -49,11 +49,13 @@ def greedy_generate(
     positions = config.max_decoder_position_embeddings
     if limit > positions + 1:
         raise ValueError(
-            f"max_new_tokens or max_length asks for {limit - 1} new tokens but the decoder has {positions} positions; "
-            f"give max_new_tokens of at most {positions}."
+            f"max_new_tokens or max_length asks for {limit - 1} new tokens but the decoder has {positions} "
+            f"positions; give max_new_tokens of at most {positions}."
         )
     if limit < 2:
-        raise ValueError(f"max_new_tokens or max_length allows {limit - 1} new tokens; give max_new_tokens of 1 or more.")
+        raise ValueError(
+            f"max_new_tokens or max_length allows {limit - 1} new tokens; give max_new_tokens of 1 or more."
+        )
     eos = torch.tensor(generation.eos_token_ids, dtype=torch.int64, device=input_ids.device)
     pad = generation.pad_token_id
     if pad is None and len(eos):
@@ -81,7 +83,7 @@ def greedy_generate(
         if length == 1 and generation.forced_bos_token_id is not None:
             next_tokens.fill_(generation.forced_bos_token_id)
         if length == limit - 1 and generation.forced_eos_token_ids:
-            next_tokens.fill_(min(generation.forced_eos_token_ids))  # argmax over equal scores takes the lowest id
+            next_tokens.fill_(min(generation.forced_eos_token_ids))  # argmax of equal scores: the lowest id
         if len(eos):
             next_tokens = torch.where(ended, pad, next_tokens)
             ended = ended | torch.isin(next_tokens, eos)

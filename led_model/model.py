@@ -1,40 +1,26 @@
 """A Longformer-Encoder-Decoder: BART with banded and global attention in the encoder, and an LM head.
 
-Post-norm throughout, learned positions without BART's offset, one embedding table for encoder, decoder and head.
+Post-norm, learned positions without BART's offset, one embedding table for encoder, decoder and head.
 Longformer, https://arxiv.org/abs/2004.05150; BART, https://arxiv.org/abs/1910.13461.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
 import torch
 import torch.nn.functional as F
-from led_kernels import LongformerMask
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from led_model.attention import CrossAttention, DecoderSelfAttention, EncoderSelfAttention
+from led_kernels import LongformerMask
 from led_model.cache import StaticKVCache
 from led_model.checkpoint import load_pretrained
 from led_model.config import GenerationConfig, LEDConfig
 from led_model.generate import greedy_generate
-
-_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "gelu": F.gelu,
-    "gelu_new": partial(F.gelu, approximate="tanh"),
-    "gelu_pytorch_tanh": partial(F.gelu, approximate="tanh"),
-    "relu": F.relu,
-    "silu": F.silu,
-    "swish": F.silu,
-    "tanh": torch.tanh,
-}
-
-# Rows of the feed-forward computed at a time in inference: [rows, ffn_dim] stays small and is reused by the allocator.
-_FEED_FORWARD_ROWS = 2048
+from led_model.layers import DecoderLayer, EncoderLayer
 
 
 @dataclass
@@ -47,83 +33,8 @@ class Seq2SeqLMOutput:
     loss: Tensor | None = None
 
 
-class _Layer(nn.Module):
-    """What an encoder and a decoder layer share: residual, dropout and norm after each block, and the feed-forward."""
-
-    def __init__(self, config: LEDConfig, ffn_dim: int) -> None:
-        super().__init__()
-        if config.activation_function not in _ACTIVATIONS:
-            raise ValueError(
-                f"activation_function is {config.activation_function!r}; give one of {', '.join(_ACTIVATIONS)}."
-            )
-        self.activation = _ACTIVATIONS[config.activation_function]
-        self.dropout = config.dropout
-        self.activation_dropout = config.activation_dropout
-        self.self_attn_layer_norm = nn.LayerNorm(config.d_model)
-        self.fc1 = nn.Linear(config.d_model, ffn_dim)
-        self.fc2 = nn.Linear(ffn_dim, config.d_model)
-        self.final_layer_norm = nn.LayerNorm(config.d_model)
-
-    def add_and_norm(self, residual: Tensor, block: Tensor, norm: nn.LayerNorm) -> Tensor:
-        block = F.dropout(block, self.dropout, self.training)
-        if block.dtype == residual.dtype:
-            block += residual  # in place: neither a Linear nor a dropout keeps its output for the backward
-        else:  # autocast: the residual stream keeps the wider dtype
-            block = block + residual
-        return norm(block)
-
-    def feed_forward(self, hidden: Tensor) -> Tensor:
-        """The second half of a layer. In inference it overwrites ``hidden``."""
-        if self.training or torch.is_grad_enabled() or torch.compiler.is_compiling():
-            return self._feed_forward(hidden)
-        for rows in hidden.view(-1, hidden.shape[-1]).split(_FEED_FORWARD_ROWS):
-            rows.copy_(self._feed_forward(rows))
-        return hidden
-
-    def _feed_forward(self, hidden: Tensor) -> Tensor:
-        inner = F.dropout(self.activation(self.fc1(hidden)), self.activation_dropout, self.training)
-        return self.add_and_norm(hidden, self.fc2(inner), self.final_layer_norm)
-
-
-class EncoderLayer(_Layer):
-    def __init__(self, config: LEDConfig, layer: int) -> None:
-        super().__init__(config, config.encoder_ffn_dim)
-        self.self_attn = EncoderSelfAttention(config, layer)
-
-    def forward(self, hidden: Tensor, mask: LongformerMask) -> Tensor:
-        hidden = self.add_and_norm(hidden, self.self_attn(hidden, mask), self.self_attn_layer_norm)
-        hidden = self.feed_forward(hidden)
-        if hidden.dtype == torch.float16:  # overflow to inf is cut without asking whether there is any; NaN stays
-            limit = torch.finfo(torch.float16).max - 1000
-            hidden = hidden.clamp(-limit, limit)
-        return hidden
-
-
-class DecoderLayer(_Layer):
-    def __init__(self, config: LEDConfig, layer: int) -> None:
-        super().__init__(config, config.decoder_ffn_dim)
-        self.self_attn = DecoderSelfAttention(config, layer)
-        self.encoder_attn = CrossAttention(config)
-        self.encoder_attn_layer_norm = nn.LayerNorm(config.d_model)
-
-    def forward(
-        self,
-        hidden: Tensor,
-        mask: Tensor | None,
-        position: Tensor,
-        cross_keys_values: tuple[Tensor, Tensor],
-        cross_mask: Tensor | None,
-        cache: StaticKVCache | None,
-    ) -> Tensor:
-        attended = self.self_attn(hidden, mask, position, cache)
-        hidden = self.add_and_norm(hidden, attended, self.self_attn_layer_norm)
-        attended = self.encoder_attn(hidden, cross_keys_values, cross_mask)
-        hidden = self.add_and_norm(hidden, attended, self.encoder_attn_layer_norm)
-        return self.feed_forward(hidden)
-
-
 class LEDEncoder(nn.Module):
-    """Embeddings and the banded layers. ``gradient_checkpointing = True`` recomputes each layer in the backward."""
+    """Embeddings and the banded layers; ``gradient_checkpointing = True`` recomputes each in the backward."""
 
     def __init__(self, config: LEDConfig, embed_tokens: nn.Embedding) -> None:
         super().__init__()
@@ -225,9 +136,12 @@ class LEDModel(nn.Module):
         self.decoder = LEDDecoder(config, self.shared if tied else _embedding(config))
 
     def encode(
-        self, input_ids: Tensor, attention_mask: Tensor | None = None, global_attention_mask: Tensor | None = None
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        global_attention_mask: Tensor | None = None,
     ) -> Tensor:
-        """Builds the mask that all layers share and runs the encoder; masks as in :meth:`LongformerMask.from_padding`."""
+        """Runs the encoder under one mask for all layers, built by :meth:`LongformerMask.from_padding`."""
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
         return self.encoder(input_ids, LongformerMask.from_padding(attention_mask, global_attention_mask))
@@ -237,7 +151,7 @@ class LEDForConditionalGeneration(nn.Module):
     """LED with a language-modelling head: summaries, answers, translations.
 
     >>> model = LEDForConditionalGeneration.from_pretrained("allenai/led-base-16384")
-    >>> summary_ids = model.generate(input_ids, global_attention_mask=global_attention_mask, max_new_tokens=256)
+    >>> summary_ids = model.generate(input_ids, global_attention_mask=global_mask, max_new_tokens=256)
     """
 
     def __init__(self, config: LEDConfig) -> None:
@@ -262,8 +176,8 @@ class LEDForConditionalGeneration(nn.Module):
         """A model, in eval mode, from a directory that transformers wrote or from the Hugging Face hub.
 
         Args:
-            path_or_id: directory with config.json and the weights (``model.safetensors``, ``pytorch_model.bin``, or
-                either in shards with its index), or a hub id (needs the extra ``text``).
+            path_or_id: directory with config.json and the weights (``model.safetensors``,
+                ``pytorch_model.bin``, or either in shards with its index), or a hub id (extra ``text``).
             dtype: default: the checkpoint's own.
             revision: branch, tag or commit on the hub.
 
@@ -292,8 +206,9 @@ class LEDForConditionalGeneration(nn.Module):
 
         Args:
             input_ids: int ``[batch, source]``.
-            attention_mask, global_attention_mask: ``[batch, source]``, see :meth:`LongformerMask.from_padding`.
-            decoder_input_ids: int ``[batch, target]``; default: ``labels``, else ``input_ids``, shifted to the right.
+            attention_mask, global_attention_mask: ``[batch, source]``, as :meth:`LongformerMask.from_padding`
+                takes them.
+            decoder_input_ids: int ``[batch, target]``; default: ``labels``, else ``input_ids``, one to the right.
             decoder_attention_mask: ``[batch, target]``, nonzero for tokens.
             labels: int ``[batch, target]``, -100 where no loss is wanted; the loss is the mean cross-entropy.
         """
@@ -315,7 +230,7 @@ class LEDForConditionalGeneration(nn.Module):
         return self.lm_head(hidden) + self.final_logits_bias
 
     def shift_right(self, ids: Tensor) -> Tensor:
-        """Decoder input for teacher forcing: the start token, then all but the last id, -100 read as padding."""
+        """Decoder input for teacher forcing: start token, then all but the last id; -100 becomes padding."""
         start = torch.full_like(ids[:, :1], self.config.decoder_start_token_id)
         shifted = torch.cat([start, ids[:, :-1]], dim=1)
         if self.config.pad_token_id is None:
@@ -341,7 +256,9 @@ def _init_weights(module: nn.Module, std: float) -> None:
 
 def _check_ids(name: str, ids: Tensor, tokens: nn.Embedding, positions: nn.Embedding) -> None:
     if ids.dim() != 2 or ids.is_floating_point():
-        raise ValueError(f"{name} is {ids.dtype} of shape {tuple(ids.shape)}; give integer ids as [batch, length].")
+        raise ValueError(
+            f"{name} is {ids.dtype} of shape {tuple(ids.shape)}; give integer ids as [batch, length]."
+        )
     if ids.shape[1] > positions.num_embeddings:
         raise ValueError(
             f"{name} has {ids.shape[1]} tokens but the position table holds {positions.num_embeddings}; "

@@ -1,0 +1,104 @@
+"""One encoder layer and one decoder layer: attention, residual, norm, feed-forward, residual, norm."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from led_kernels import LongformerMask
+from led_model.attention import CrossAttention, DecoderSelfAttention, EncoderSelfAttention
+from led_model.cache import StaticKVCache
+from led_model.config import LEDConfig
+
+_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "gelu": F.gelu,
+    "gelu_new": partial(F.gelu, approximate="tanh"),
+    "gelu_pytorch_tanh": partial(F.gelu, approximate="tanh"),
+    "relu": F.relu,
+    "silu": F.silu,
+    "swish": F.silu,
+    "tanh": torch.tanh,
+}
+
+# Rows of the feed-forward computed at a time in inference: [rows, ffn_dim] stays small, and the allocator reuses it.
+_FEED_FORWARD_ROWS = 2048
+
+
+class _Layer(nn.Module):
+    """What both layers share: dropout, residual and norm after each block, and the feed-forward."""
+
+    def __init__(self, config: LEDConfig, ffn_dim: int) -> None:
+        super().__init__()
+        if config.activation_function not in _ACTIVATIONS:
+            raise ValueError(
+                f"activation_function is {config.activation_function!r}; "
+                f"give one of {', '.join(_ACTIVATIONS)}."
+            )
+        self.activation = _ACTIVATIONS[config.activation_function]
+        self.dropout = config.dropout
+        self.activation_dropout = config.activation_dropout
+        self.self_attn_layer_norm = nn.LayerNorm(config.d_model)
+        self.fc1 = nn.Linear(config.d_model, ffn_dim)
+        self.fc2 = nn.Linear(ffn_dim, config.d_model)
+        self.final_layer_norm = nn.LayerNorm(config.d_model)
+
+    def add_and_norm(self, residual: Tensor, block: Tensor, norm: nn.LayerNorm) -> Tensor:
+        block = F.dropout(block, self.dropout, self.training)
+        if block.dtype == residual.dtype:
+            block += residual  # in place: neither a Linear nor a dropout keeps its output for the backward
+        else:  # autocast: the residual stream keeps the wider dtype
+            block = block + residual
+        return norm(block)
+
+    def feed_forward(self, hidden: Tensor) -> Tensor:
+        """The second half of a layer. In inference it overwrites ``hidden``."""
+        if self.training or torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return self._feed_forward(hidden)
+        for rows in hidden.view(-1, hidden.shape[-1]).split(_FEED_FORWARD_ROWS):
+            rows.copy_(self._feed_forward(rows))
+        return hidden
+
+    def _feed_forward(self, hidden: Tensor) -> Tensor:
+        inner = F.dropout(self.activation(self.fc1(hidden)), self.activation_dropout, self.training)
+        return self.add_and_norm(hidden, self.fc2(inner), self.final_layer_norm)
+
+
+class EncoderLayer(_Layer):
+    def __init__(self, config: LEDConfig, layer: int) -> None:
+        super().__init__(config, config.encoder_ffn_dim)
+        self.self_attn = EncoderSelfAttention(config, layer)
+
+    def forward(self, hidden: Tensor, mask: LongformerMask) -> Tensor:
+        hidden = self.add_and_norm(hidden, self.self_attn(hidden, mask), self.self_attn_layer_norm)
+        hidden = self.feed_forward(hidden)
+        if hidden.dtype == torch.float16:  # cut what overflowed, without asking whether any did; NaN stays
+            limit = torch.finfo(torch.float16).max - 1000
+            hidden = hidden.clamp(-limit, limit)
+        return hidden
+
+
+class DecoderLayer(_Layer):
+    def __init__(self, config: LEDConfig, layer: int) -> None:
+        super().__init__(config, config.decoder_ffn_dim)
+        self.self_attn = DecoderSelfAttention(config, layer)
+        self.encoder_attn = CrossAttention(config)
+        self.encoder_attn_layer_norm = nn.LayerNorm(config.d_model)
+
+    def forward(
+        self,
+        hidden: Tensor,
+        mask: Tensor | None,
+        position: Tensor,
+        cross_keys_values: tuple[Tensor, Tensor],
+        cross_mask: Tensor | None,
+        cache: StaticKVCache | None,
+    ) -> Tensor:
+        attended = self.self_attn(hidden, mask, position, cache)
+        hidden = self.add_and_norm(hidden, attended, self.self_attn_layer_norm)
+        attended = self.encoder_attn(hidden, cross_keys_values, cross_mask)
+        hidden = self.add_and_norm(hidden, attended, self.encoder_attn_layer_norm)
+        return self.feed_forward(hidden)
