@@ -1,0 +1,80 @@
+"""Attention probabilities in the layout of transformers' ``output_attentions``, in plain torch, on demand.
+
+They are what the fused kernels never write: ``O(seqlen · window)`` numbers per head.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from led_kernels.mask import LOCAL, PADDING, LongformerMask
+from led_kernels.ops import lse_dtype
+
+_BLOCK_M = 128  # queries scored at once
+
+
+def banded_attention_weights(q: Tensor, k: Tensor, mask: LongformerMask, window_size: int) -> Tensor:
+    """Probabilities of local tokens over the global tokens and their window.
+
+    Args:
+        q, k: ``[batch, seqlen, heads, head_dim]``.
+        mask: of a padded batch.
+        window_size: keys on each side, inclusive.
+
+    Returns:
+        ``[batch, seqlen, heads, max_globals + 2 * window_size + 1]`` like q: first the global tokens in the
+        order of ``mask.global_index``, then the keys ``i - window_size … i + window_size``. Zeros for padding
+        and global rows, for keys that are padding or past an end, and in the window for global keys.
+    """
+    width = 2 * window_size + 1
+    k_window = torch.nn.functional.pad(k, (0, 0, 0, 0, window_size, window_size)).transpose(1, 2)
+    kind_window = torch.nn.functional.pad(mask.token_kind, (window_size, window_size), value=PADDING)
+    batch = torch.arange(mask.batch, device=k.device)[:, None]
+    k_globals = k[batch, mask.global_index.clamp(min=0).long()].transpose(
+        1, 2
+    )  # [batch, heads, max_globals, head_dim]
+    is_slot = (mask.global_index >= 0)[:, None, None, :]
+
+    blocks = []
+    for start in range(0, q.shape[1], _BLOCK_M):
+        q_block = q[:, start : start + _BLOCK_M].transpose(1, 2)  # [batch, heads, BLOCK_M, head_dim]
+        rows = q_block.shape[2]
+        keys = slice(start, start + rows + 2 * window_size)
+        column = torch.arange(rows, device=q.device)[:, None] + torch.arange(width, device=q.device)
+        in_band = _scores(q_block, k_window[:, :, keys])
+        in_band = in_band.gather(-1, column.expand(*q_block.shape[:3], width))
+        is_row = (mask.token_kind[:, start : start + rows] == LOCAL)[:, None, :, None]
+        is_key = (kind_window[:, keys].unfold(1, width, 1) == LOCAL)[:, None]  # [batch, 1, BLOCK_M, width]
+        is_key = torch.cat([is_slot.expand(-1, -1, rows, -1), is_key], dim=-1)
+        scores = torch.cat([_scores(q_block, k_globals), in_band], dim=-1)
+        blocks.append(_softmax_over(scores, is_row & is_key).transpose(1, 2))
+    return torch.cat(blocks, dim=1).to(q.dtype)
+
+
+def global_attention_weights(q_global: Tensor, k_global: Tensor, mask: LongformerMask) -> Tensor:
+    """Probabilities of global tokens over every token.
+
+    Args:
+        q_global: ``[batch, max_globals, heads, head_dim]`` in the order of ``mask.global_index``.
+        k_global: ``[batch, seqlen, heads, head_dim]``.
+
+    Returns:
+        ``[batch, heads, max_globals, seqlen]`` like q_global; zeros in unused slots and for padding.
+    """
+    is_slot = (mask.global_index >= 0)[:, None, :, None]
+    exists = (mask.token_kind != PADDING)[:, None, None, :]
+    scores = _scores(q_global.transpose(1, 2), k_global.transpose(1, 2))
+    return _softmax_over(scores, is_slot & exists).to(q_global.dtype)
+
+
+def _scores(q: Tensor, k: Tensor) -> Tensor:
+    """q kᵀ / √head_dim in the dtype of the softmax: [batch, heads, queries, keys]"""
+    dtype = lse_dtype(q.dtype)
+    return (q.to(dtype) * q.shape[-1] ** -0.5) @ k.to(dtype).transpose(-1, -2)
+
+
+def _softmax_over(scores: Tensor, allowed: Tensor) -> Tensor:
+    """Softmax over the allowed columns, zeros elsewhere and in rows that have none."""
+    # the least number instead of -inf: a row without a column must not turn into NaN
+    return scores.masked_fill(~allowed, torch.finfo(scores.dtype).min).softmax(-1).masked_fill(~allowed, 0)

@@ -1,0 +1,141 @@
+"""What the fused encoders of LED and Longformer share: self-attention, its mask, and the loop over layers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from led_kernels.hf.attention_weights import banded_attention_weights, global_attention_weights
+from led_kernels.mask import LongformerMask
+from led_kernels.projection import encoder_self_attention, project_global_queries
+
+
+class Options(NamedTuple):
+    """What :func:`led_kernels.hf.apply_led_kernels` was given; an attribute of every fused module."""
+
+    max_globals: int | None = None
+    backend: str | None = None
+
+
+class FusedSelfAttention(nn.Module):
+    """Forward of both models' self-attention; the projections are the model's own modules.
+
+    They see ``[batch, seqlen, d_model]``, where transformers gives them ``[seqlen, batch, d_model]``.
+    """
+
+    led_kernels_options = Options()
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: LongformerMask | Tensor | None = None,
+        *,
+        output_attentions: bool = False,
+        layer_head_mask: Tensor | None = None,
+        **stock_masks,
+    ) -> tuple[Tensor, ...]:
+        """
+        Args:
+            hidden_states: ``[batch, seqlen, d_model]``; any seqlen.
+            attention_mask: the mask of the batch, or what transformers' own encoders pass, ``[batch,
+                seqlen]``: negative for padding, 0 for local and positive for global tokens. ``stock_masks``
+                repeat it.
+            output_attentions: also return the probabilities, before dropout.
+
+        Returns:
+            ``[batch, seqlen, d_model]``; with ``output_attentions`` also
+            ``[batch, seqlen, heads, max_globals + attention_window + 1]`` and, if there are global tokens,
+            ``[batch, heads, max_globals, seqlen]``.
+        """
+        refuse_head_mask(layer_head_mask)
+        mask = mask_of(attention_mask, hidden_states, self.led_kernels_options.max_globals)
+        window_size = self.one_sided_attn_window_size
+        q, k, v = (
+            projection(hidden_states).unflatten(-1, (self.num_heads, self.head_dim))
+            for projection in (self.query, self.key, self.value)
+        )
+        out = encoder_self_attention(
+            hidden_states,
+            q,
+            k,
+            v,
+            query_global=self.query_global,
+            key_global=self.key_global,
+            value_global=self.value_global,
+            mask=mask,
+            num_heads=self.num_heads,
+            window_size=window_size,
+            dropout_p=self.dropout if self.training else 0.0,
+            backend=self.led_kernels_options.backend,
+        )
+        if not output_attentions:
+            return (out,)
+        weights = banded_attention_weights(q, k, mask, window_size)
+        if mask.max_globals == 0:
+            return out, weights
+        q_global = project_global_queries(hidden_states, self.query_global, mask, self.num_heads)
+        k_global = self.key_global(hidden_states).unflatten(-1, (self.num_heads, self.head_dim))
+        return out, weights, global_attention_weights(q_global, k_global, mask)
+
+
+def run_layers(
+    layers: Iterable[nn.Module],
+    hidden_states: Tensor,
+    mask: LongformerMask,
+    *,
+    output_attentions: bool,
+    output_hidden_states: bool,
+    output_class: type,
+    return_dict: bool,
+    layerdrop: float = 0.0,
+):
+    """The layers of an encoder under one mask, and the output that transformers' encoders give.
+
+    Each layer returns its hidden states, then whatever attention probabilities it was asked for; a layer that
+    layerdrop skips adds none.
+    """
+    states, attentions, global_attentions = [], [], []
+    for layer in layers:
+        if output_hidden_states:
+            states.append(hidden_states)
+        if layerdrop > 0 and torch.rand([]) < layerdrop:
+            continue
+        # the hidden states go by position: reentrant checkpointing sees no gradient in keywords
+        hidden_states, *weights = layer(
+            hidden_states, attention_mask=mask, output_attentions=output_attentions
+        )
+        attentions += [local.transpose(1, 2) for local in weights[:1]]
+        global_attentions += [of_globals.transpose(2, 3) for of_globals in weights[1:]]
+    values = {
+        "last_hidden_state": hidden_states,
+        "hidden_states": (*states, hidden_states) if output_hidden_states else None,
+        "attentions": tuple(attentions) if output_attentions else None,
+        "global_attentions": tuple(global_attentions) if output_attentions and mask.max_globals else None,
+    }
+    if return_dict:
+        return output_class(**values)
+    return tuple(value for value in values.values() if value is not None)
+
+
+def mask_of(
+    attention_mask: LongformerMask | Tensor | None, hidden_states: Tensor, max_globals: int | None
+) -> LongformerMask:
+    """The mask behind any form of ``attention_mask`` that reaches an encoder or its attention."""
+    if isinstance(attention_mask, LongformerMask):
+        on_device = attention_mask.device == hidden_states.device
+        return attention_mask if on_device else attention_mask.to(hidden_states.device)
+    if attention_mask is None:
+        kind = torch.ones(hidden_states.shape[:2], dtype=torch.long, device=hidden_states.device)
+    else:
+        kind = attention_mask.sign() + 1  # negative, 0, positive -> 0 padding, 1 local, 2 global
+    return LongformerMask.from_padding(kind, max_globals=max_globals)
+
+
+def refuse_head_mask(head_mask: Tensor | None) -> None:
+    if head_mask is not None:
+        raise ValueError(
+            "head_mask is not supported by led_kernels; leave it out or call revert_led_kernels."
+        )
