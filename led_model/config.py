@@ -26,8 +26,8 @@ class LEDConfig:
     attention reaches ``attention_window // 2`` tokens to either side (:meth:`window_size`).
 
     Raises:
-        ValueError: for a window that is odd or not positive, windows that do not match the layers in number, or
-            heads that do not divide ``d_model``.
+        ValueError: for a window that is odd or not positive, windows that do not match the layers, or heads
+            that do not divide ``d_model``.
     """
 
     vocab_size: int = 50265
@@ -61,8 +61,8 @@ class LEDConfig:
             self.attention_window = [self.attention_window] * self.encoder_layers
         if len(self.attention_window) != self.encoder_layers:
             raise ValueError(
-                f"attention_window lists {len(self.attention_window)} widths for {self.encoder_layers} encoder "
-                "layers; give one per layer, or a single number."
+                f"attention_window lists {len(self.attention_window)} widths for {self.encoder_layers} "
+                "encoder layers; give one per layer, or a single number."
             )
         for window in self.attention_window:
             if window <= 0 or window % 2:

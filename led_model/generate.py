@@ -22,6 +22,7 @@ def greedy_generate(
     attention_mask: Tensor | None = None,
     *,
     global_attention_mask: Tensor | None = None,
+    encoded: Tensor | None = None,
     on_token: Callable[[Tensor], object] | None = None,
     **settings: Any,
 ) -> Tensor:
@@ -31,8 +32,9 @@ def greedy_generate(
         input_ids: int ``[batch, source]``.
         attention_mask: ``[batch, source]``, nonzero for tokens; default: all but the padding id.
         global_attention_mask: ``[batch, source]``, 1 for tokens that all others see. Usually the first.
+        encoded: ``[batch, source, d_model]``, the encoder's output for ``input_ids`` if it is at hand.
         on_token: called after each step with its tokens, int64 ``[batch]``.
-        settings: fields of :class:`GenerationConfig` that replace the checkpoint's, as ``max_new_tokens=256``.
+        settings: fields of :class:`GenerationConfig` that replace the checkpoint's, ``max_new_tokens=256``.
 
     Returns:
         int64 ``[batch, length]``, start token first; a sequence that has ended goes on with padding.
@@ -64,7 +66,8 @@ def greedy_generate(
         attention_mask = _mask_from_padding(input_ids, generation.pad_token_id, generation.eos_token_ids)
 
     batch = input_ids.shape[0]
-    encoded = model.led.encode(input_ids, attention_mask, global_attention_mask)
+    if encoded is None:
+        encoded = model.led.encode(input_ids, attention_mask, global_attention_mask)
     cross_keys_values = model.led.decoder.cross_keys_values(encoded)
     cache = StaticKVCache(config, batch, limit - 1, dtype=encoded.dtype, device=encoded.device)
     del encoded  # the cross keys and values are all that the decoder needs of it

@@ -24,7 +24,7 @@ _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "tanh": torch.tanh,
 }
 
-# Rows of the feed-forward computed at a time in inference: [rows, ffn_dim] stays small, and the allocator reuses it.
+# Rows of the feed-forward computed at a time in inference, so that [rows, ffn_dim] stays small.
 _FEED_FORWARD_ROWS = 2048
 
 

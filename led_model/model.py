@@ -208,7 +208,7 @@ class LEDForConditionalGeneration(nn.Module):
             input_ids: int ``[batch, source]``.
             attention_mask, global_attention_mask: ``[batch, source]``, as :meth:`LongformerMask.from_padding`
                 takes them.
-            decoder_input_ids: int ``[batch, target]``; default: ``labels``, else ``input_ids``, one to the right.
+            decoder_input_ids: int ``[batch, target]``; default: ``labels``, else ``input_ids``, shifted.
             decoder_attention_mask: ``[batch, target]``, nonzero for tokens.
             labels: int ``[batch, target]``, -100 where no loss is wanted; the loss is the mean cross-entropy.
         """

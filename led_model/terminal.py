@@ -1,0 +1,44 @@
+"""What the commands share: a table, a progress bar over layers, numbers for people."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+from torch import nn
+from tqdm import tqdm
+
+
+def table(rows: Sequence[Sequence[str]], header: Sequence[str] = ()) -> str:
+    """Aligned columns: the first to the left, the others to the right."""
+    lines = [list(header), *map(list, rows)] if header else [list(row) for row in rows]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    text = [
+        "  ".join(
+            [line[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(line[1:], widths[1:], strict=True))]
+        )
+        for line in lines
+    ]
+    if header:
+        text.insert(1, "  ".join("─" * width for width in widths))
+    return "\n".join(text)
+
+
+@contextmanager
+def layer_progress(layers: nn.ModuleList, description: str) -> Iterator[None]:
+    """A bar that grows with each layer that has run; only on a terminal."""
+    with tqdm(total=len(layers), desc=description, unit="layer", leave=False, disable=None) as bar:
+        hooks = [layer.register_forward_hook(lambda *_: bar.update()) for layer in layers]
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+
+def megabytes(count: float) -> str:
+    return f"{count / 2**20:,.0f} MiB"
+
+
+def seconds(value: float) -> str:
+    return f"{value:.2f} s"
