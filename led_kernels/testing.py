@@ -106,14 +106,14 @@ def assert_within_error_bound(
         f"{what}: shape {tuple(actual.shape)}, expected {tuple(oracle.shape)}"
     )
     assert actual.dtype == plain.dtype, f"{what}: dtype {actual.dtype}, expected {plain.dtype}"
-    actual, plain = actual.double(), plain.double()
+    eps = torch.finfo(plain.dtype).eps
+    actual, oracle, plain = actual.double(), oracle.double(), plain.double()
     infinite = oracle.isinf()
     assert torch.equal(actual.isinf(), infinite), f"{what}: rows without a result differ"
     actual, oracle, plain = (x.masked_fill(infinite, 0) for x in (actual, oracle, plain))
     if not actual.numel():
         return
     assert not actual.isnan().any(), f"{what}: holds NaN"
-    eps = torch.finfo(torch.float32).eps if what == "lse" else torch.finfo(plain.dtype).eps
     floor = floor_ulps * eps * max(1.0, oracle.abs().max().item())
     error, allowed = (actual - oracle).abs().max().item(), 2 * (plain - oracle).abs().max().item() + floor
     assert error <= allowed, (
@@ -126,17 +126,21 @@ def run_with_gradients(
     inputs: tuple[Tensor, ...],
     grad_seed: int = 1,
     dropout_seed: int = 0,
+    grad_dtype: torch.dtype | None = None,
 ) -> dict[str, Tensor]:
     """``out, lse`` of a function and the gradients of ``<out, d_out> + <lse, d_lse>`` for its inputs, by name.
 
-    d_out and d_lse are random, the same for every dtype and backend; rows whose lse is infinite get none.
+    d_out and d_lse are random, the same for every backend; rows whose lse is infinite get none. ``grad_dtype`` is what
+    they are rounded to first: give the oracle the dtype under test, so that it sees the very same d_out.
     """
     inputs = tuple(x.detach().requires_grad_() for x in inputs)
     torch.manual_seed(dropout_seed)
     out, lse = function(*inputs)
     generator = torch.Generator().manual_seed(grad_seed)
-    d_out = torch.randn(out.shape, generator=generator, dtype=torch.float64).to(out)
-    d_lse = torch.randn(lse.shape, generator=generator, dtype=torch.float64).to(lse)
+    d_out, d_lse = (
+        torch.randn(x.shape, generator=generator, dtype=torch.float64).to(grad_dtype or x.dtype).to(x)
+        for x in (out, lse)
+    )
     grads = torch.autograd.grad((out, lse), inputs, (d_out, d_lse.masked_fill(lse.isinf(), 0)))
     return {
         "out": out.detach(),

@@ -1,0 +1,299 @@
+"""The ``torch`` backend: a block of queries against its slice of the keys and the global columns, any device.
+
+One routine serves both ops: global attention is banded attention of few queries whose band is the sequence.
+Nothing of size ``seqlen * window`` is held: extra memory is a few tensors like q, and one block of scores.
+Shapes come from Python integers, so that a padded batch costs no device-to-host sync; of a packed one the
+lengths are read once per call, and its sequences are served one after another.
+
+Source: Dao et al., "FlashAttention", 2022, for the backward from ``lse``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from led_kernels.mask import LOCAL, PADDING, LongformerMask
+from led_kernels.philox import BANDED_STREAM, GLOBAL_STREAM, keep_mask
+
+_SCORES_PER_BLOCK = 2**21
+_PHILOX_COST = 16  # bytes that drawing the dropout of one score holds, in those of the score
+_BLOCK_SIZES = (256, 128, 64, 32, 16)
+
+
+def banded_forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: LongformerMask,
+    window_left: int,
+    window_right: int,
+    softmax_scale: float,
+    dropout_p: float,
+    seed: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """Banded attention -> out like q, lse ``[batch, heads, seqlen]`` (packed ``[heads, total_rows]``)."""
+    return _forward(q, k, v, mask, (window_left, window_right), softmax_scale, dropout_p, seed)
+
+
+def banded_backward(
+    d_out: Tensor,
+    d_lse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    mask: LongformerMask,
+    window_left: int,
+    window_right: int,
+    softmax_scale: float,
+    dropout_p: float,
+    seed: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of :func:`banded_forward` -> dq, dk, dv, zeros on padding rows."""
+    window = (window_left, window_right)
+    return _backward(d_out, d_lse, q, k, v, out, lse, mask, window, softmax_scale, dropout_p, seed)
+
+
+def global_forward(
+    q_global: Tensor,
+    k_global: Tensor,
+    v_global: Tensor,
+    mask: LongformerMask,
+    softmax_scale: float,
+    dropout_p: float,
+    seed: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """Global attention -> out like q_global, lse ``[batch, heads, max_globals]``."""
+    return _forward(q_global, k_global, v_global, mask, None, softmax_scale, dropout_p, seed)
+
+
+def global_backward(
+    d_out: Tensor,
+    d_lse: Tensor | None,
+    q_global: Tensor,
+    k_global: Tensor,
+    v_global: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    mask: LongformerMask,
+    softmax_scale: float,
+    dropout_p: float,
+    seed: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of :func:`global_forward` -> dq, dk, dv, zeros in unused slots and on padding rows."""
+    return _backward(
+        d_out, d_lse, q_global, k_global, v_global, out, lse, mask, None, softmax_scale, dropout_p, seed
+    )
+
+
+def _forward(q: Tensor, k: Tensor, v: Tensor, mask: LongformerMask, *settings) -> tuple[Tensor, Tensor]:
+    *lead, rows, heads, _ = q.shape
+    out = torch.zeros(q.shape, dtype=q.dtype, device=q.device)
+    lse = torch.full((*lead, heads, rows), float("inf"), dtype=_accumulation_dtype(q), device=q.device)
+    for part in _parts(mask):
+        part_out, part_lse = part.rows(out), part.lse(lse)
+        problem = _Problem(part, q, k, v, *settings)
+        for block in problem.blocks():
+            scores = block.scores()
+            peak = scores.amax(-1, keepdim=True)  # [batch, heads, rows, 1]
+            p = scores.sub_(peak).exp_()
+            total = p.sum(-1, keepdim=True)
+            block_out = block.dropout(p) @ block.v / total
+            # a select, as rows without a result may hold 0/0
+            is_query = problem.is_query[:, None, block.rows, None]
+            part_out[:, block.rows] = torch.where(is_query, block_out, 0).transpose(1, 2)
+            part_lse[:, :, block.rows] = torch.where(is_query, peak + total.log(), float("inf"))[..., 0]
+    return out, lse
+
+
+def _backward(d_out, d_lse, q, k, v, out, lse, mask: LongformerMask, *settings) -> tuple[Tensor, ...]:
+    """From p = exp(s - lse): dv = pᵀ d_out, ds = p (d_out vᵀ - delta), dq = ds k, dk = dsᵀ q."""
+    targets = [torch.zeros(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v)]
+    for part in _parts(mask):
+        problem = _Problem(part, q, k, v, *settings)
+        part_d_out, part_out = (_heads_first(part.rows(x), problem.is_query) for x in (d_out, out))
+        part_lse = part.lse(lse)[..., None]
+        delta = (part_d_out * part_out).sum(-1, keepdim=True)  # [batch, heads, queries, 1]
+        if d_lse is not None:
+            delta -= part.lse(d_lse)[..., None].masked_fill(~problem.is_query[:, None, :, None], 0)
+        dq, dk, dv = (torch.zeros_like(x) for x in (problem.q, problem.k, problem.v))
+        dk_columns, dv_columns = (problem.gather_columns(x) for x in (dk, dv))  # zeros
+        for block in problem.blocks():
+            # lse is +inf on rows without a result: p is 0 there
+            p = block.scores().sub_(part_lse[:, :, block.rows]).exp_()
+            d_out_block = part_d_out[:, :, block.rows]
+            dv_block = block.dropout(p).transpose(2, 3) @ d_out_block  # [batch, heads, keys, head_dim]
+            dp = block.dropout(d_out_block @ block.v.transpose(2, 3))
+            ds = dp.sub_(delta[:, :, block.rows]).mul_(p)
+            dk_block = ds.transpose(2, 3) @ block.q
+            dq[:, :, block.rows] = ds @ block.k
+            in_band = block.band.stop - block.band.start
+            for grad, grad_columns, update in ((dk, dk_columns, dk_block), (dv, dv_columns, dv_block)):
+                grad[:, :, block.band] += update[:, :, :in_band]
+                grad_columns += update[:, :, in_band:]
+        dk, dv = problem.add_columns(dk, dk_columns), problem.add_columns(dv, dv_columns)
+        for target, grad in zip(targets, (dq.mul_(problem.softmax_scale), dk, dv), strict=True):
+            part.rows(target).copy_(grad.transpose(1, 2))
+    return tuple(targets)
+
+
+@dataclass(frozen=True)
+class _Part:
+    """What is computed at once: a padded batch, or one sequence of a packed one as a batch of 1."""
+
+    batch: slice  # its entries of [batch, ...]
+    span: slice | None  # its rows of [total_rows, ...]; None when padded
+    token_kind: Tensor  # [batch, seqlen]
+    global_index: Tensor  # [batch, max_globals]
+    num_globals: Tensor  # [batch]
+
+    def rows(self, x: Tensor) -> Tensor:
+        """View [batch, seqlen or max_globals, heads, head_dim]"""
+        return x[self.span][None] if x.dim() == 3 else x[self.batch]
+
+    def lse(self, x: Tensor) -> Tensor:
+        """View [batch, heads, seqlen or max_globals]"""
+        return x[:, self.span][None] if x.dim() == 2 else x[self.batch]
+
+
+def _parts(mask: LongformerMask) -> Iterator[_Part]:
+    if not mask.is_packed:
+        yield _Part(slice(0, mask.batch), None, mask.token_kind, mask.global_index, mask.num_globals)
+        return
+    for b, (start, length) in enumerate(torch.stack([mask.seq_start, mask.seq_len], 1).tolist()):
+        one, span = slice(b, b + 1), slice(start, start + length)
+        if length:
+            yield _Part(one, span, mask.token_kind[None, span], mask.global_index[one], mask.num_globals[one])
+
+
+@dataclass(frozen=True)
+class _Block:
+    """A block of queries with the keys of its band, and behind them those of the global columns."""
+
+    rows: slice
+    band: slice
+    q: Tensor  # [batch, heads, rows, head_dim]
+    k: Tensor  # [batch, heads, keys, head_dim]
+    v: Tensor
+    forbidden: Tensor  # bool [batch, 1, rows, keys]
+    keep: Tensor | None  # bool [batch, heads, rows, keys]
+    dropout_p: float
+
+    def scores(self) -> Tensor:
+        return (self.q @ self.k.transpose(2, 3)).masked_fill_(self.forbidden, float("-inf"))
+
+    def dropout(self, x: Tensor) -> Tensor:
+        if self.keep is None:
+            return x
+        return torch.where(self.keep, x / (1 - self.dropout_p) if self.dropout_p < 1 else x, 0)
+
+
+class _Problem:
+    """Query i sees the keys i - left … i + right and the global columns outside these.
+
+    ``window`` is None for global attention: there the queries are the global tokens, and see every key.
+    """
+
+    def __init__(
+        self,
+        part: _Part,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        window: tuple[int, int] | None,
+        softmax_scale: float,
+        dropout_p: float,
+        seed: Tensor | None,
+    ) -> None:
+        self.is_key = part.token_kind != PADDING  # [batch, seqlen]
+        seqlen, max_globals = self.is_key.shape[1], part.global_index.shape[1]
+        if window is None:
+            slot = torch.arange(max_globals, device=q.device)
+            self.is_query = slot < part.num_globals[:, None]  # [batch, queries], the rows that have a result
+            self.left = self.right = seqlen + max_globals
+            self.columns = part.global_index[:, :0].long()  # [batch, columns], -1 for none
+            self.query_position, self.stream = part.global_index, GLOBAL_STREAM
+        else:
+            self.is_query = part.token_kind == LOCAL
+            self.left, self.right = window
+            self.columns = part.global_index.long()
+            self.query_position, self.stream = torch.arange(seqlen, device=q.device)[None], BANDED_STREAM
+        # [batch, heads, rows, head_dim], in the accumulation dtype, zeros in padding
+        self.q = _heads_first(part.rows(q), self.is_query).mul_(softmax_scale)
+        self.k, self.v = (_heads_first(part.rows(x), self.is_key) for x in (k, v))
+        self.softmax_scale, self.dropout_p, self.seed = softmax_scale, dropout_p, seed
+        self.first_batch = part.batch.start
+
+    def blocks(self) -> Iterator[_Block]:
+        queries, device = self.q.shape[2], self.q.device
+        k_columns, v_columns = (self.gather_columns(x) for x in (self.k, self.v))
+        column = self.columns[:, None]  # [batch, 1, max_globals]
+        size = self._block_size()
+        for start in range(0, queries, size):
+            rows = slice(start, min(start + size, queries))
+            band = slice(max(start - self.left, 0), min(rows.stop + self.right, self.k.shape[2]))
+            query = torch.arange(rows.start, rows.stop, device=device)[:, None]
+            key = torch.arange(band.start, band.stop, device=device).expand(self.q.shape[0], 1, -1)
+            k, v = self.k[:, :, band], self.v[:, :, band]
+            allowed = self._in_band(query, key) & self.is_key[:, None, band]  # [batch, rows, band]
+            if self.columns.shape[1]:
+                # the band keeps the global keys that lie in it, so that each key counts once
+                outside = (column >= 0) & ~self._in_band(query, column)
+                allowed = torch.cat([allowed, outside], -1)  # [batch, rows, keys]
+                key = torch.cat([key, column], -1)
+                k, v = torch.cat([k, k_columns], 2), torch.cat([v, v_columns], 2)
+            keep = self._keep(rows, key)
+            yield _Block(rows, band, self.q[:, :, rows], k, v, ~allowed[:, None], keep, self.dropout_p)
+
+    def gather_columns(self, x: Tensor) -> Tensor:
+        """-> [batch, heads, max_globals, head_dim]; an unused column holds some row"""
+        return x.gather(2, _rows_index(self.columns.clamp(min=0), x))
+
+    def add_columns(self, x: Tensor, update: Tensor) -> Tensor:
+        """x plus ``update`` in the rows of the columns, which differ; the unused get a row that is cut off"""
+        if update.shape[2] == 0:
+            return x
+        x = torch.nn.functional.pad(x, (0, 0, 0, 1))
+        index = _rows_index(torch.where(self.columns < 0, x.shape[2] - 1, self.columns), x)
+        return x.scatter_(2, index, x.gather(2, index) + update)[:, :, :-1]
+
+    def _in_band(self, query: Tensor, key: Tensor) -> Tensor:
+        return (key >= query - self.left) & (key <= query + self.right)
+
+    def _keep(self, rows: slice, key: Tensor) -> Tensor | None:
+        """-> bool [batch, heads, rows, keys]"""
+        if self.seed is None:
+            return None
+        batch, heads, _, _ = self.q.shape
+        first = self.first_batch * heads
+        batch_head = torch.arange(first, first + batch * heads, device=key.device).view(batch, heads, 1, 1)
+        query = self.query_position[:, None, rows, None]
+        return keep_mask(self.seed, query, key[:, None], batch_head, self.stream, self.dropout_p)
+
+    def _block_size(self) -> int:
+        batch, heads, _, _ = self.q.shape
+        budget = _SCORES_PER_BLOCK // (1 if self.seed is None else _PHILOX_COST)
+        for size in _BLOCK_SIZES:
+            keys = min(self.k.shape[2], self.left + size + self.right) + self.columns.shape[1]
+            if batch * heads * size * keys <= budget:
+                return size
+        return _BLOCK_SIZES[-1]
+
+
+def _heads_first(x: Tensor, exists: Tensor) -> Tensor:
+    """[batch, rows, heads, head_dim] -> new [batch, heads, rows, head_dim], zeros where no row exists"""
+    x = x.transpose(1, 2).to(_accumulation_dtype(x), memory_format=torch.contiguous_format, copy=True)
+    return x.masked_fill_(~exists[:, None, :, None], 0)
+
+
+def _rows_index(rows: Tensor, x: Tensor) -> Tensor:
+    return rows[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[3])
+
+
+def _accumulation_dtype(x: Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
