@@ -118,8 +118,9 @@ class BuildExt(build_ext):
 
         def compile_source(source):
             flags = compile_flags + isa_flags.get(Path(source).stem, [])
-            # Objects of different flags live in different folders, so that a change of flags recompiles.
-            folder = os.path.join(self.build_temp, hashlib.sha256(repr(flags).encode()).hexdigest()[:8])
+            # Objects of different commands live in different folders, so that a change of flags recompiles.
+            command = repr((getattr(self.compiler, "compiler_so_cxx", None), flags))
+            folder = os.path.join(self.build_temp, hashlib.sha256(command.encode()).hexdigest()[:8])
             (obj,) = self.compiler.object_filenames([source], strip_dir=False, output_dir=folder)
             newest_input = max(file.stat().st_mtime for file in with_headers(Path(source)))
             if self.force or not os.path.exists(obj) or os.path.getmtime(obj) < newest_input:
