@@ -6,6 +6,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import wraps
+
 import torch
 from torch import Tensor
 
@@ -18,7 +21,19 @@ _NO_DOUBLE_BACKWARD = (
 )
 
 
+def _without_autocast(function: Callable) -> Callable:
+    """api.py has cast the inputs; from there on autocast must not round what a backend computes in torch operations."""
+
+    @wraps(function)
+    def run(q: Tensor, *args):
+        with torch.autocast(q.device.type, enabled=False):
+            return function(q, *args)
+
+    return run
+
+
 @torch.library.custom_op("led_kernels::banded_forward", mutates_args=())
+@_without_autocast
 def banded_forward(
     q: Tensor,
     k: Tensor,
@@ -46,6 +61,7 @@ def banded_forward(
 
 
 @torch.library.custom_op("led_kernels::banded_backward", mutates_args=())
+@_without_autocast
 def banded_backward(
     d_out: Tensor,
     d_lse: Tensor | None,
@@ -77,6 +93,7 @@ def banded_backward(
 
 
 @torch.library.custom_op("led_kernels::global_forward", mutates_args=())
+@_without_autocast
 def global_forward(
     q_global: Tensor,
     k_global: Tensor,
@@ -102,6 +119,7 @@ def global_forward(
 
 
 @torch.library.custom_op("led_kernels::global_backward", mutates_args=())
+@_without_autocast
 def global_backward(
     d_out: Tensor,
     d_lse: Tensor | None,
