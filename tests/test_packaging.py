@@ -4,7 +4,9 @@ import ast
 import importlib.metadata
 import importlib.util
 import os
+import platform
 import re
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -163,3 +165,20 @@ def test_wheel_without_a_compiler(sdist, tmp_path):
     # -S: without the import hook of an editable install, which would find the checkout's extension.
     env = {**os.environ, "PYTHONPATH": f"{tmp_path / 'site'}{os.pathsep}{Path(torch.__file__).parent.parent}"}
     assert str(tmp_path) in run(sys.executable, "-S", "-c", USE_WITHOUT_EXTENSION, cwd=tmp_path, env=env)
+
+
+@pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="the instructions are x86-64's")
+@pytest.mark.skipif(shutil.which("objdump") is None, reason="needs objdump")
+def test_avx_stays_in_its_namespaces():
+    """What runs on any processor, or before its instruction set is known, holds none of AVX's instructions."""
+    extension = pytest.importorskip("led_kernels._C")
+    listing = run("objdump", "--disassemble", "--demangle", "--no-show-raw-insn", extension.__file__)
+    users, function = set(), None
+    for line in listing.splitlines():
+        if header := re.fullmatch(r"[0-9a-f]+ <(.*)>:", line):
+            function = header[1]
+        elif re.match(r"\s+[0-9a-f]+:\tv\w+ ", line):  # only the names of AVX instructions start with v
+            users.add(function)
+    isa = re.compile(r"led::avx(2|512)::")
+    assert any(isa.search(name) for name in users)
+    assert not [name for name in users if not isa.search(name)]
