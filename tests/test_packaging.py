@@ -170,7 +170,7 @@ def test_wheel_without_a_compiler(sdist, tmp_path):
 @pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="the instructions are x86-64's")
 @pytest.mark.skipif(shutil.which("objdump") is None, reason="needs objdump")
 def test_avx_stays_in_its_namespaces():
-    """What runs on any processor, or before its instruction set is known, holds none of AVX's instructions."""
+    """What runs on any processor, or before its instruction set is known, holds no AVX instructions."""
     extension = pytest.importorskip("led_kernels._C")
     listing = run("objdump", "--disassemble", "--demangle", "--no-show-raw-insn", extension.__file__)
     users, function = set(), None
