@@ -1,0 +1,118 @@
+"""What is measured: the shapes, and for each group of cases that are timed together its list of providers.
+
+A provider is one implementation of one piece of work. All cases of a group run interleaved, with the group's
+own ``torch.mm``, so that a ratio within a group compares like with like even when the machine's clock drifts.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+
+from torch import Tensor
+
+from benchmarks import attention, encoder, yardsticks
+from benchmarks.shapes import Shape, attention_bytes, attention_flop
+
+FORWARD, FORWARD_BACKWARD = "forward", "forward+backward"
+# The backward's five products against the forward's two: S again, dP, dV, dK, dQ.
+BACKWARD_FLOP = 2.5
+
+YARDSTICKS = ("mm", "copy")
+
+Call = Callable[[], dict[str, Tensor]]
+
+
+@dataclass(frozen=True)
+class Case:
+    """One provider doing one piece of work.
+
+    ``prepare`` does everything that is not to be timed and returns the call that is; the call's result is
+    named tensors, which :mod:`benchmarks.verify` checks against the truth for ``what``. ``refusal`` says why
+    the provider cannot run here, or nothing. ``flop`` and ``bytes`` are what the work needs at least, 0 where
+    that is no figure.
+    """
+
+    what: str
+    provider: str
+    direction: str
+    prepare: Callable[[Shape], Call]
+    flop: int = 0
+    bytes: int = 0
+    refusal: Callable[[], str | None] = field(default=lambda: None)
+
+    @property
+    def name(self) -> str:
+        return f"{self.what}, {self.provider}, {self.direction}"
+
+
+@dataclass(frozen=True)
+class Group:
+    """Cases of one shape, timed interleaved; ``memory`` names the encoders whose peak memory is measured."""
+
+    name: str
+    shape: Shape
+    cases: tuple[Case, ...]
+    memory: tuple[str, ...] = ()
+
+
+def groups(smoke: bool = False) -> list[Group]:
+    """All groups, at the sizes of the published figures or, for ``smoke``, at sizes of a second each."""
+    shape = SMOKE if smoke else Shape()
+    longer = replace(shape, seqlen=4 * shape.seqlen)
+    return [
+        Group(f"attention_{shape.seqlen}", shape, _yardsticks(smoke) + _attention(shape)),
+        Group(f"attention_{longer.seqlen}", longer, _yardsticks(smoke) + _attention(longer)),
+        Group(
+            f"encoder_{shape.seqlen}",
+            shape,
+            _yardsticks(smoke) + _encoders(),
+            memory=tuple(encoder.PROVIDERS),
+        ),
+    ]
+
+
+SMOKE = Shape(seqlen=256, heads=2, head_dim=16, window=32, layers=2, ffn_dim=64)
+
+
+def _yardsticks(smoke: bool) -> tuple[Case, ...]:
+    size, elements = (128, 2**16) if smoke else (2048, 2**26)
+    return (
+        Case(
+            "mm", "torch.mm", FORWARD, lambda _: yardsticks.matrix_product(size), flop=2 * size**3,
+            bytes=3 * 4 * size**2,
+        ),
+        Case("copy", "torch.copy", FORWARD, lambda _: yardsticks.copy(elements), bytes=2 * 4 * elements),
+    )  # fmt: skip
+
+
+def _attention(shape: Shape) -> tuple[Case, ...]:
+    flop, tensor = attention_flop(shape), attention_bytes(shape)
+    # forward: q, k, v in, out back; with the backward also q, k, v, out, d_out in, dq, dk, dv back
+    work = {
+        FORWARD: (flop, 4 * tensor),
+        FORWARD_BACKWARD: (int((1 + BACKWARD_FLOP) * flop), 12 * tensor),
+    }
+    cases = []
+    for what, providers in (("banded", attention.BANDED), ("core", attention.CORE)):
+        for name, provider in providers.items():
+            for direction in (FORWARD, FORWARD_BACKWARD):
+                if direction == FORWARD or provider.has_backward:
+                    prepare = _prepare(what, provider, direction)
+                    cases.append(
+                        Case(what, name, direction, prepare, *work[direction], refusal=provider.refusal)
+                    )
+    return tuple(cases)
+
+
+def _prepare(what: str, provider: attention.Provider, direction: str) -> Callable[[Shape], Call]:
+    run = attention.forward if direction == FORWARD else attention.forward_backward
+    return lambda shape: run(provider, attention.make_inputs(shape), attention.LEAVES[what])
+
+
+def _encoders() -> tuple[Case, ...]:
+    cases = [Case("linears", "torch.nn", FORWARD, yardsticks.encoder_linears)]
+    for name, build in encoder.PROVIDERS.items():
+        cases.append(Case("encoder", name, FORWARD, functools.partial(encoder.prepare, build)))
+    return tuple(cases)
