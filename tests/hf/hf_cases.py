@@ -1,0 +1,204 @@
+"""Small LED and Longformer models of transformers, their inputs, and an oracle in true fp64."""
+
+from __future__ import annotations
+
+import copy
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from transformers import (
+    LEDConfig,
+    LEDForConditionalGeneration,
+    LongformerConfig,
+    LongformerForMaskedLM,
+)
+
+from led_kernels.hf import apply_led_kernels
+from led_kernels.testing import assert_within_error_bound
+
+PAD, VOCABULARY = 1, 60
+
+
+@dataclass(frozen=True)
+class HFCase:
+    """A model's sizes and a batch for it.
+
+    ``windows``: transformers' attention_window of each layer. ``globals_per_row``: positions of global
+    tokens, the same list for a row that has none of its own. ``padding``: per batch row ``none``, ``left``,
+    ``right``, ``holes`` or ``all``.
+    """
+
+    windows: tuple[int, ...] = (8, 8)
+    heads: int = 4
+    head_dim: int = 8
+    seqlen: int = 19
+    globals_per_row: tuple[tuple[int, ...], ...] = ((), ())
+    padding: tuple[str, ...] = ("none", "none")
+    positions: int = 96
+
+    def led_config(self, **overrides) -> LEDConfig:
+        settings = {
+            "vocab_size": VOCABULARY,
+            "d_model": self.heads * self.head_dim,
+            "encoder_layers": len(self.windows),
+            "decoder_layers": 1,
+            "encoder_attention_heads": self.heads,
+            "decoder_attention_heads": 1,
+            "encoder_ffn_dim": 48,
+            "decoder_ffn_dim": 24,
+            "attention_window": list(self.windows),
+            "max_encoder_position_embeddings": self.positions,
+            "max_decoder_position_embeddings": 64,
+            "init_std": 0.3,
+            "dropout": 0.0,
+        }
+        return LEDConfig(**settings | overrides)
+
+    def longformer_config(self, **overrides) -> LongformerConfig:
+        settings = {
+            "vocab_size": VOCABULARY,
+            "hidden_size": self.heads * self.head_dim,
+            "num_hidden_layers": len(self.windows),
+            "num_attention_heads": self.heads,
+            "intermediate_size": 48,
+            "attention_window": list(self.windows),
+            "max_position_embeddings": self.positions + PAD + 1,
+            "pad_token_id": PAD,
+            "sep_token_id": 2,
+            "initializer_range": 0.3,
+            "hidden_dropout_prob": 0.0,
+            "attention_probs_dropout_prob": 0.0,
+        }
+        return LongformerConfig(**settings | overrides)
+
+    def inputs(self) -> dict[str, Tensor]:
+        """input_ids, attention_mask and global_attention_mask, int64 ``[batch, seqlen]``."""
+        generator = torch.Generator().manual_seed(len(self.padding) * self.seqlen)
+        shape = len(self.padding), self.seqlen
+        attention_mask, global_attention_mask = torch.ones(shape).long(), torch.zeros(shape).long()
+        for row, (padding, positions) in enumerate(zip(self.padding, self.globals_per_row, strict=True)):
+            cut = (row + 1) * self.seqlen // (len(self.padding) + 2)
+            if padding == "left":
+                attention_mask[row, :cut] = 0
+            elif padding == "right":
+                attention_mask[row, self.seqlen - cut :] = 0
+            elif padding == "holes":
+                attention_mask[row] = torch.rand(self.seqlen, generator=generator) > 0.3
+            elif padding == "all":
+                attention_mask[row] = 0
+            global_attention_mask[row, list(positions)] = 1
+        input_ids = torch.randint(3, VOCABULARY, shape, generator=generator)
+        return {
+            "input_ids": input_ids.masked_fill(attention_mask == 0, PAD),
+            "attention_mask": attention_mask,
+            "global_attention_mask": global_attention_mask,
+        }
+
+    @classmethod
+    def draw(cls, seed: int) -> HFCase:
+        """A random case; windows are powers of two, since transformers refuses most others."""
+        rng = random.Random(seed)
+        seqlen, batch = rng.randint(1, 50), rng.randint(1, 3)
+        most = rng.choice([0, 1, 3, seqlen])
+        return cls(
+            windows=tuple(rng.choice([4, 8, 16]) for _ in range(rng.randint(1, 3))),
+            heads=rng.choice([1, 2, 3]),
+            head_dim=rng.choice([2, 4, 7, 16]),
+            seqlen=seqlen,
+            globals_per_row=tuple(
+                tuple(sorted(rng.sample(range(seqlen), rng.randint(0, min(most, seqlen)))))
+                for _ in range(batch)
+            ),
+            padding=tuple(rng.choice(["none", "left", "right", "holes", "all"]) for _ in range(batch)),
+        )
+
+
+def led_model(case: HFCase, **overrides) -> nn.Module:
+    return _varied(LEDForConditionalGeneration(case.led_config(**overrides)))
+
+
+def longformer_model(case: HFCase, **overrides) -> nn.Module:
+    return _varied(LongformerForMaskedLM(case.longformer_config(**overrides)))
+
+
+BUILDERS = {"led": led_model, "longformer": longformer_model}
+
+
+def _varied(model: nn.Module) -> nn.Module:
+    """Random biases and norms too: transformers starts them at 0 and 1, where mistakes do not show."""
+    generator = torch.Generator().manual_seed(0)
+    for parameter in model.parameters():
+        parameter.data = torch.randn(parameter.shape, generator=generator) * (
+            0.3 if parameter.dim() > 1 else 0.5
+        )
+    return model.eval()
+
+
+def fused(model: nn.Module, **options) -> nn.Module:
+    """A fused copy."""
+    model = copy.deepcopy(model)
+    apply_led_kernels(model, **options)
+    return model
+
+
+@contextmanager
+def softmax_in_input_dtype() -> Iterator[None]:
+    """Make transformers an fp64 oracle: its softmax is in fp32, also of fp64 scores."""
+    softmax = nn.functional.softmax
+    nn.functional.softmax = lambda x, dim, dtype=None: softmax(x, dim=dim)
+    try:
+        yield
+    finally:
+        nn.functional.softmax = softmax
+
+
+def outputs(model: nn.Module, inputs: dict[str, Tensor], gradients: bool = True) -> dict[str, Tensor]:
+    """Everything that a model returns, by name, with the loss on labels and the parameters' gradients."""
+    labels = inputs["input_ids"].clone()
+    if model.config.is_encoder_decoder:
+        labels = labels[:, :7].contiguous()
+    result = model(**inputs, labels=labels, output_attentions=True, output_hidden_states=True)
+    seqlen = inputs["input_ids"].shape[1]
+    named = {"loss": result.loss, "logits": result.logits}
+    prefix = "encoder_" if model.config.is_encoder_decoder else ""
+    for name in ("hidden_states", "attentions", "global_attentions"):
+        for layer, value in enumerate(result.get(prefix + name) or ()):
+            if name == "global_attentions":
+                value = _own_globals(value[:, :, :seqlen], inputs)
+            named[f"{name}[{layer}]"] = value
+    if gradients:
+        model.zero_grad()
+        result.loss.backward()
+        named |= {f"d {name}": parameter.grad for name, parameter in model.named_parameters()}
+    return {name: value.detach() for name, value in named.items() if value is not None}
+
+
+def _own_globals(weights: Tensor, inputs: dict[str, Tensor]) -> Tensor:
+    """Zeros in the columns past a row's own number of global tokens, where transformers leaves filler."""
+    counts = (inputs["attention_mask"] * inputs["global_attention_mask"]).sum(1)
+    column = torch.arange(weights.shape[-1])
+    return weights.masked_fill((column >= counts[:, None])[:, None, None, :], 0)
+
+
+def assert_parity(case: HFCase, stock: nn.Module, **options) -> None:
+    """In fp64 the fused model equals the oracle; in fp32 its error is at most twice transformers'.
+
+    Both in every output and every parameter's gradient.
+    """
+    inputs = case.inputs()
+    with softmax_in_input_dtype():
+        oracle = outputs(copy.deepcopy(stock).double(), inputs)
+    ours = outputs(fused(stock, **options).double(), inputs)
+    assert ours.keys() == oracle.keys()
+    for name, expected in oracle.items():
+        scale = max(1.0, expected.abs().max().item())
+        torch.testing.assert_close(
+            ours[name], expected, rtol=0, atol=1e-11 * scale, msg=lambda text, name=name: f"{name}: {text}"
+        )
+    plain, ours = outputs(stock, inputs), outputs(fused(stock, **options), inputs)
+    for name, expected in oracle.items():
+        assert_within_error_bound(ours[name], expected, plain[name], name, floor_ulps=16)
