@@ -97,7 +97,7 @@ class CrossAttention(nn.Module):
         return self._split(self.k_proj(encoded)).contiguous(), self._split(self.v_proj(encoded)).contiguous()
 
     def forward(self, hidden: Tensor, keys_values: tuple[Tensor, Tensor], mask: Tensor | None) -> Tensor:
-        """``[batch, seqlen, d_model]`` to the same; ``mask`` is bool ``[batch, 1, 1, source]``."""
+        """``[batch, seqlen, d_model]`` to the same; ``mask`` ``[batch, 1, 1, source]`` is added to scores."""
         batch, seqlen, _ = hidden.shape
         dropout_p = self.dropout if self.training else 0.0
         q = self._split(self.q_proj(hidden))

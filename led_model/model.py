@@ -112,9 +112,11 @@ class LEDDecoder(nn.Module):
             mask = cache.attention_mask(position, attention_mask)
         elif attention_mask is not None:
             mask = (position <= position[:, None]) & (attention_mask != 0)[:, None, None, :]
-        if cross_mask is not None:
-            cross_mask = (cross_mask != 0)[:, None, None, :]
         hidden = self.embed_tokens(input_ids)
+        if cross_mask is not None:
+            # added to the scores; finite, so that a document of only padding gives no NaN
+            hidden_key = torch.finfo(hidden.dtype).min
+            cross_mask = torch.where(cross_mask != 0, 0.0, hidden_key).to(hidden.dtype)[:, None, None, :]
         hidden += self.embed_positions(position)
         hidden = F.dropout(self.layernorm_embedding(hidden), self.dropout, self.training)
         for layer, keys_values in zip(self.layers, cross_keys_values, strict=True):
@@ -142,6 +144,7 @@ class LEDModel(nn.Module):
         global_attention_mask: Tensor | None = None,
     ) -> Tensor:
         """Runs the encoder under one mask for all layers, built by :meth:`LongformerMask.from_padding`."""
+        _check_ids("input_ids", input_ids, self.encoder.embed_tokens, self.encoder.embed_positions)
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
         return self.encoder(input_ids, LongformerMask.from_padding(attention_mask, global_attention_mask))
