@@ -136,7 +136,7 @@ def longformer_attention(
     """
     settings = dict(softmax_scale=softmax_scale, dropout_p=dropout_p, backend=backend)
     out = banded_attention(q, k, v, mask, window_size=window_size, **settings)
-    if mask.max_globals == 0:
+    if mask.max_globals == 0 or out.numel() == 0:
         return out
     _check_qkv({"q_global": q_global}, mask)
     out_global = global_attention(gather_global_rows(q_global, mask), k_global, v_global, mask, **settings)

@@ -7,13 +7,15 @@ last place of the largest value (as in flash-attention's tests).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import functools
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from led_kernels.api import banded_attention, gather_global_rows, global_attention, longformer_attention
 from led_kernels.dispatch import BACKENDS, can_run
 from led_kernels.mask import LongformerMask
 
@@ -72,7 +74,7 @@ class AttentionCase:
         poison_padding: bool = True,
         fused: bool = True,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """q, k, v on the mask's device: views of one QKV tensor (``fused``), NaN in padding rows (``poison_padding``)."""
+        """q, k, v on the mask's device: views of one tensor if ``fused``, NaN in padding rows if ``poison_padding``."""
         generator = torch.Generator().manual_seed(seed)
         rows = mask.token_kind.shape
         qkv = torch.randn(*rows, 3, self.heads, self.head_dim, generator=generator, dtype=torch.float64).to(
@@ -91,7 +93,7 @@ def runnable_backends(device: torch.device | str = "cpu", dtype: torch.dtype | N
 
 
 def assert_within_error_bound(
-    actual: Tensor, oracle: Tensor, plain: Tensor, what: str, floor_ulps: float = 4
+    actual: Tensor, oracle: Tensor, plain: Tensor, what: str, floor_ulps: float | None = None
 ) -> None:
     """``max|actual - oracle| <= 2 max|plain - oracle| + floor``.
 
@@ -100,13 +102,16 @@ def assert_within_error_bound(
         oracle: the fp64 reference's.
         plain: plain PyTorch's in ``actual``'s dtype.
         what: named in the message.
-        floor_ulps: floor in units of ``eps(dtype) * max|oracle|``, for cases where plain PyTorch is exact by luck.
+        floor_ulps: floor in units of ``eps(dtype) * max|oracle|``, for cases where plain PyTorch is exact by luck;
+            default 4, but 64 for fp64, whose plain PyTorch is the oracle itself.
     """
     assert actual.shape == oracle.shape, (
         f"{what}: shape {tuple(actual.shape)}, expected {tuple(oracle.shape)}"
     )
     assert actual.dtype == plain.dtype, f"{what}: dtype {actual.dtype}, expected {plain.dtype}"
     eps = torch.finfo(plain.dtype).eps
+    if floor_ulps is None:
+        floor_ulps = 64 if plain.dtype == torch.float64 else 4
     actual, oracle, plain = actual.double(), oracle.double(), plain.double()
     infinite = oracle.isinf()
     assert torch.equal(actual.isinf(), infinite), f"{what}: rows without a result differ"
@@ -122,31 +127,109 @@ def assert_within_error_bound(
 
 
 def run_with_gradients(
-    function: Callable[..., tuple[Tensor, Tensor]],
+    function: Callable[..., tuple[Tensor, Tensor | None]],
     inputs: tuple[Tensor, ...],
     grad_seed: int = 1,
     dropout_seed: int = 0,
     grad_dtype: torch.dtype | None = None,
+    names: Sequence[str] = "qkv",
 ) -> dict[str, Tensor]:
     """``out, lse`` of a function and the gradients of ``<out, d_out> + <lse, d_lse>`` for its inputs, by name.
 
-    d_out and d_lse are random, the same for every backend; rows whose lse is infinite get none. ``grad_dtype`` is what
-    they are rounded to first: give the oracle the dtype under test, so that it sees the very same d_out.
+    d_out and d_lse are random, the same for every backend; rows whose lse is infinite get none, and lse may be None.
+    ``grad_dtype`` is what they are rounded to first: give the oracle the dtype under test, so that it sees the very
+    same d_out.
     """
     inputs = tuple(x.detach().requires_grad_() for x in inputs)
     torch.manual_seed(dropout_seed)
-    out, lse = function(*inputs)
+    outputs = dict(zip(("out", "lse"), function(*inputs), strict=True))
+    outputs = {name: x for name, x in outputs.items() if x is not None}
     generator = torch.Generator().manual_seed(grad_seed)
-    d_out, d_lse = (
-        torch.randn(x.shape, generator=generator, dtype=torch.float64).to(grad_dtype or x.dtype).to(x)
-        for x in (out, lse)
+    d_outputs = []
+    for x in outputs.values():
+        d_x = torch.randn(x.shape, generator=generator, dtype=torch.float64).to(grad_dtype or x.dtype)
+        d_outputs.append(d_x.to(x).masked_fill(x.isinf(), 0))
+    # without global tokens the global projections are not used at all
+    grads = torch.autograd.grad(
+        tuple(outputs.values()), inputs, d_outputs, allow_unused=True, materialize_grads=True
     )
-    grads = torch.autograd.grad((out, lse), inputs, (d_out, d_lse.masked_fill(lse.isinf(), 0)))
-    return {
-        "out": out.detach(),
-        "lse": lse.detach(),
-        **{f"d{i}": g for i, g in zip("qkv", grads, strict=True)},
-    }
+    results = {name: x.detach() for name, x in outputs.items()}
+    return results | {f"d{name}": grad for name, grad in zip(names, grads, strict=True)}
+
+
+_INPUT_NAMES = {
+    "banded": ("q", "k", "v"),
+    "global": ("q_global", "k_global", "v_global"),
+    "longformer": ("q", "k", "v", "q_global", "k_global", "v_global"),
+}
+
+
+def attention_function(op: str, case: AttentionCase, mask: LongformerMask, backend: str) -> Callable:
+    """One of the ops ``banded``, ``global`` and ``longformer`` on the case, as ``inputs -> (out, lse)``.
+
+    ``global`` takes q of every row, as the others do; ``longformer`` has no lse (None) and takes six inputs.
+    """
+    settings = {"softmax_scale": case.softmax_scale, "dropout_p": case.dropout_p, "backend": backend}
+
+    def banded(q, k, v):
+        return banded_attention(q, k, v, mask, window_size=case.window_size, return_lse=True, **settings)
+
+    def global_(q, k, v):
+        return global_attention(gather_global_rows(q, mask), k, v, mask, return_lse=True, **settings)
+
+    def longformer(*qkv):
+        return longformer_attention(*qkv, mask, window_size=case.window_size, **settings), None
+
+    return {"banded": banded, "global": global_, "longformer": longformer}[op]
+
+
+def assert_matches_reference(
+    op: str,
+    case: AttentionCase,
+    backend: str,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    *,
+    scale_k: float = 1.0,
+    floor_ulps: float | None = None,
+    fused: bool = True,
+) -> None:
+    """The error bound on out, lse and every gradient, with NaN in padding and in fresh memory.
+
+    Args:
+        op: ``banded``, ``global`` or ``longformer``.
+        scale_k: what the keys are multiplied with, for large scores.
+        fused: q, k and v are views of one tensor.
+    """
+    with poisoned_memory():
+        actual = _run(op, case, backend, device, dtype, dtype, scale_k, fused)
+    oracle, plain = _reference_results(op, case, device, dtype, scale_k)
+    for name in actual:
+        assert_within_error_bound(actual[name], oracle[name], plain[name], name, floor_ulps)
+
+
+@functools.lru_cache(maxsize=2)  # the backends under test take turns on a case
+def _reference_results(op, case, device, dtype, scale_k) -> list[dict[str, Tensor]]:
+    """In fp64, and as plain PyTorch in ``dtype``."""
+    return [_run(op, case, "reference", device, dtype, run, scale_k) for run in (torch.float64, dtype)]
+
+
+def _run(
+    op: str,
+    case: AttentionCase,
+    backend: str,
+    device: torch.device | str,
+    dtype: torch.dtype,
+    run_dtype: torch.dtype,
+    scale_k: float,
+    fused: bool = True,
+) -> dict[str, Tensor]:
+    """Results in ``run_dtype`` on inputs and d_out rounded to ``dtype``."""
+    mask, names = case.mask(device), _INPUT_NAMES[op]
+    triples = [case.inputs(mask, dtype, seed, fused=fused) for seed in range(len(names) // 3)]
+    inputs = [x for q, k, v in triples for x in (q, k if scale_k == 1 else k * scale_k, v)]
+    function = attention_function(op, case, mask, backend)
+    return run_with_gradients(function, [x.to(run_dtype) for x in inputs], grad_dtype=dtype, names=names)
 
 
 @contextmanager

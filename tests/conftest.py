@@ -1,0 +1,64 @@
+"""``target``: one backend on one device; every test that takes it runs on each backend that runs here."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # deterministic algorithms ask for it
+
+import pytest
+import torch
+
+from led_kernels.dispatch import can_run
+from led_kernels.testing import runnable_backends
+
+
+@dataclass(frozen=True)
+class Target:
+    backend: str
+    device: str
+
+    def __str__(self) -> str:
+        return self.backend if self.device == "cpu" else f"{self.backend}-{self.device}"
+
+    def require(self, dtype: torch.dtype) -> None:
+        """Skips the test where the backend does not compute in this dtype."""
+        if not can_run(self.backend, torch.device(self.device), dtype):
+            pytest.skip(f"{self.backend} does not compute in {dtype}")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--gpu", action="store_true", help="also run every backend's tests on the GPU")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if not config.getoption("--gpu"):
+        return
+    if not torch.cuda.is_available():
+        raise pytest.UsageError("--gpu is given, but torch sees no GPU.")
+    if config.option.markexpr == "not slow and not gpu":  # the default of pyproject.toml
+        config.option.markexpr = "not slow"
+
+
+@pytest.hookimpl(trylast=True)  # targets vary fastest, so that they share the reference's results
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "target" not in metafunc.fixturenames:
+        return
+    devices = ["cpu", "cuda"] if metafunc.config.getoption("--gpu") else ["cpu"]
+    targets = [Target(backend, device) for device in devices for backend in runnable_backends(device)]
+    params = [
+        pytest.param(target, id=str(target), marks=[pytest.mark.gpu] if target.device == "cuda" else [])
+        for target in targets
+    ]
+    metafunc.parametrize("target", params)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if config.getoption("--gpu"):
+        return
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(
+                pytest.mark.skip(reason="needs a GPU; run pytest --gpu on a machine that has one")
+            )
