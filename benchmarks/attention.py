@@ -81,7 +81,9 @@ def forward_backward(
     return call
 
 
-def _led_kernels(function: Callable[..., Tensor], backend: str) -> Provider:
+def led_kernels_provider(function: Callable[..., Tensor], backend: str) -> Provider:
+    """One of the public functions on a named backend."""
+
     def build(inputs: Inputs) -> Attend:
         return functools.partial(function, mask=inputs.mask, window_size=inputs.shape.window, backend=backend)
 
@@ -184,11 +186,11 @@ def _build_transformers(inputs: Inputs) -> Attend:
 
 CPU, TORCH, FLEX, STOCK = "led_kernels cpu", "led_kernels torch", "flex_attention", "transformers"
 BANDED = {
-    CPU: _led_kernels(banded_attention, "cpu"),
-    TORCH: _led_kernels(banded_attention, "torch"),
+    CPU: led_kernels_provider(banded_attention, "cpu"),
+    TORCH: led_kernels_provider(banded_attention, "torch"),
     FLEX: Provider(_build_flex, has_backward=False, refusal=_no_compiler),
 }
 CORE = {
-    CPU: _led_kernels(longformer_attention, "cpu"),
+    CPU: led_kernels_provider(longformer_attention, "cpu"),
     STOCK: Provider(_build_transformers),
 }

@@ -68,7 +68,7 @@ def plot_pattern(path: Path) -> None:
     }
     patches = [Patch(color=color, label=label) for color, label in labels.items()]
     patches.append(
-        Patch(facecolor="#f4f4f4", edgecolor="#cccccc", label="never computed (the last four are padding)")
+        Patch(facecolor="#f4f4f4", edgecolor="#cccccc", label="not seen (the last four tokens are padding)")
     )
     axes.legend(
         handles=patches, loc="upper center", bbox_to_anchor=(0.5, -0.01), ncol=2, frameon=False, fontsize=9
@@ -92,22 +92,21 @@ def plot_efficiency(run: Run, path: Path) -> None:
 
 
 def plot_speedup(run: Run, path: Path) -> None:
-    """How many times longer the peers take than the compiled kernels."""
-    figure, axes = plt.subplots(figsize=(8, 3.2), layout="constrained")
-    bars = []
-    for group in _layers(run):
-        for what, provider in (
-            ("banded", attention.TORCH),
-            ("banded", attention.FLEX),
-            ("core", attention.STOCK),
-        ):
-            for direction in (FORWARD, FORWARD_BACKWARD):
+    """How many times as long the peers take as the compiled kernels."""
+    peers = (("banded", attention.TORCH), ("banded", attention.FLEX), ("core", attention.STOCK))
+    figure, panels = plt.subplots(1, 2, figsize=(9, 2.6), sharex=True, layout="constrained")
+    for axes, direction in zip(panels, (FORWARD, FORWARD_BACKWARD), strict=True):
+        bars = []
+        for group in _layers(run):
+            for what, provider in peers:
                 peer, ours = (run.row(group, what, name, direction) for name in (provider, attention.CPU))
                 if peer and ours:
-                    bars.append((f"{provider}, {direction}, {peer.seqlen:,}", ratio(peer, ours), provider))
-    _bars(axes, bars, None, unit=" ×")
-    axes.set(xscale="log", xlabel="time ÷ time of led_kernels cpu")
-    axes.axvline(1, color=INK, linewidth=1)
+                    bars.append((f"{provider}, {peer.seqlen:,}", ratio(peer, ours), provider))
+        _bars(axes, bars, unit=" ×")
+        axes.set(title=direction, xlabel="time ÷ time of led_kernels cpu", xscale="log")
+        axes.set_xlim(left=1)
+        axes.xaxis.set_major_formatter("{x:g}")
+        axes.xaxis.set_minor_formatter("")
     _save(figure, path)
 
 
@@ -140,13 +139,11 @@ def _layers(run: Run) -> list[str]:
     return [group for group in run.groups if group.startswith("attention_")]
 
 
-def _bars(axes: Axes, bars: list[tuple[str, float, str]], *ours: str | None, unit: str = "") -> None:
+def _bars(axes: Axes, bars: list[tuple[str, float, str]], *ours: str, unit: str = "") -> None:
     """Horizontal bars ``(label, value, provider)``, first on top, ours in colour, with their values."""
     labels, values, providers = zip(*bars, strict=True) if bars else ((), (), ())
     drawn = axes.barh(labels, values, color=[OURS if provider in ours else PEER for provider in providers])
-    axes.bar_label(
-        drawn, [f"{value:.2g}{unit}" if value < 10 else f"{value:.0f}{unit}" for value in values], padding=3
-    )
+    axes.bar_label(drawn, [f"{value:.{2 if value < 10 else 0}f}{unit}" for value in values], padding=3)
     axes.invert_yaxis()
     axes.grid(axis="x", color=GRID)
     axes.tick_params(length=0)
