@@ -1,0 +1,61 @@
+"""The README's code runs as it stands there, and its figures are those of the committed CSV."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+
+from benchmarks import summary, table
+
+ROOT = Path(__file__).parents[2]
+TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
+TEST_COMMAND = "python -m venv .venv && . .venv/bin/activate && pip install -e '.[test]' && pytest"
+
+
+@pytest.fixture
+def names(tmp_path: Path) -> dict[str, object]:
+    """What the README takes as given: a model of transformers, a directory that holds it, and a document."""
+    torch.manual_seed(0)
+    config = transformers.LEDConfig(
+        vocab_size=90, d_model=16, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2,
+        decoder_attention_heads=2, encoder_ffn_dim=16, decoder_ffn_dim=16, attention_window=8,
+        max_encoder_position_embeddings=64, max_decoder_position_embeddings=32,
+    )  # fmt: skip
+    model = transformers.LEDForConditionalGeneration(config).eval()
+    model.save_pretrained(tmp_path)
+    input_ids = torch.arange(4, 44)[None]
+    global_attention_mask = (input_ids == 4).long()
+    return {
+        "model": model, "directory": tmp_path, "input_ids": input_ids,
+        "global_attention_mask": global_attention_mask,
+    }  # fmt: skip
+
+
+def test_python_blocks_run(names: dict[str, object]) -> None:
+    blocks = re.findall(r"```python\n(.*?)```", TEXT, flags=re.DOTALL)
+    assert len(blocks) >= 4
+    stock = names["model"]
+    for block in blocks:
+        exec(compile(block, "README.md", "exec"), names)
+    assert "led_kernels" in type(stock.led.encoder).__module__
+    assert names["summary_ids"].shape[0] == 1
+
+
+def test_continuous_integration_finds_the_test_command() -> None:
+    found = re.search(r"^<!-- tests -->\n```\w*\n(.*?)\n```$", TEXT, flags=re.DOTALL | re.MULTILINE)
+    assert found
+    assert found.group(1) == TEST_COMMAND
+
+
+def test_figures_are_those_of_the_committed_run() -> None:
+    block = TEXT.partition(summary.BEGIN)[2].partition(summary.END)[0].strip()
+    assert block == (summary.markdown(table.read(table.DEFAULT)) if table.DEFAULT.exists() else "")
+
+
+def test_pictures_are_there_when_the_run_is() -> None:
+    pictures = re.findall(r"!\[.*?\]\((.*?)\)", TEXT)
+    assert pictures[0] == "benchmarks/results/pattern.png"
+    for path in pictures if table.DEFAULT.exists() else pictures[:1]:
+        assert (ROOT / path).exists(), path
