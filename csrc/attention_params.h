@@ -1,0 +1,60 @@
+// The plain structs that every kernel takes: shapes, strides in elements, pointers. No torch, no ownership.
+#pragma once
+
+#include <cstdint>
+
+namespace led {
+
+enum class DType : int32_t { kFloat32, kFloat64, kFloat16, kBFloat16 };
+
+// [batch, rows, heads, head_dim] with a contiguous last dimension. Packed sequences: batch_stride is 0, and
+// rows count from the sequence's start.
+struct RowsRef {
+  void* data = nullptr;
+  int64_t batch_stride = 0;
+  int64_t row_stride = 0;
+  int64_t head_stride = 0;
+};
+
+// [batch, heads, rows] with contiguous rows: fp32, fp64 for fp64 inputs. Packed: batch_stride is 0.
+struct LseRef {
+  void* data = nullptr;
+  int64_t batch_stride = 0;
+  int64_t head_stride = 0;
+};
+
+// LongformerMask; positions are relative to their sequence.
+struct MaskRef {
+  const int32_t* seq_start = nullptr;       // [batch]
+  const int32_t* seq_len = nullptr;         // [batch]
+  const uint8_t* token_kind = nullptr;      // [batch, rows] or [total_rows]: 0 padding, 1 local, 2 global
+  const int32_t* padding_before = nullptr;  // same shape
+  const int32_t* global_index = nullptr;    // [batch, max_globals], ascending, -1 filled
+  const int32_t* num_globals = nullptr;     // [batch]
+  int64_t batch_stride = 0;                 // of token_kind and padding_before; 0 when packed
+  int64_t max_globals = 0;
+  bool packed = false;
+};
+
+// One call of one kernel. Banded: q, out, d_out and dq have a row per token; global: a row per slot of
+// global_index.
+struct AttentionParams {
+  DType dtype = DType::kFloat32;
+  int64_t batch = 0;
+  int64_t max_seqlen = 0;  // longest sequence the shapes admit; padded: rows of a batch entry
+  int64_t heads = 0;
+  int64_t head_dim = 0;
+  int64_t window_left = 0;  // query i sees keys i - left ... i + right
+  int64_t window_right = 0;
+  double softmax_scale = 1;
+  double dropout_p = 0;
+  uint64_t dropout_seed = 0;
+  int num_threads = 1;
+  MaskRef mask;
+  RowsRef q, k, v, out;
+  LseRef lse;
+  RowsRef d_out, dq, dk, dv;
+  LseRef d_lse;  // data is null when lse has no gradient
+};
+
+}  // namespace led

@@ -1,0 +1,113 @@
+// Python bindings: pointers, shapes and strides in, no logic. The GIL is released around every kernel.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <array>
+#include <string>
+#include <vector>
+
+#include "attention_params.h"
+#include "cpu/kernel_table.h"
+
+namespace py = pybind11;
+
+namespace {
+
+using led::AttentionParams;
+using led::KernelTable;
+using led::LseRef;
+using led::RowsRef;
+
+template <class T>
+const T* pointer(uintptr_t address) {
+  return reinterpret_cast<const T*>(address);
+}
+
+// (address, batch stride, row stride, head stride), strides in elements
+RowsRef rows_ref(const std::array<int64_t, 4>& x) {
+  return {reinterpret_cast<void*>(static_cast<uintptr_t>(x[0])), x[1], x[2], x[3]};
+}
+
+// (address, batch stride, head stride)
+LseRef lse_ref(const std::array<int64_t, 3>& x) {
+  return {reinterpret_cast<void*>(static_cast<uintptr_t>(x[0])), x[1], x[2]};
+}
+
+std::vector<std::string> cpu_isas() {
+  std::vector<std::string> names;
+  for (const KernelTable* table : led::cpu_kernels()) names.emplace_back(table->isa);
+  return names;
+}
+
+const KernelTable& kernels(const std::string& isa) {
+  for (const KernelTable* table : led::cpu_kernels()) {
+    if (isa == table->isa) return *table;
+  }
+  throw py::value_error("no kernels for the instruction set '" + isa + "' in this build on this processor.");
+}
+
+auto launcher(void (*KernelTable::*kernel)(const AttentionParams&)) {
+  return [kernel](const AttentionParams& params, const std::string& isa) {
+    const KernelTable& table = kernels(isa);
+    py::gil_scoped_release release;
+    (table.*kernel)(params);
+  };
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "Compiled attention kernels of led_kernels.";
+
+  py::enum_<led::DType>(m, "DType")
+      .value("float32", led::DType::kFloat32)
+      .value("float64", led::DType::kFloat64)
+      .value("float16", led::DType::kFloat16)
+      .value("bfloat16", led::DType::kBFloat16);
+
+  py::class_<AttentionParams> params(m, "AttentionParams");
+  params.def(py::init<>())
+      .def_readwrite("dtype", &AttentionParams::dtype)
+      .def_readwrite("batch", &AttentionParams::batch)
+      .def_readwrite("max_seqlen", &AttentionParams::max_seqlen)
+      .def_readwrite("heads", &AttentionParams::heads)
+      .def_readwrite("head_dim", &AttentionParams::head_dim)
+      .def_readwrite("window_left", &AttentionParams::window_left)
+      .def_readwrite("window_right", &AttentionParams::window_right)
+      .def_readwrite("softmax_scale", &AttentionParams::softmax_scale)
+      .def_readwrite("dropout_p", &AttentionParams::dropout_p)
+      .def_readwrite("dropout_seed", &AttentionParams::dropout_seed)
+      .def_readwrite("num_threads", &AttentionParams::num_threads)
+      .def("set_mask",
+           [](AttentionParams& p, uintptr_t seq_start, uintptr_t seq_len, uintptr_t token_kind,
+              uintptr_t padding_before, uintptr_t global_index, uintptr_t num_globals, int64_t batch_stride,
+              int64_t max_globals, bool packed) {
+             p.mask = {pointer<int32_t>(seq_start),
+                       pointer<int32_t>(seq_len),
+                       pointer<uint8_t>(token_kind),
+                       pointer<int32_t>(padding_before),
+                       pointer<int32_t>(global_index),
+                       pointer<int32_t>(num_globals),
+                       batch_stride,
+                       max_globals,
+                       packed};
+           })
+      .def("set_lse", [](AttentionParams& p, const std::array<int64_t, 3>& x) { p.lse = lse_ref(x); })
+      .def("set_d_lse", [](AttentionParams& p, const std::array<int64_t, 3>& x) { p.d_lse = lse_ref(x); });
+  const std::pair<const char*, RowsRef AttentionParams::*> tensors[] = {
+      {"set_q", &AttentionParams::q},         {"set_k", &AttentionParams::k},
+      {"set_v", &AttentionParams::v},         {"set_out", &AttentionParams::out},
+      {"set_dq", &AttentionParams::dq},       {"set_dk", &AttentionParams::dk},
+      {"set_d_out", &AttentionParams::d_out}, {"set_dv", &AttentionParams::dv}};
+  for (const auto& [name, member] : tensors) {
+    params.def(name, [member = member](AttentionParams& p, const std::array<int64_t, 4>& x) {
+      p.*member = rows_ref(x);
+    });
+  }
+
+  m.def("cpu_isas", &cpu_isas, "Instruction sets that this build holds and this processor runs, best first.");
+  m.def("cpu_banded_forward", launcher(&KernelTable::banded_forward));
+  m.def("cpu_banded_backward", launcher(&KernelTable::banded_backward));
+  m.def("cpu_global_forward", launcher(&KernelTable::global_forward));
+  m.def("cpu_global_backward", launcher(&KernelTable::global_backward));
+}

@@ -1,0 +1,7 @@
+// Vectors of 128 bits, which every processor has: SSE2 on x86-64, NEON on ARM64.
+#define LED_ISA generic
+#define LED_VECTOR_BYTES 16
+#define LED_TILE_ROWS 4
+#define LED_BLOCK_M 48
+#define LED_BLOCK_N 48
+#include "instantiate.h"

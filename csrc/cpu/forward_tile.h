@@ -1,0 +1,151 @@
+// A tile of queries that attends to packed keys with an online softmax (Milakov and Gimelshein, 2018).
+#pragma once
+
+#include "tile.h"
+
+namespace led {
+namespace LED_ISA {
+
+// Scores are logarithms to base 2: q carries softmax_scale * log2(e). A group is kRows neighbouring queries.
+template <class T>
+struct ForwardTile {
+  using G = Geometry<T>;
+  T* q;        // [kBlockM, width]
+  T* acc;      // [kBlockM, width], sum of p v
+  T* row_max;  // [kBlockM]
+  T* row_sum;  // [kBlockM, kLanes]
+  T* p;        // [kRows, kBlockN], scores, then probabilities of one group
+  T* keep;     // [kBlockN], dropout factors of one query
+  int64_t width;
+
+  static ForwardTile take(Arena& arena, int64_t width) {
+    ForwardTile t;
+    t.width = width;
+    t.q = arena.take<T>(G::kBlockM * width);
+    t.acc = arena.take<T>(G::kBlockM * width);
+    t.row_max = arena.take<T>(G::kBlockM);
+    t.row_sum = arena.take<T>(G::kBlockM * kLanes<T>);
+    t.p = arena.take<T>(G::kRows * G::kBlockN);
+    t.keep = arena.take<T>(G::kBlockN);
+    return t;
+  }
+
+  // row_at(i) is the row of query i in params.q, or -1 for none.
+  template <class RowAt>
+  void load(const AttentionParams& params, int64_t batch, int64_t head, RowAt row_at) {
+    load_tile<T>(params, params.q, batch, head, row_at, static_cast<T>(params.softmax_scale * kLog2E), width,
+                 q);
+    for (int i = 0; i < G::kBlockM; ++i) row_max[i] = -kInfinity<T>;
+    memset(acc, 0, static_cast<size_t>(G::kBlockM * width) * sizeof(T));
+    memset(row_sum, 0, static_cast<size_t>(G::kBlockM * kLanes<T>) * sizeof(T));
+  }
+
+  // p = q kᵀ of a group and the keys from `slot` on.
+  void score(int group, const PackedKeys<T>& packed, int64_t slot, int64_t keys) {
+    for (int64_t n = 0; n < keys; n += G::kPanel) {
+      multiply_tile<T, false, false>(q + group * G::kRows * width, width,
+                                     packed.k_panels + (slot + n) * width, G::kPanel, p + n, G::kBlockN,
+                                     width);
+    }
+  }
+
+  // Scores of the panel at n become -inf where its keys are not visible.
+  template <Visible visible>
+  void hide(int64_t n, const Band<T>* bands, const T* positions) {
+    for (int i = 0; i < G::kRows; ++i) {
+      for (int64_t lane = n; lane < n + G::kPanel; lane += kLanes<T>) {
+        T* score = p + i * G::kBlockN + lane;
+        const BitsVec<T> seen = sees<T, visible>(bands[i], led::LED_ISA::load(positions + lane));
+        store(score, select<T>(seen, led::LED_ISA::load(score), broadcast<T>(-kInfinity<T>)));
+      }
+    }
+  }
+
+  // acc += softmax(p) v, by way of new maxima; draw(i) fills `keep` for query i of the group.
+  template <class Draw>
+  void update(int group, const PackedKeys<T>& packed, int64_t slot, int64_t keys,
+              const DropoutRow<T>& dropout, Draw draw) {
+    for (int i = 0; i < G::kRows; ++i) {
+      online_softmax_update(group * G::kRows + i, p + i * G::kBlockN, keys);
+      if (dropout.active()) {
+        draw(i);
+        T* row = p + i * G::kBlockN;
+        for (int64_t n = 0; n < keys; n += kLanes<T>) {
+          store(row + n, led::LED_ISA::load(row + n) * led::LED_ISA::load(keep + n));
+        }
+      }
+    }
+    for (int64_t d = 0; d < width; d += G::kPanel) {
+      multiply_tile<T, false, true>(p, G::kBlockN, packed.v_rows + slot * width + d, width,
+                                    acc + group * G::kRows * width + d, width, keys);
+    }
+  }
+
+  // Joins what another tile of the same queries has summed over other keys.
+  void merge(const ForwardTile& other) {
+    for (int i = 0; i < G::kBlockM; ++i) {
+      const T new_max = larger(row_max[i], other.row_max[i]),
+              reference = new_max == -kInfinity<T> ? T(0) : new_max;
+      const T mine = exp2_scalar(row_max[i] - reference), theirs = exp2_scalar(other.row_max[i] - reference);
+      for (int64_t n = i * kLanes<T>; n < (i + 1) * kLanes<T>; ++n) {
+        row_sum[n] = row_sum[n] * mine + other.row_sum[n] * theirs;
+      }
+      for (int64_t d = i * width; d < (i + 1) * width; ++d) acc[d] = acc[d] * mine + other.acc[d] * theirs;
+      row_max[i] = new_max;
+    }
+  }
+
+  // Query i's out and lse at params' (batch, row, head); zeros and +inf if it is none.
+  void write_row(const AttentionParams& params, int i, int64_t batch, int64_t row, int64_t head,
+                 bool exists) const {
+    char* out = row_address(params.out, params.dtype, batch, row, head);
+    T& lse = *lse_address<T>(params.lse, batch, row, head);
+    if (!exists) {
+      store_zero_row(out, params.dtype, params.head_dim);
+      lse = kInfinity<T>;
+      return;
+    }
+    const T sum = reduce_sum<T>(led::LED_ISA::load(row_sum + i * kLanes<T>));
+    store_row<T>(out, params.dtype, params.head_dim, T(1) / sum, acc + i * width);
+    lse = (row_max[i] + log2_scalar(sum)) * static_cast<T>(kLn2);
+  }
+
+  // The online softmax of one query: scores become exp2(score - maximum), and what was summed moves to the
+  // new maximum.
+  void online_softmax_update(int row, T* scores, int64_t keys) {
+    using led::LED_ISA::load;
+    Vec<T> max0 = load(scores), max1 = load(scores + kLanes<T>);
+    for (int64_t n = G::kPanel; n < keys; n += G::kPanel) {
+      max0 = maximum<T>(load(scores + n), max0);
+      max1 = maximum<T>(load(scores + n + kLanes<T>), max1);
+    }
+    const T old_max = row_max[row], new_max = larger(old_max, reduce_max<T>(maximum<T>(max0, max1)));
+    const T reference = new_max == -kInfinity<T> ? T(0) : new_max;  // nothing seen yet: avoid inf - inf
+    if (new_max != old_max) {
+      const T correction = exp2_scalar(old_max - reference);
+      scale_row(row, correction);
+      row_max[row] = new_max;
+    }
+    Vec<T> sum0 = load(row_sum + row * kLanes<T>), sum1 = broadcast<T>(0);
+    for (int64_t n = 0; n < keys; n += G::kPanel) {
+      const Vec<T> p0 = exp2_vec<T>(load(scores + n) - reference);
+      const Vec<T> p1 = exp2_vec<T>(load(scores + n + kLanes<T>) - reference);
+      store(scores + n, p0);
+      store(scores + n + kLanes<T>, p1);
+      sum0 = sum0 + p0;
+      sum1 = sum1 + p1;
+    }
+    store(row_sum + row * kLanes<T>, sum0 + sum1);
+  }
+
+  void scale_row(int row, T factor) {
+    using led::LED_ISA::load;
+    T* sum = row_sum + row * kLanes<T>;
+    store(sum, load(sum) * factor);
+    for (int64_t d = row * width; d < (row + 1) * width; d += kLanes<T>)
+      store(acc + d, load(acc + d) * factor);
+  }
+};
+
+}  // namespace LED_ISA
+}  // namespace led

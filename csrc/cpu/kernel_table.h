@@ -1,0 +1,27 @@
+// The kernels of one instruction set, and the tables of this build.
+#pragma once
+
+#include <vector>
+
+#include "../attention_params.h"
+
+namespace led {
+
+struct KernelTable {
+  const char* isa;
+  void (*banded_forward)(const AttentionParams&);
+  void (*banded_backward)(const AttentionParams&);
+  void (*global_forward)(const AttentionParams&);
+  void (*global_backward)(const AttentionParams&);
+};
+
+// Null where the compiler could not build them. Whether the processor runs them is cpu_kernels()'s to know.
+const KernelTable* avx512_kernels();
+const KernelTable* avx2_kernels();
+const KernelTable* generic_kernels();
+const KernelTable* avx512_emulated_kernels();
+
+// The tables that this build holds and this processor runs, best first.
+std::vector<const KernelTable*> cpu_kernels();
+
+}  // namespace led
