@@ -96,12 +96,12 @@ def checkpoint_files(path_or_id: str | os.PathLike[str], revision: str | None = 
     """A function from a file's name to its path: in a directory, or downloaded from the hub.
 
     Raises:
-        FileNotFoundError: when ``path_or_id`` is neither a directory nor the form of a hub id.
+        FileNotFoundError: when ``path_or_id`` is neither a directory nor of the form ``owner/name``.
     """
     directory = Path(path_or_id)
     if directory.is_dir():
         return lambda name: path if (path := directory / name).is_file() else None
-    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", str(path_or_id)) or directory.exists():
+    if not re.fullmatch(r"\w[\w.-]*/[\w.-]+", str(path_or_id)) or directory.exists():
         raise FileNotFoundError(f"{path_or_id} is no directory; give one with a config.json, or a hub id.")
     try:
         from huggingface_hub import hf_hub_download

@@ -25,7 +25,7 @@ _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 # Rows of the feed-forward computed at a time in inference, so that [rows, ffn_dim] stays small.
-_FEED_FORWARD_ROWS = 2048
+_FEED_FORWARD_ROWS = 1024
 
 
 class _Layer(nn.Module):

@@ -28,7 +28,11 @@ def table(rows: Sequence[Sequence[str]], header: Sequence[str] = ()) -> str:
 def layer_progress(layers: nn.ModuleList, description: str) -> Iterator[None]:
     """A bar that grows with each layer that has run; only on a terminal."""
     with tqdm(total=len(layers), desc=description, unit="layer", leave=False, disable=None) as bar:
-        hooks = [layer.register_forward_hook(lambda *_: bar.update()) for layer in layers]
+
+        def count(*_: object) -> None:  # what a hook returns would replace the layer's output
+            bar.update()
+
+        hooks = [layer.register_forward_hook(count) for layer in layers]
         try:
             yield
         finally:

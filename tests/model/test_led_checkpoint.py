@@ -89,6 +89,14 @@ def test_mapping_of_names_is_invertible(led_pair):
     assert sorted(part for name in ours.state_dict() for part in hf_names(name)) == sorted(expected)
 
 
+@pytest.mark.parametrize("name", ["led-base", "./checkpoints/led-base", "../led-base", "/led/base"])
+def test_a_mistyped_path_is_not_looked_up(name, monkeypatch):
+    hub = pytest.importorskip("huggingface_hub")
+    monkeypatch.setattr(hub, "hf_hub_download", lambda *args, **kwargs: pytest.fail("went to the hub"))
+    with pytest.raises(FileNotFoundError, match="is no directory"):
+        load(name)
+
+
 def test_dtype(saved):
     model, directory = saved
     assert load(directory, dtype=torch.bfloat16).led.shared.weight.dtype == torch.bfloat16

@@ -60,6 +60,23 @@ def test_summarize(checkpoint_dir, text_file, capsys, global_tokens):
     assert "\r" not in output.err  # no bar where there is no terminal
 
 
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_progress_on_a_terminal(checkpoint_dir, text_file, capsys, monkeypatch):
+    """The bars are drawn, and change nothing."""
+    bars = Terminal()
+    monkeypatch.setattr("sys.stderr", bars)
+    monkeypatch.setattr("led_model.terminal.tqdm.update", lambda bar, n=1: True)  # as when it redraws
+    command = ["summarize", str(text_file), "--model", str(checkpoint_dir), "--max-new-tokens", "20"]
+    assert main(command) == 0
+    assert capsys.readouterr().out == expected_summary(checkpoint_dir, max_new_tokens=20)
+    assert re.search(r"reading [\d,]+ tokens: +0%.*layer", bars.getvalue())
+    assert re.search(r"writing: +0%.*token", bars.getvalue())
+
+
 def test_summarize_stdin_in_a_process(checkpoint_dir):
     command = [sys.executable, "-m", "led_model", "summarize", "-", "--model", str(checkpoint_dir)]
     done = subprocess.run(
