@@ -172,12 +172,12 @@ def absorbed_global_attention(
     Raises:
         ValueError, TypeError: naming the argument and the remedy.
     """
-    rank = 2 if mask.is_packed else 3
-    if hidden.dim() != rank or hidden.shape[:-1] != mask.token_kind.shape:
+    _check_q_global(q_global, mask)
+    _check_float(hidden, "hidden")
+    if hidden.shape[:-1] != mask.token_kind.shape:
         raise ValueError(
             f"hidden has shape {tuple(hidden.shape)}; give [*{tuple(mask.token_kind.shape)}, d_model] for this mask."
         )
-    _check_q_global(q_global, mask, q_global.shape[-2])
     batch, max_globals, heads, head_dim = q_global.shape
     d_model = hidden.shape[-1]
     for name, weight in (("key_weight", key_weight), ("value_weight", value_weight)):
@@ -186,7 +186,11 @@ def absorbed_global_attention(
                 f"{name} has shape {tuple(weight.shape)}; give [heads * head_dim, d_model] = "
                 f"[{heads * head_dim}, {d_model}]."
             )
+    if value_bias is not None and value_bias.shape != (heads * head_dim,):
+        raise ValueError(f"value_bias has shape {tuple(value_bias.shape)}; give [{heads * head_dim}].")
     hidden, q_global, key_weight, value_weight = _autocast(hidden, q_global, key_weight, value_weight)
+    alike = {"q_global": q_global, "hidden": hidden, "key_weight": key_weight, "value_weight": value_weight}
+    _check_alike(alike)
     hidden, exists = _sequences(hidden, mask)  # [batch, seqlen, d_model], bool [batch, seqlen]
     is_slot = (
         torch.arange(max_globals, device=hidden.device) < mask.num_globals[:, None]
@@ -294,7 +298,7 @@ def _window(window_size: int | tuple[int, int], max_seqlen: int) -> tuple[int, i
 def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     """Under autocast, attention runs in its dtype, as scaled_dot_product_attention does; fp64 stays."""
     device_type = tensors[0].device.type
-    if not torch.is_autocast_enabled(device_type):
+    if device_type == "meta" or not torch.is_autocast_enabled(device_type):
         return tensors
     dtype = torch.get_autocast_dtype(device_type)
     return tuple(x if x.dtype == torch.float64 else x.to(dtype) for x in tensors)
@@ -330,10 +334,11 @@ def _check_qkv(tensors: dict[str, Tensor], mask: LongformerMask) -> None:
     _check_alike(tensors)
 
 
-def _check_q_global(q_global: Tensor, mask: LongformerMask, heads: int) -> None:
+def _check_q_global(q_global: Tensor, mask: LongformerMask, heads: int | None = None) -> None:
     _check_tensor(q_global, "q_global")
     if not isinstance(mask, LongformerMask):
         raise TypeError(f"mask is a {type(mask).__name__}; build a LongformerMask.")
+    heads = heads or (q_global.shape[2] if q_global.dim() == 4 else 1)
     if q_global.dim() != 4 or q_global.shape[:3] != (mask.batch, mask.max_globals, heads):
         raise ValueError(
             f"q_global has shape {tuple(q_global.shape)}; give [batch, max_globals, heads, head_dim] = "
@@ -342,14 +347,18 @@ def _check_q_global(q_global: Tensor, mask: LongformerMask, heads: int) -> None:
 
 
 def _check_tensor(x: Tensor, name: str) -> None:
-    if not isinstance(x, Tensor):
-        raise TypeError(f"{name} is a {type(x).__name__}; give a torch.Tensor.")
-    if not x.is_floating_point():
-        raise TypeError(f"{name} has dtype {x.dtype}; give float32, float16, bfloat16 or float64.")
+    _check_float(x, name)
     if x.dim() and x.shape[-1] > 1 and x.stride(-1) != 1:
         raise ValueError(
             f"{name} has a non-contiguous last dimension (stride {x.stride(-1)}); call .contiguous() on it."
         )
+
+
+def _check_float(x: Tensor, name: str) -> None:
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name} is a {type(x).__name__}; give a torch.Tensor.")
+    if not x.is_floating_point():
+        raise TypeError(f"{name} has dtype {x.dtype}; give float32, float16, bfloat16 or float64.")
 
 
 def _check_alike(tensors: dict[str, Tensor]) -> None:
