@@ -146,14 +146,20 @@ def fused(model: nn.Module, **options) -> nn.Module:
 
 
 @contextmanager
-def softmax_in_input_dtype() -> Iterator[None]:
-    """Make transformers an fp64 oracle: its softmax is in fp32, also of fp64 scores."""
-    softmax = nn.functional.softmax
+def true_fp64() -> Iterator[None]:
+    """Lets transformers be an fp64 oracle.
+
+    Its softmax is in fp32, also of fp64 scores; and transformers 4 builds causal masks in the default dtype, where
+    the least fp64 number does not fit.
+    """
+    softmax, dtype = nn.functional.softmax, torch.get_default_dtype()
     nn.functional.softmax = lambda x, dim, dtype=None: softmax(x, dim=dim)
+    torch.set_default_dtype(torch.float64)
     try:
         yield
     finally:
         nn.functional.softmax = softmax
+        torch.set_default_dtype(dtype)
 
 
 def outputs(model: nn.Module, inputs: dict[str, Tensor], gradients: bool = True) -> dict[str, Tensor]:
@@ -190,9 +196,9 @@ def assert_parity(case: HFCase, stock: nn.Module, **options) -> None:
     Both in every output and every parameter's gradient.
     """
     inputs = case.inputs()
-    with softmax_in_input_dtype():
+    with true_fp64():
         oracle = outputs(copy.deepcopy(stock).double(), inputs)
-    ours = outputs(fused(stock, **options).double(), inputs)
+        ours = outputs(fused(stock, **options).double(), inputs)
     assert ours.keys() == oracle.keys()
     for name, expected in oracle.items():
         scale = max(1.0, expected.abs().max().item())
