@@ -3,13 +3,19 @@
     from led_kernels.hf import apply_led_kernels
     apply_led_kernels(model)
 
-Tested with transformers 5.23 and 4.57. The encoder is replaced; LED's decoder stays transformers'.
+Tested with transformers 4.53, 4.57, 5.0 and 5.23. The encoder is replaced; LED's decoder stays transformers' own.
 """
 
 try:
-    import transformers as _transformers  # noqa: F401
+    import transformers as _transformers
 except ImportError as error:
     raise ImportError("led_kernels.hf needs transformers; pip install 'led-kernels[hf]'.") from error
+
+# before 4.53 the encoders, which are replaced here, did the gradient checkpointing of their layers
+if tuple(map(int, _transformers.__version__.split(".")[:2])) < (4, 53):
+    raise ImportError(
+        f"led_kernels.hf needs transformers 4.53 or later and found {_transformers.__version__}; upgrade it."
+    )
 
 from led_kernels.hf.patching import apply_led_kernels, revert_led_kernels
 

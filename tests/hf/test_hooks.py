@@ -65,6 +65,26 @@ def test_forward_hooks_of_projections_run_and_count(name, stock):
     assert calls == [(2, 2, 32) if name == "query_global" else (2, 19, 32)]
 
 
+class Int8Linear(nn.Module):
+    """As quantised layers are: no nn.Linear, and a weight that is no float."""
+
+    def __init__(self, linear: nn.Linear):
+        super().__init__()
+        self.scale = linear.weight.detach().abs().max() / 127
+        self.register_buffer("weight", (linear.weight.detach() / self.scale).round().to(torch.int8))
+        self.bias = linear.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(x, self.weight * self.scale, self.bias)
+
+
+def test_quantised_projections(stock):
+    for attention in [m for m in stock.modules() if hasattr(m, "one_sided_attn_window_size")]:
+        for name, projection in list(attention.named_children()):
+            setattr(attention, name, Int8Linear(projection))
+    torch.testing.assert_close(logits(fused(stock)), logits(stock), rtol=0, atol=1e-4)
+
+
 def test_hooks_of_modules_see_stock_layouts(stock):
     """Of attention, layer and encoder."""
     inputs = HFCase(seqlen=24, globals_per_row=((0, 9), (4,))).inputs()
