@@ -103,7 +103,7 @@ def test_layers(path):
         foreign = [name for name in names if within(name, "led_kernels.backends") and not within(name, own)]
         assert not foreign, "a backend never imports another"
     if any(within(name, "transformers") for name in names) and not within(module, "led_kernels.hf"):
-        assert module == "led_model.cli", (
+        assert module == "led_model.demo", (
             "only led_kernels.hf, and led demo for its comparison, use transformers"
         )
 
