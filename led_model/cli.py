@@ -76,7 +76,9 @@ def build_parser() -> argparse.ArgumentParser:
         help="directory of a checkpoint with its tokenizer, or hub id",
     )
     summarize.add_argument("--revision", help="branch, tag or commit, for a hub id")
-    summarize.add_argument("--device", help="cpu, cuda, cuda:1, …; default: cuda where there is one")
+    summarize.add_argument(
+        "--device", type=_device, help="cpu, cuda, cuda:1, …; default: cuda where there is one"
+    )
     summarize.add_argument(
         "--dtype", choices=_DTYPES, help="precision to compute in; default: the checkpoint's own"
     )
@@ -129,7 +131,7 @@ def build_parser() -> argparse.ArgumentParser:
     demo.add_argument(
         "--seed", type=int, default=defaults.seed, help=f"of the weights; default: {defaults.seed}"
     )
-    demo.add_argument("--device", default=defaults.device, help=f"default: {defaults.device}")
+    demo.add_argument("--device", type=_device, default=defaults.device, help=f"default: {defaults.device}")
     demo.set_defaults(run=_run_demo)
 
     info = commands.add_parser(
@@ -232,6 +234,16 @@ def _at_least(smallest: int):
 
     parse.__name__ = "int"  # argparse names it in its message
     return parse
+
+
+def _device(text: str) -> str:
+    try:
+        kind = torch.device(text).type
+    except RuntimeError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no device; give cpu, cuda, cuda:1, …") from None
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise argparse.ArgumentTypeError("torch sees no GPU; install a GPU build of torch, or give cpu")
+    return text
 
 
 def _say(message: str) -> None:

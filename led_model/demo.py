@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from led_kernels.dispatch import choose_backend
 from led_model.checkpoint import to_hf_state_dict
 from led_model.config import LEDConfig
 from led_model.memory import peak_memory
@@ -54,11 +55,12 @@ class Measurement:
 def run_demo(settings: DemoSettings) -> None:
     """Measures, compares and prints. Each measurement gets a fresh process, so that its memory is its own."""
     config = demo_config(settings)
+    backend = choose_backend(torch.device(settings.device), torch.float32)
     compared = min(settings.compare_tokens, settings.tokens)
     print(
         f"An LED of led-base's width: {settings.layers}+{settings.layers} layers, d_model {config.d_model}, "
         f"{config.encoder_attention_heads} heads, window {settings.window}; "
-        f"{settings.device}, {torch.get_num_threads()} threads.\n"
+        f"{settings.device}, {torch.get_num_threads()} threads, backend {backend!r}.\n"
         "The text is real (Python's help pages), the weights are random: what it writes means nothing.\n",
         flush=True,
     )

@@ -8,30 +8,30 @@ from importlib import metadata
 import torch
 
 import led_kernels
-from led_kernels.dispatch import BACKENDS, BackendUnavailable, can_run, choose_backend
-from led_model.terminal import table
+from led_kernels.dispatch import BACKENDS, BackendUnavailable, backend_module, can_run, choose_backend
+
+_PACKAGES = ("torch", "triton", "transformers", "tokenizers", "huggingface_hub")
 
 
 def run_info() -> None:
-    """Prints versions, the processor's instruction set, threads, devices, and one line per backend."""
-    print(table([[name, value] for name, value in _facts()]))
-    print("\nbackends")
-    for name in BACKENDS:
-        print(f"  {name:<10} {_usable(name)}")
-    for device in ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",):
-        print(f"\nfor float32 tensors on {device}: {choose_backend(torch.device(device), torch.float32)}")
-
-
-def _facts() -> list[tuple[str, str]]:
-    packages = ("torch", "triton", "transformers", "tokenizers", "huggingface_hub")
-    return [
-        ("led-kernels", led_kernels.__version__),
-        ("python", platform.python_version()),
-        *((name, _version(name)) for name in packages),
-        ("processor", f"{platform.machine()}, {torch.backends.cpu.get_cpu_capability()}"),
-        ("threads", str(torch.get_num_threads())),
-        ("gpu", torch.cuda.get_device_name() if torch.cuda.is_available() else "none"),
-    ]
+    """Prints versions, processor, threads, devices, and one line per backend and per device."""
+    facts = {
+        "led-kernels": led_kernels.__version__,
+        "python": platform.python_version(),
+        **{package: _version(package) for package in _PACKAGES},
+        "processor": f"{platform.machine()}, torch uses {torch.backends.cpu.get_cpu_capability()}",
+        "threads": torch.get_num_threads(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
+    }
+    devices = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
+    for title, rows in (
+        ("installed", facts),
+        ("backends", {backend: _usable(backend) for backend in BACKENDS}),
+        ("chosen for float32 tensors on", {device: _chosen(device) for device in devices}),
+    ):
+        print(title)
+        for name, value in rows.items():
+            print(f"  {name:<16} {value}")
 
 
 def _version(package: str) -> str:
@@ -44,6 +44,17 @@ def _version(package: str) -> str:
 def _usable(backend: str) -> str:
     try:
         can_run(backend, raise_error=True)
+        if backend == "cpu":
+            return f"usable, instruction set {backend_module('cpu').instruction_set()}"
     except BackendUnavailable as refusal:
-        return f"no: {str(refusal).split(': ', 1)[1]}"
-    return "usable" if backend != "reference" else "usable (the tests' oracle; never chosen by itself)"
+        return "no: " + str(refusal).removeprefix(f"backend {backend!r} cannot run: ")
+    except ValueError as refusal:  # of the instruction set that LED_KERNELS_CPU_ISA names
+        return f"no: {refusal}"
+    return "usable, for tests; never chosen by itself" if backend == "reference" else "usable"
+
+
+def _chosen(device: str) -> str:
+    try:
+        return choose_backend(torch.device(device), torch.float32)
+    except (BackendUnavailable, ValueError) as refusal:  # of the backend that LED_KERNELS_BACKEND names
+        return str(refusal)

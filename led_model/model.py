@@ -115,8 +115,8 @@ class LEDDecoder(nn.Module):
         hidden = self.embed_tokens(input_ids)
         if cross_mask is not None:
             # added to the scores; finite, so that a document of only padding gives no NaN
-            hidden_key = torch.finfo(hidden.dtype).min
-            cross_mask = torch.where(cross_mask != 0, 0.0, hidden_key).to(hidden.dtype)[:, None, None, :]
+            lowest = torch.finfo(hidden.dtype).min
+            cross_mask = torch.where(cross_mask != 0, 0.0, lowest).to(hidden.dtype)[:, None, None, :]
         hidden += self.embed_positions(position)
         hidden = F.dropout(self.layernorm_embedding(hidden), self.dropout, self.training)
         for layer, keys_values in zip(self.layers, cross_keys_values, strict=True):

@@ -146,6 +146,7 @@ def test_bad_model_is_one_sentence(text_file, tmp_path, capsys, monkeypatch):
         ["summarize", "x", "--model", "y", "--max-new-tokens", "0"],
         ["summarize", "x", "--model", "y", "--global-tokens", "many"],
         ["demo", "--tokens", "-1"],
+        ["demo", "--device", "abacus"],
     ],
 )
 def test_bad_arguments(argv, capsys):
@@ -173,6 +174,13 @@ def test_info(capsys):
         assert word in output
     for backend in ("reference", "torch", "cpu", "triton", "cuda"):
         assert re.search(rf"^  {backend} +(usable|no: .+)", output, re.MULTILINE)
+
+
+def test_info_reports_settings_that_cannot_be_met(capsys, monkeypatch):
+    monkeypatch.setenv("LED_KERNELS_BACKEND", "nonsense")
+    monkeypatch.setenv("LED_KERNELS_CPU_ISA", "nonsense")
+    assert main(["info"]) == 0
+    assert "backend is 'nonsense'; give one of" in capsys.readouterr().out
 
 
 def test_demo_ids_are_the_same_everywhere():
