@@ -37,6 +37,7 @@ class FusedLEDEncoderLayer(LEDEncoderLayer):
             hidden_states=hidden_states, attention_mask=attention_mask, output_attentions=output_attentions
         )
         hidden_states = self.self_attn_layer_norm(hidden_states + self._dropout(attended, self.dropout))
+        del attended  # the memory peak is yet to come
         expanded = self._dropout(self.activation_fn(self.fc1(hidden_states)), self.activation_dropout)
         contracted = self._dropout(self.fc2(expanded), self.dropout)
         hidden_states = self.final_layer_norm(hidden_states + contracted)
