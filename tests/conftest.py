@@ -9,9 +9,14 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # deterministic alg
 
 import pytest
 import torch
+from hypothesis import settings
 
 from led_kernels.dispatch import can_run
 from led_kernels.testing import runnable_backends
+
+settings.register_profile("fixed", derandomize=True, database=None, deadline=None, max_examples=60)
+settings.register_profile("random", deadline=None, max_examples=1000)
+settings.load_profile("fixed")
 
 
 @dataclass(frozen=True)

@@ -41,6 +41,7 @@ GLOBALS = {
     "last": ((66,), (66,)),
     "middle": ((33,), (34,)),
     "neighbours": ((31, 32, 33), (0, 1)),
+    "unused-after-last": ((0, 1, 2), (66,)),
     "counts-differ": ((0, 20, 40, 66), (5,)),
     "one-row-only": ((), (7, 50)),
     "all": (EVERY, EVERY),

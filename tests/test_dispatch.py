@@ -1,0 +1,217 @@
+"""Which backend serves a call, why another refuses, and what each needs: instruction sets, memory, no compiler."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from led_kernels import BackendUnavailable, LongformerMask, banded_attention, dispatch
+
+ROOT = Path(__file__).parents[1]
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+HAS_GPU = torch.cuda.is_available()
+needs_extension = pytest.mark.skipif(not dispatch.can_run("cpu"), reason="led_kernels._C is not built")
+
+
+def python(code: str, *args: str, **environment: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-c", code, *args]
+    return subprocess.run(command, cwd=ROOT, env=os.environ | environment, capture_output=True, text=True)
+
+
+def attend(**settings) -> torch.Tensor:
+    mask = LongformerMask.from_lengths([4], 4)
+    return banded_attention(*torch.randn(3, 1, 4, 1, 8), mask, window_size=1, **settings)
+
+
+class TestCanRun:
+    @pytest.mark.parametrize("backend", ["reference", "torch"])
+    @pytest.mark.parametrize("device", [None, CPU, CUDA, torch.device("meta")])
+    @pytest.mark.parametrize("dtype", [None, torch.float16, torch.bfloat16, torch.float32, torch.float64])
+    def test_plain_torch_runs_everywhere(self, backend, device, dtype):
+        assert dispatch.can_run(backend, device, dtype, raise_error=True)
+
+    @pytest.mark.parametrize("backend", dispatch.BACKENDS)
+    def test_dtype(self, backend):
+        device = CUDA if backend in ("triton", "cuda") else CPU
+        assert not dispatch.can_run(backend, device, torch.int32)
+        with pytest.raises(BackendUnavailable, match=f"backend '{backend}' cannot run: "):
+            dispatch.can_run(backend, device, torch.int32, raise_error=True)
+        if dispatch.can_run(backend, device):
+            with pytest.raises(
+                BackendUnavailable, match=r"it computes in float16, .*, not int32; cast the inputs"
+            ):
+                dispatch.can_run(backend, device, torch.int32, raise_error=True)
+
+    @needs_extension
+    def test_cpu_takes_tensors_on_the_cpu(self):
+        assert dispatch.can_run_cpu(CPU, torch.float64)
+        with pytest.raises(BackendUnavailable, match="it takes tensors on cpu, these are on cuda; move them"):
+            dispatch.can_run_cpu(CUDA, raise_error=True)
+
+    @pytest.mark.parametrize("backend", ["triton", "cuda"])
+    def test_gpu_backends_refuse_the_cpu(self, backend):
+        assert not dispatch.can_run(backend, CPU)
+        reason = r"it takes tensors on cuda|does not hold it"
+        with pytest.raises(BackendUnavailable, match=reason):
+            dispatch.can_run(backend, CPU, raise_error=True)
+
+    @pytest.mark.skipif(HAS_GPU, reason="torch sees a GPU")
+    @pytest.mark.parametrize("backend", ["triton", "cuda"])
+    def test_gpu_backends_need_a_gpu(self, backend):
+        with pytest.raises(BackendUnavailable, match=r"torch sees no GPU|does not hold it"):
+            dispatch.can_run(backend, CUDA, raise_error=True)
+
+    def test_unknown_name(self):
+        with pytest.raises(
+            ValueError, match="backend is 'metal'; give one of reference, torch, cpu, triton, cuda"
+        ):
+            dispatch.can_run("metal")
+
+
+class TestChoice:
+    @pytest.fixture(autouse=True)
+    def no_environment(self, monkeypatch):
+        monkeypatch.delenv("LED_KERNELS_BACKEND", raising=False)
+
+    def test_by_device(self, monkeypatch):
+        expected = "cpu" if dispatch.can_run("cpu") else "torch"
+        assert dispatch.choose_backend(CPU, torch.float32) == expected
+        runs = {"triton", "cuda"}
+        monkeypatch.setattr(dispatch, "can_run", lambda name, *args, **options: name in runs)
+        assert dispatch.choose_backend(CUDA, torch.float32) == "triton"
+        runs = {"cuda"}
+        assert dispatch.choose_backend(CUDA, torch.float32) == "cuda"
+        runs = set()
+        assert dispatch.choose_backend(CUDA, torch.float32) == "torch"
+        assert dispatch.choose_backend(CPU, torch.float32) == "torch"
+
+    def test_reference_is_never_chosen(self):
+        for device in (CPU, CUDA, torch.device("meta")):
+            assert dispatch.choose_backend(device, torch.float64) != "reference"
+
+    def test_environment_names_it(self, monkeypatch):
+        monkeypatch.setenv("LED_KERNELS_BACKEND", "reference")
+        assert dispatch.choose_backend(CPU, torch.float32) == "reference"
+        assert dispatch.choose_backend(CPU, torch.float32, "torch") == "torch", "an argument goes before"
+
+    @pytest.mark.parametrize("backend", ["triton", "cuda"])
+    def test_a_named_backend_never_falls_back(self, backend, monkeypatch):
+        with pytest.raises(BackendUnavailable, match=f"backend '{backend}' cannot run: "):
+            attend(backend=backend)
+        monkeypatch.setenv("LED_KERNELS_BACKEND", backend)
+        with pytest.raises(BackendUnavailable, match=f"backend '{backend}' cannot run: "):
+            attend()
+
+    def test_unknown_name(self, monkeypatch):
+        monkeypatch.setenv("LED_KERNELS_BACKEND", "metal")
+        with pytest.raises(ValueError, match="backend is 'metal'"):
+            attend()
+
+
+def test_without_the_extension():
+    """No compiler, no triton, no transformers: everything works through the torch backend, and `cpu` says why not."""
+    code = """
+import sys
+for name in ("led_kernels._C", "triton", "transformers"):
+    sys.modules[name] = None  # importing it raises ImportError
+import torch
+from led_kernels import BackendUnavailable, LongformerMask, dispatch, longformer_attention
+assert dispatch.choose_backend(torch.device("cpu"), torch.float32) == "torch"
+x = torch.randn(1, 9, 2, 8, requires_grad=True)
+mask = LongformerMask.from_lengths([9], 9, [0])
+longformer_attention(x, x, x, x, x, x, mask, window_size=2).sum().backward()
+try:
+    longformer_attention(x, x, x, x, x, x, mask, window_size=2, backend="cpu")
+except BackendUnavailable as error:
+    print(error)
+"""
+    result = python(code)
+    assert result.returncode == 0, result.stderr
+    assert "backend 'cpu' cannot run: the extension led_kernels._C is not there" in result.stdout
+    assert "install a C++17 compiler and reinstall led-kernels" in result.stdout
+
+
+def instruction_sets() -> list[str]:
+    if not dispatch.can_run("cpu"):
+        return []
+    from led_kernels import _C
+
+    return _C.cpu_isas()
+
+
+ISA_CASES = "cpu and (head_dim or window or loops or nan or infinite or drops) and not longformer"
+
+
+@needs_extension
+class TestInstructionSets:
+    @pytest.mark.parametrize("isa", instruction_sets()[1:])  # the first is what every other test runs on
+    @pytest.mark.parametrize(
+        "cases",
+        [
+            pytest.param(f"{ISA_CASES} and not float64 and not -float16-", id="short"),
+            pytest.param("cpu and not longformer", id="all", marks=pytest.mark.slow),
+        ],
+    )
+    def test_attention_suite(self, isa, cases):
+        command = [sys.executable, "-m", "pytest", "tests/test_attention.py", "-q", "-x", "-k", cases]
+        environment = os.environ | {"LED_KERNELS_CPU_ISA": isa}
+        result = subprocess.run(
+            [*command, "-p", "no:cacheprovider"], cwd=ROOT, env=environment, capture_output=True, text=True
+        )
+        assert result.returncode == 0, result.stdout[-3000:]
+        assert " passed" in result.stdout
+
+    def test_one_that_is_not_there(self):
+        code = """
+import torch
+from led_kernels import LongformerMask, banded_attention
+banded_attention(*torch.randn(3, 1, 4, 1, 8), LongformerMask.from_lengths([4], 4), window_size=1, backend="cpu")
+"""
+        result = python(code, LED_KERNELS_CPU_ISA="sparc")
+        assert result.returncode == 1
+        message = "LED_KERNELS_CPU_ISA is 'sparc'; this build on this processor has " + instruction_sets()[0]
+        assert message in result.stderr
+
+    def test_generic_is_always_there(self):
+        assert "generic" in instruction_sets()
+
+
+MEMORY_PROBE = """
+import sys
+import torch
+from led_kernels import LongformerMask, longformer_attention
+
+def status(field):  # KiB -> MiB
+    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(field)) / 1024
+
+backend, backward = sys.argv[1], sys.argv[2] == "backward"
+
+def run(seqlen):
+    mask = LongformerMask.from_lengths([seqlen], seqlen, [0, seqlen // 2])
+    x = torch.randn(1, seqlen, 6, 4, 64, requires_grad=backward)
+    before = status("VmRSS")
+    out = longformer_attention(*x.unbind(2), mask, window_size=2048, backend=backend)
+    if backward:
+        out.backward(torch.ones_like(out))
+    return status("VmHWM") - before
+
+run(64)
+print(run(16384))
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads memory from /proc")
+@pytest.mark.parametrize("passes", ["forward", pytest.param("backward", marks=pytest.mark.slow)])
+def test_memory_is_linear_in_the_length(passes, target):
+    """At 16,384 tokens and w = 2048 one tensor takes 16 MiB, the band 1 GiB and the dense scores 4 GiB."""
+    if target.device != "cpu":
+        pytest.skip("resident memory of the CPU")
+    result = python(MEMORY_PROBE, target.backend, passes)
+    assert result.returncode == 0, result.stderr
+    tensors = {"forward": 12, "backward": 36}[passes]  # inputs, outputs, gradients and copies
+    assert float(result.stdout) < 16 * tensors + 64
