@@ -92,6 +92,7 @@ def can_run(
     return _CAN_RUN[backend](device, dtype, raise_error)
 
 
+@torch.compiler.assume_constant_result  # torch.compile would trace into the import of the extension
 def choose_backend(device: torch.device, dtype: torch.dtype, backend: str | None = None) -> str:
     """Name of the backend that serves a call.
 

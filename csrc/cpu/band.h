@@ -40,10 +40,10 @@ struct BandGeometry {
     return {round_down(begin, G::kPanel), round_up(end, G::kPanel)};
   }
 
-  // Whether every query of the group at `row` sees every key of the panel at `key`.
-  bool is_plain(const Sequence& seq, int64_t row, int64_t key) const {
-    return key >= row + G::kRows - 1 - left && key + G::kPanel - 1 <= row + right &&
-           key + G::kPanel <= seq.len && !seq.has_padding(key, key + G::kPanel);
+  // Whether every query of the group at `row` sees all the keys begin .. end.
+  bool is_plain(const Sequence& seq, int64_t row, int64_t begin, int64_t end) const {
+    return begin >= row + G::kRows - 1 - left && end - 1 <= row + right && end <= seq.len &&
+           !seq.has_padding(begin, end);
   }
 
   // Whether every query of the group at `row` has the columns slot .. last in its band.

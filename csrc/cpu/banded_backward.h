@@ -146,8 +146,9 @@ class BandedBackward {
         const int64_t row = begin + g * G::kRows;
         const PanelRange range = band_.panels(seq, row, block);
         scores.score(buffers.tile, g, buffers.keys, slot, range.begin, range.end);
-        for (int64_t n = range.begin; n < range.end; n += G::kPanel) {
-          if (band_.is_plain(seq, row, block + n)) continue;
+        const bool plain = band_.is_plain(seq, row, block + range.begin, block + range.end);
+        for (int64_t n = range.begin; n < range.end && !plain; n += G::kPanel) {
+          if (band_.is_plain(seq, row, block + n, block + n + G::kPanel)) continue;
           Band<T> bands[G::kRows];
           band_.fill(row, bands);
           scores.template hide<Visible::kBand>(g, n, bands, buffers.keys.positions + slot);

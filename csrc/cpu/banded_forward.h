@@ -102,9 +102,10 @@ class BandedForward {
         const PanelRange range = band_.panels(seq, row, block);
         if (!local.group[g] || range.begin == range.end) continue;
         const int64_t key = block + range.begin, slot = key - key_begin, keys = range.end - range.begin;
+        const bool plain = band_.is_plain(seq, row, key, key + keys);
         tile.score(g, buffers.keys, slot, keys);
-        for (int64_t n = 0; n < keys; n += G::kPanel) {
-          if (band_.is_plain(seq, row, key + n)) continue;
+        for (int64_t n = 0; n < keys && !plain; n += G::kPanel) {
+          if (band_.is_plain(seq, row, key + n, key + n + G::kPanel)) continue;
           Band<T> bands[G::kRows];
           band_.fill(row, bands);
           tile.template hide<Visible::kBand>(n, bands, buffers.keys.positions + slot);

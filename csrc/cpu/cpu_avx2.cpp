@@ -4,7 +4,7 @@
   #define LED_VECTOR_BYTES 32
   #define LED_TILE_ROWS 6
   #define LED_BLOCK_M 48
-  #define LED_BLOCK_N 96
+  #define LED_BLOCK_N 192
   #include "instantiate.h"
 #else
   #include "kernel_table.h"

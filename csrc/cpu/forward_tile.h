@@ -10,6 +10,7 @@ namespace LED_ISA {
 template <class T>
 struct ForwardTile {
   using G = Geometry<T>;
+  static constexpr T kSlack = 8;
   T* q;        // [kBlockM, width]
   T* acc;      // [kBlockM, width], sum of p v
   T* row_max;  // [kBlockM]
@@ -119,13 +120,15 @@ struct ForwardTile {
       max0 = maximum<T>(load(scores + n), max0);
       max1 = maximum<T>(load(scores + n + kLanes<T>), max1);
     }
-    const T old_max = row_max[row], new_max = larger(old_max, reduce_max<T>(maximum<T>(max0, max1)));
-    const T reference = new_max == -kInfinity<T> ? T(0) : new_max;  // nothing seen yet: avoid inf - inf
-    if (new_max != old_max) {
-      const T correction = exp2_scalar(old_max - reference);
-      scale_row(row, correction);
-      row_max[row] = new_max;
+    // A maximum that is a little too low does no harm (probabilities grow to 2^kSlack at most), and keeping
+    // it saves nearly every rescaling of what was summed.
+    const T block_max = reduce_max<T>(maximum<T>(max0, max1));
+    if (block_max > row_max[row] + kSlack) {
+      scale_row(row, exp2_scalar(row_max[row] - block_max));
+      row_max[row] = block_max;
     }
+    const T reference =
+        row_max[row] == -kInfinity<T> ? T(0) : row_max[row];  // nothing seen yet: avoid inf - inf
     Vec<T> sum0 = load(row_sum + row * kLanes<T>), sum1 = broadcast<T>(0);
     for (int64_t n = 0; n < keys; n += G::kPanel) {
       const Vec<T> p0 = exp2_vec<T>(load(scores + n) - reference);

@@ -76,8 +76,27 @@ template <class T>
 inline Vec<T> broadcast(T x) {
   return x - Vec<T>{};  // the form that compilers turn into one instruction
 }
+// Folds the vector in halves.
+template <class T, int lanes, class Fold>
+inline T reduce(const T* x, Fold fold) {
+  if constexpr (lanes == 2) {
+    return fold(x[0], x[1]);
+  } else {
+    typedef T Half __attribute__((vector_size(lanes / 2 * sizeof(T))));
+    Half low, high;
+    memcpy(&low, x, sizeof(Half));
+    memcpy(&high, x + lanes / 2, sizeof(Half));
+    const Half folded = fold(low, high);
+    T rest[lanes / 2];
+    memcpy(rest, &folded, sizeof(Half));
+    return reduce<T, lanes / 2>(rest, fold);
+  }
+}
   #define LED_NOINLINE __attribute__((noinline))
   #define LED_UNROLL _Pragma("GCC unroll 16")
+inline void prefetch(const char* p) {
+  __builtin_prefetch(p);
+}
 #else
 // The same operators on an array, for compilers without the extension (MSVC).
 template <class T>
@@ -155,8 +174,15 @@ inline Vec<T> broadcast(T x) {
   for (int i = 0; i < kLanes<T>; ++i) r.lane[i] = x;
   return r;
 }
+template <class T, int lanes, class Fold>
+inline T reduce(const T* x, Fold fold) {
+  T r = x[0];
+  for (int i = 1; i < lanes; ++i) r = fold(r, x[i]);
+  return r;
+}
   #define LED_NOINLINE __declspec(noinline)
   #define LED_UNROLL
+inline void prefetch(const char*) {}
 #endif
 
 template <class T>
@@ -174,17 +200,29 @@ template <class T>
 inline Vec<T> maximum(Vec<T> a, Vec<T> b) {
   return select<T>(a > b, a, b);
 }
+struct MaxOf {
+  template <class V>
+  V operator()(V a, V b) const {
+    return a > b ? a : b;
+  }
+};
+struct SumOf {
+  template <class V>
+  V operator()(V a, V b) const {
+    return a + b;
+  }
+};
 template <class T>
 inline T reduce_max(Vec<T> x) {
-  T r = x[0];
-  for (int i = 1; i < kLanes<T>; ++i) r = x[i] > r ? x[i] : r;
-  return r;
+  T lanes[kLanes<T>];
+  store(lanes, x);
+  return reduce<T, kLanes<T>>(lanes, MaxOf());
 }
 template <class T>
 inline T reduce_sum(Vec<T> x) {
-  T r = x[0];
-  for (int i = 1; i < kLanes<T>; ++i) r += x[i];
-  return r;
+  T lanes[kLanes<T>];
+  store(lanes, x);
+  return reduce<T, kLanes<T>>(lanes, SumOf());
 }
 
 // 2^x for x <= 128; exactly 0 below the smallest normal number and for -inf; NaN stays NaN.

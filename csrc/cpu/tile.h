@@ -111,6 +111,12 @@ struct PackedKeys {
     constexpr int panel = Geometry<T>::kPanel;
     T row[256 + panel];
     for (int j = 0; j < panel; ++j) {
+      const int64_t key = key_at(slot + j);
+      if (key < 0) continue;
+      prefetch_row(row_address(p.k, p.dtype, seq.batch, seq.start + key, head), p.dtype, p.head_dim);
+      prefetch_row(row_address(p.v, p.dtype, seq.batch, seq.start + key, head), p.dtype, p.head_dim);
+    }
+    for (int j = 0; j < panel; ++j) {
       int64_t key = key_at(slot + j);
       if (key >= 0 && seq.kind[key] == 0) key = -1;
       positions[slot + j] = key < 0 ? std::numeric_limits<T>::quiet_NaN() : static_cast<T>(key);
