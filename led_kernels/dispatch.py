@@ -6,6 +6,7 @@ import functools
 import importlib
 import importlib.util
 import os
+from pathlib import Path
 from types import ModuleType
 
 import torch
@@ -127,9 +128,11 @@ def _extension_refusal() -> str | None:
     try:
         importlib.import_module("led_kernels._C")
     except ImportError as error:
+        build_error = Path(__file__).with_name("_build_error.txt")  # written when setup.py could not build it
+        reason = build_error.read_text(encoding="utf-8").strip() if build_error.exists() else error
         return (
-            f"the extension led_kernels._C is not there ({error}); install a C++17 compiler and reinstall led-kernels, "
-            "or use backend='torch'."
+            f"the extension led_kernels._C is not there ({reason}); install a C++17 compiler and reinstall "
+            "led-kernels, or use backend='torch'."
         )
     return None
 

@@ -8,7 +8,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import Target
 from torch import Tensor
 
 from led_kernels import (
@@ -27,6 +26,7 @@ from led_kernels.testing import (
     poisoned_memory,
     run_with_gradients,
 )
+from tests.conftest import Target
 
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 OPS = ("banded", "global", "longformer")

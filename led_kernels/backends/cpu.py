@@ -105,7 +105,9 @@ def instruction_set() -> str:
     available = _C.cpu_isas()
     named = os.environ.get("LED_KERNELS_CPU_ISA") or available[0]
     if named not in available:
-        raise ValueError(f"LED_KERNELS_CPU_ISA is {named!r}; this build on this processor has {', '.join(available)}.")
+        raise ValueError(
+            f"LED_KERNELS_CPU_ISA is {named!r}; this build on this processor has {', '.join(available)}."
+        )
     return named
 
 
