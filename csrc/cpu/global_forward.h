@@ -13,7 +13,7 @@ struct KeySplits {
   int64_t keys, per_head;
   KeySplits(const AttentionParams& p, int64_t tasks_without) {
     const int64_t wanted = ceil_div(4 * p.num_threads, larger<int64_t>(tasks_without, 1));
-    keys = round_up(ceil_div(p.max_seqlen, wanted), Geometry<T>::kBlockN);
+    keys = round_up(larger<int64_t>(ceil_div(p.max_seqlen, wanted), 1), Geometry<T>::kBlockN);
     per_head = ceil_div(p.max_seqlen, keys);
   }
 };
