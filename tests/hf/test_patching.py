@@ -221,7 +221,7 @@ def test_capacity_for_globals(build):
 
 
 def test_capacity_lets_the_encoder_compile_without_a_graph_break():
-    model = fused(led_model(CASE), max_globals=2, backend="torch").get_encoder()
+    model = fused(led_model(CASE), max_globals=2).get_encoder()
     inputs = CASE.inputs()
     with torch.no_grad():
         expected = model(**inputs).last_hidden_state
