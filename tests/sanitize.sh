@@ -14,7 +14,8 @@ python=${PYTHON:-python}
 cases="cpu"
 case "${1:-}" in
   "") ;;
-  --short) cases="cpu and (head_dim or window or strides or empty) and not longformer and not -float64- and not -float16-" ;;
+  --short) 
+    cases="cpu and (head_dim or window or strides or empty) and not longformer and not -float64- and not -float16-" ;;
   *) echo "usage: $0 [--short]" >&2; exit 2 ;;
 esac
 
@@ -41,9 +42,18 @@ export LD_PRELOAD=$preload
 export ASAN_OPTIONS=detect_leaks=0:halt_on_error=1:abort_on_error=0
 export UBSAN_OPTIONS=print_stacktrace=1:halt_on_error=1
 isas=$("$python" -c "import torch; from led_kernels import _C; print(*_C.cpu_isas())")
+pids=()
 for isa in $isas; do
-  echo "== $isa =="
   # uncaptured, as a report is written to the process's own stderr just before it ends
   LED_KERNELS_CPU_ISA=$isa "$python" -m pytest tests/test_attention.py tests/test_properties.py -q -k "$cases" \
-    --capture=no -p no:faulthandler -p no:cacheprovider
+    --capture=no -p no:faulthandler -p no:cacheprovider >"$work/$isa.log" 2>&1 &
+  pids+=($!)
 done
+failed=0
+for isa in $isas; do
+  wait "${pids[0]}" || failed=1
+  pids=("${pids[@]:1}")
+  echo "== $isa =="
+  cat "$work/$isa.log"
+done
+exit $failed
