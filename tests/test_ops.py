@@ -216,7 +216,7 @@ def test_meta_tensors(op, packed):
 
 
 THREAD_PROBE = """
-import sys, threading, time
+import os, sys, threading, time
 import torch
 from led_kernels import LongformerMask, banded_attention
 
@@ -227,11 +227,13 @@ q, k, v = torch.randn(3, 1, 2048, 4, 32)
 
 def measure():
     run = lambda: banded_attention(q, k, v, mask, window_size=256, backend=backend)
+    before = len(os.listdir("/proc/self/task"))
     run()
+    pool = len(os.listdir("/proc/self/task")) - before
     wall, cpu = time.perf_counter(), time.process_time()
     while time.perf_counter() - wall < 1.0:
         run()
-    print((time.process_time() - cpu) / (time.perf_counter() - wall))
+    print((time.process_time() - cpu) / (time.perf_counter() - wall), pool)
 
 worker = threading.Thread(target=measure)
 worker.start()
@@ -251,10 +253,12 @@ def test_number_of_threads(threads, target):
     environment = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
     command = [sys.executable, "-c", THREAD_PROBE, str(threads), target.backend]
     probe = subprocess.run(command, capture_output=True, text=True, env=environment, check=True)
-    busy = float(probe.stdout)
+    busy, pool = map(float, probe.stdout.split())
     assert busy < threads + 0.15, f"{busy:.2f} processors were busy with {threads} threads allowed"
-    if threads == 2:
-        assert busy > 1.15, f"only {busy:.2f} processors were busy with two threads allowed"
+    if target.backend == "cpu":  # whether both are busy depends on what else the machine does
+        assert pool == threads - 1, (
+            f"the call started {pool:.0f} threads beside its own, {threads - 1} are allowed"
+        )
 
 
 class TestBadInput:
