@@ -103,8 +103,8 @@ def assert_within_error_bound(
         plain: plain PyTorch's in ``actual``'s dtype.
         what: named in the message.
         floor_ulps: floor in units of ``eps(dtype) * max|oracle|``, for cases where plain PyTorch is exact by luck;
-            default 1 for fp16 and bf16, 8 for fp32 (other orders of summation), 64 for fp64, whose plain PyTorch is the
-            oracle itself.
+            default 2 for fp16 and bf16 (a backward from lse takes ``delta`` from the rounded out), 8 for fp32 (other
+            orders of summation), 64 for fp64, whose plain PyTorch is the oracle itself.
     """
     assert actual.shape == oracle.shape, (
         f"{what}: shape {tuple(actual.shape)}, expected {tuple(oracle.shape)}"
@@ -112,7 +112,7 @@ def assert_within_error_bound(
     assert actual.dtype == plain.dtype, f"{what}: dtype {actual.dtype}, expected {plain.dtype}"
     eps = torch.finfo(plain.dtype).eps
     if floor_ulps is None:
-        floor_ulps = {torch.float64: 64, torch.float32: 8}.get(plain.dtype, 1)
+        floor_ulps = {torch.float64: 64, torch.float32: 8}.get(plain.dtype, 2)
     actual, oracle, plain = actual.double(), oracle.double(), plain.double()
     infinite = oracle.isinf()
     assert torch.equal(actual.isinf(), infinite), f"{what}: rows without a result differ"
