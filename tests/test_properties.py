@@ -63,5 +63,6 @@ def cases(draw: st.DrawFn) -> DrawnCase:
 @given(case=cases(), dtype=st.sampled_from((torch.float32, torch.float64, torch.bfloat16)))
 def test_matches_reference(op, target, case, dtype):
     target.require(dtype)
-    floor = {torch.float32: 32.0, torch.float64: 256.0}.get(dtype)
+    # wider than by default: where a row has one key, gradients vanish but for the rounding of out, and plain's error
+    floor = {torch.float32: 32, torch.float64: 256, torch.bfloat16: 16}[dtype]
     assert_matches_reference(op, case, target.backend, target.device, dtype, floor_ulps=floor)
