@@ -5,6 +5,8 @@
 
 namespace led {
 
+constexpr int64_t kMaxHeadDim = 256;
+
 enum class DType : int32_t { kFloat32, kFloat64, kFloat16, kBFloat16 };
 
 // [batch, rows, heads, head_dim] with a contiguous last dimension. Packed sequences: batch_stride is 0, and

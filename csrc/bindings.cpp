@@ -1,4 +1,4 @@
-// Python bindings: pointers, shapes and strides in, no logic. The GIL is released around every kernel.
+// Python bindings: pointers, shapes and strides in; no logic. The GIL is released around every kernel.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -49,6 +49,8 @@ const KernelTable& kernels(const std::string& isa) {
 auto launcher(void (*KernelTable::*kernel)(const AttentionParams&)) {
   return [kernel](const AttentionParams& params, const std::string& isa) {
     const KernelTable& table = kernels(isa);
+    if (params.head_dim < 1 || params.head_dim > led::kMaxHeadDim)
+      throw py::value_error("head_dim is not 1 to 256.");
     py::gil_scoped_release release;
     (table.*kernel)(params);
   };

@@ -18,6 +18,7 @@ from led_kernels import (
     longformer_attention,
 )
 from led_kernels.api import gather_global_rows
+from led_kernels.backends import blockwise
 from led_kernels.testing import (
     AttentionCase,
     assert_matches_reference,
@@ -474,3 +475,18 @@ def test_outputs_are_contiguous_and_own_memory(op, packed, target):
     assert lse.is_contiguous()
     assert lse.dtype == torch.float32
     assert out.untyped_storage().data_ptr() != q.untyped_storage().data_ptr()
+
+
+@pytest.mark.parametrize("dropout_p", [0.0, 0.3])
+def test_torch_backend_keeps_to_the_device_of_its_inputs(dropout_p):
+    """On meta tensors a tensor made elsewhere, or a value read by the host, is an error."""
+    mask = BASE.mask().to("meta")
+    q, k, v = (x.to("meta") for x in BASE.inputs(BASE.mask()))
+    seed = torch.zeros(1, dtype=torch.int64, device="meta") if dropout_p else None
+    q_global = torch.empty(2, mask.max_globals, *q.shape[2:], device="meta")
+    for inputs, name, window in (((q, k, v), "banded", (3, 4)), ((q_global, k, v), "global", ())):
+        settings = (mask, *window, 0.25, dropout_p, seed)
+        out, lse = getattr(blockwise, f"{name}_forward")(*inputs, *settings)
+        grads = getattr(blockwise, f"{name}_backward")(out, lse, *inputs, out, lse, *settings)
+        assert [grad.shape for grad in grads] == [x.shape for x in inputs]
+        assert {x.device.type for x in (out, lse, *grads)} == {"meta"}

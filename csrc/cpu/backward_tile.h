@@ -52,7 +52,7 @@ struct BackwardTile {
                  q);
     load_tile<T>(params, params.d_out, batch, head, row_at, T(1), width, d_out);
     memset(dq, 0, static_cast<size_t>(G::kBlockM * width) * sizeof(T));
-    T out[256 + G::kPanel];
+    T out[kMaxHeadDim + G::kPanel];
     for (int i = 0; i < G::kBlockM; ++i) {
       const int64_t row = row_at(i);
       lse[i] = delta[i] = T(0);

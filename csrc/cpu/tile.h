@@ -109,7 +109,7 @@ struct PackedKeys {
   template <class KeyAt>
   void pack_panel(const AttentionParams& p, const Sequence& seq, int64_t head, int64_t slot, KeyAt key_at) {
     constexpr int panel = Geometry<T>::kPanel;
-    T row[256 + panel];
+    T row[kMaxHeadDim + panel];
     for (int j = 0; j < panel; ++j) {
       const int64_t key = key_at(slot + j);
       if (key < 0) continue;
