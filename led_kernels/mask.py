@@ -242,6 +242,7 @@ class LongformerMask:
         """candidates: ascending positions of the global tokens per row, values >= its length behind them."""
         if max_globals < 0:
             raise ValueError(f"max_globals is {max_globals}; give the capacity, 0 or more.")
+        kind = kind.contiguous()  # kernels take these without strides
         candidates = candidates[:, :max_globals]
         candidates = torch.nn.functional.pad(candidates, (0, max_globals - candidates.shape[1]))
         slot = torch.arange(max_globals, device=kind.device)
@@ -251,7 +252,7 @@ class LongformerMask:
             seq_len=seq_len.to(torch.int32),
             token_kind=kind.to(torch.uint8),
             padding_before=(is_padding.cumsum(-1) - is_padding).to(torch.int32),
-            global_index=torch.where(slot < counts[:, None], candidates, -1).to(torch.int32),
+            global_index=torch.where(slot < counts[:, None], candidates, -1).to(torch.int32).contiguous(),
             num_globals=counts.clamp(max=max_globals).to(torch.int32),
             max_seqlen=max_seqlen,
         )

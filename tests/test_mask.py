@@ -75,6 +75,13 @@ class TestFromPadding:
         mask = LongformerMask.from_padding((merged > 0).to(dtype), (merged == 2).to(dtype))
         check(mask, kinds)
 
+    def test_any_strides(self):
+        kinds = [[2, 1, 0], [1, 2, 1]]
+        transposed = torch.tensor(kinds).T.contiguous().T
+        for dtype in (torch.uint8, torch.int64, torch.float32):
+            check(LongformerMask.from_padding(transposed.to(dtype)), kinds)
+        check(LongformerMask.from_padding(torch.ones(1, 1).expand(2, 3)), [[1, 1, 1], [1, 1, 1]])
+
     def test_padding_wins_over_global(self):
         mask = LongformerMask.from_padding(torch.tensor([[1, 0, 1]]), torch.tensor([[0, 1, 1]]))
         check(mask, [[1, 0, 2]])
