@@ -123,6 +123,27 @@ def test_scores_of_ten_thousand(op, target):
     assert_matches_reference(op, case, target.backend, target.device, scale_k=1000.0, floor_ulps=10_000)
 
 
+@pytest.mark.parametrize("op", OPS[:2])
+@pytest.mark.parametrize(
+    "case",
+    [
+        AttentionCase(2, 1300, 1, window_size=100, globals_per_row=((0, 700), (1299,))),
+        AttentionCase(2, 1300, 1, window_size=(700, 3), padding="holes", globals_per_row=((5,), ())),
+        AttentionCase(1, 1300, 1, window_size=-1, globals_per_row=(tuple(range(0, 1300, 7)),)),
+        AttentionCase(2, 1300, 1, window_size=30, packed=True, globals_per_row=((0,), (900,)), dropout_p=0.1),
+    ],
+    ids=["window", "holes", "unlimited", "packed"],
+)
+def test_sequences_that_threads_share(op, case, target):
+    """Long sequences of few heads: their chunks see keys of each other, whose gradients are summed."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(4)
+    try:
+        assert_matches_reference(op, case, target.backend, target.device)
+    finally:
+        torch.set_num_threads(before)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("op", OPS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)

@@ -12,12 +12,12 @@ struct PanelRange {
   int64_t begin, end;
 };
 
-// Every head's rows in equal chunks of at least min_rows, so that there is work for all threads.
+// Every head's rows in equal chunks of min_rows to max_rows, so that there is work for all threads.
 struct Chunks {
   int64_t rows, per_head;
-  Chunks(const AttentionParams& p, int64_t min_rows, int64_t multiple) {
+  Chunks(const AttentionParams& p, int64_t min_rows, int64_t max_rows, int64_t multiple) {
     const int64_t wanted = ceil_div(4 * p.num_threads, larger<int64_t>(p.batch * p.heads, 1));
-    rows = round_up(larger(ceil_div(p.max_seqlen, wanted), min_rows), multiple);
+    rows = round_up(larger(smaller(ceil_div(p.max_seqlen, wanted), max_rows), min_rows), multiple);
     per_head = ceil_div(p.max_seqlen, rows);
   }
 };

@@ -17,7 +17,7 @@ class BandedBackward {
   explicit BandedBackward(const AttentionParams& p)
       : p_(p),
         width_(round_up(p.head_dim, G::kPanel)),
-        chunks_(p, min_chunk(p), G::kBlockM),
+        chunks_(p, min_chunk(p), p.max_seqlen, G::kBlockM),
         key_slots_(key_slots<T>(p, chunks_.rows)),
         column_slots_(round_up(p.mask.max_globals, G::kBlockN)),
         band_{p.window_left, p.window_right},

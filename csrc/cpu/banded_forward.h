@@ -15,7 +15,7 @@ class BandedForward {
   explicit BandedForward(const AttentionParams& p)
       : p_(p),
         width_(round_up(p.head_dim, G::kPanel)),
-        chunks_(p, 512, G::kBlockM),
+        chunks_(p, 512, 2048, G::kBlockM),  // at most 2048: a chunk's keys stay in cache
         band_{p.window_left, p.window_right},
         dropout_(p, kBandedStream) {}
 
