@@ -1,0 +1,185 @@
+"""Compiles real Triton launchers on a machine without a GPU.
+
+``with captured_launches("sm_80") as launches:`` every ``kernel[grid](...)`` of a ``@triton.jit`` function, on CPU
+tensors, is compiled for that target by Triton itself, with the configuration, specialisation and compile cache of a
+real launch, and recorded instead of run::
+
+    with captured_launches("sm_80") as launches:
+        banded_forward(q, k, v, mask, ...)
+    print(launches[0].name, launches[0].grid, launches[0].kernel.metadata.num_warps)
+    ptx = launches[0].kernel.asm["ptx"]
+
+Outputs of the launchers hold whatever they were allocated with, unless ``on_launch`` computes them. Works with Triton
+3.6 to 3.9, in a process where ``TRITON_INTERPRET`` was not set when the kernels were decorated.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime.driver import driver
+from triton.runtime.jit import JITFunction
+
+# Shared memory that one block may ask for, in bytes (CUDA programming guide, table of compute capabilities; CDNA 3 LDS)
+MAX_SHARED_MEMORY = {
+    "sm_80": 163 * 1024,
+    "sm_86": 99 * 1024,
+    "sm_89": 99 * 1024,
+    "sm_90": 227 * 1024,
+    "sm_100": 227 * 1024,
+    "sm_120": 99 * 1024,
+    "gfx942": 64 * 1024,
+}
+# Multiprocessors of A100, A10, L40S, H100 SXM, B200, RTX PRO 6000 and MI300X.
+MULTIPROCESSORS = {
+    "sm_80": 108,
+    "sm_86": 72,
+    "sm_89": 142,
+    "sm_90": 132,
+    "sm_100": 148,
+    "sm_120": 188,
+    "gfx942": 304,
+}
+TARGETS = tuple(MAX_SHARED_MEMORY)
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One launch that was compiled.
+
+    Attributes:
+        name: the kernel's function name.
+        target: ``sm_80`` ... ``gfx942``.
+        grid: three ints.
+        arguments: the value of every parameter by name, constexprs and defaults included, in the order of the
+            kernel's signature; tensors are those that the launcher passed.
+        constexprs: the values that were compiled in: parameters marked constexpr, and those Triton specialised
+            away (an int that is 1, or None).
+        kernel: Triton's ``CompiledKernel``: ``asm["ttgir" | "ptx" | "cubin" | "amdgcn"]``; ``metadata.shared`` in
+            bytes, ``metadata.num_warps``; ``hash`` tells compilations apart.
+    """
+
+    name: str
+    target: str
+    grid: tuple[int, int, int]
+    arguments: dict[str, Any]
+    constexprs: dict[str, Any]
+    kernel: Any
+
+    @property
+    def parameters(self) -> dict[str, tuple[str, Any]]:
+        """Triton type (``*bf16``, ``i32``, ``fp32`` ...) and value of the arguments that the compiled function takes,
+        in order. After them it takes the pointers to global and profiling scratch memory.
+        """
+        signature = self.kernel.src.signature
+        return {
+            name: (signature[name], value)
+            for name, value in self.arguments.items()
+            if signature[name] != "constexpr"
+        }
+
+
+@contextlib.contextmanager
+def captured_launches(
+    target: str, on_launch: Callable[[Launch], None] | None = None
+) -> Iterator[list[Launch]]:
+    """Within the context, launches are compiled for ``target`` and appended to the list it gives.
+
+    Args:
+        target: one of :data:`TARGETS`.
+        on_launch: called with each launch after it was compiled; may execute it.
+
+    Raises:
+        RuntimeError: Triton's interpreter is on, so that there is nothing to compile.
+        triton.runtime.errors.OutOfResources: a launch needs more shared memory than the target has.
+    """
+    if triton.knobs.runtime.interpret:
+        raise RuntimeError("TRITON_INTERPRET is set: launches would be interpreted, not compiled.")
+    launches: list[Launch] = []
+    run = JITFunction.run
+
+    def compile_only(self, *args, grid, warmup, **kwargs):
+        kernel = run(self, *args, grid=grid, warmup=True, **kwargs)
+        if not warmup:
+            launches.append(_record(self, kernel, target, grid, args, kwargs))
+            if on_launch is not None:
+                on_launch(launches[-1])
+        return kernel
+
+    # the attribute, since the property would look for a GPU
+    active = driver._active
+    driver.set_active(_FakeDriver(target))
+    JITFunction.run = compile_only
+    try:
+        yield launches
+    finally:
+        JITFunction.run = run
+        driver._active = active
+
+
+def gpu_target(target: str) -> GPUTarget:
+    """Triton's name of the target."""
+    if target not in TARGETS:
+        raise ValueError(f"Unknown target {target!r}; known: {', '.join(TARGETS)}.")
+    if target.startswith("gfx"):
+        return GPUTarget("hip", target, 64)
+    return GPUTarget("cuda", int(target.removeprefix("sm_")), 32)
+
+
+class _FakeDriver:
+    """What Triton's compiler and ``JITFunction.run`` ask of a driver."""
+
+    def __init__(self, target: str) -> None:
+        self.name = target
+        self.target = gpu_target(target)
+        self.utils = self
+
+    def get_current_target(self) -> GPUTarget:
+        return self.target
+
+    def get_current_device(self) -> GPUTarget:
+        """Compiled kernels are kept per device: the target keeps those of different targets apart."""
+        return self.target
+
+    def get_current_stream(self, device: GPUTarget) -> int:
+        return 0
+
+    def get_device_properties(self, device: GPUTarget) -> dict[str, int | str]:
+        return {
+            "max_shared_mem": MAX_SHARED_MEMORY[self.name],
+            "multiprocessor_count": MULTIPROCESSORS[self.name],
+            "max_num_regs": 65536,
+            "warpSize": self.target.warp_size,
+            "arch": self.name,
+        }
+
+    def get_active_torch_device(self):
+        import torch
+
+        return torch.device("cpu")
+
+
+def _record(function: JITFunction, kernel, target: str, grid, args: tuple, kwargs: dict) -> Launch:
+    names = function.signature.parameters
+    bound = function.signature.bind(*args, **{name: x for name, x in kwargs.items() if name in names})
+    bound.apply_defaults()
+    arguments = dict(bound.arguments)
+    if callable(grid):
+        grid = grid(arguments)
+    shared, limit = kernel.metadata.shared, MAX_SHARED_MEMORY[target]
+    if shared > limit:
+        raise triton.runtime.errors.OutOfResources(shared, limit, "shared memory")
+    signature = kernel.src.signature
+    return Launch(
+        name=function.__name__,
+        target=target,
+        grid=(*grid, 1, 1)[:3],
+        arguments=arguments,
+        constexprs={name: value for name, value in arguments.items() if signature[name] == "constexpr"},
+        kernel=kernel,
+    )
