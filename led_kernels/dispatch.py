@@ -46,10 +46,12 @@ def can_run_cpu(
 def can_run_triton(
     device: torch.device | None = None, dtype: torch.dtype | None = None, raise_error: bool = False
 ) -> bool:
-    """Whether the Triton kernels run here."""
+    """Whether the Triton kernels run here: a GPU from Ampere or CDNA 3 on, or Triton's interpreter on CPU tensors."""
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
     reason = (
-        _module_refusal("triton")
-        or _device_refusal(device, "cuda")
+        _triton_refusal()
+        or (_device_refusal(device, "cpu") if interpreted else _device_refusal(device, "cuda"))
+        or (None if interpreted else _capability_refusal(device))
         or _dtype_refusal(dtype, _HALF_AND_SINGLE)
     )
     return _answer("triton", reason, raise_error)
@@ -133,6 +135,31 @@ def _extension_refusal() -> str | None:
         return (
             f"the extension led_kernels._C is not there ({reason}); install a C++17 compiler and reinstall "
             "led-kernels, or use backend='torch'."
+        )
+    return None
+
+
+@functools.cache
+def _triton_refusal() -> str | None:
+    try:
+        triton = importlib.import_module("triton")
+    except ImportError as error:
+        return (
+            f"Triton cannot be imported ({error}); CUDA and ROCm builds of torch bring it, elsewhere install "
+            "led-kernels[triton], or use backend='torch'."
+        )
+    if tuple(int(part) for part in triton.__version__.split(".")[:2]) < (3, 6):
+        return (
+            f"Triton is {triton.__version__}, the kernels need 3.6 or newer; upgrade torch to 2.11 or newer."
+        )
+    return None
+
+
+def _capability_refusal(device: torch.device | None) -> str | None:
+    if torch.version.hip is None and torch.cuda.get_device_capability(device) < (8, 0):
+        return (
+            f"Triton has no tensor cores on {torch.cuda.get_device_name(device)}, of compute capability below 8.0; "
+            "use backend='cuda' where it was built, or backend='torch'."
         )
     return None
 

@@ -1,0 +1,119 @@
+"""The `triton` backend: fused kernels for NVIDIA GPUs from Ampere on and for AMD's CDNA 3.
+
+No GPU has run them yet: what stands behind them is Triton's interpreter, the ahead-of-time compilation for every target
+in ``configs.py``, and the execution of the sm_80 PTX by an interpreter (``tests/interpreter``, ``tests/triton_aot``,
+``tests/ptx``).
+
+Source of the algorithm: Dao, "FlashAttention-2", 2023; of the pattern: Beltagy et al., "Longformer", 2020.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from led_kernels.mask import LongformerMask
+
+try:
+    from led_kernels.backends.triton.banded_backward import launch_banded_backward
+    from led_kernels.backends.triton.banded_forward import launch_banded_forward
+    from led_kernels.backends.triton.global_backward import launch_global_backward
+    from led_kernels.backends.triton.global_forward import launch_global_forward
+except ImportError as error:
+    raise ImportError(
+        f"Triton cannot be imported ({error}); CUDA and ROCm builds of torch bring it, elsewhere install "
+        "led-kernels[triton], or use backend='torch'."
+    ) from error
+
+
+def banded_forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: LongformerMask,
+    window_left: int,
+    window_right: int,
+    softmax_scale: float,
+    dropout_p: float,
+    seed: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """Banded attention -> out like q, lse ``[batch, heads, seqlen]`` (packed ``[heads, total_rows]``)."""
+    q, _, scale = _positive_scale(q, softmax_scale)
+    with torch.cuda.device_of(q):
+        return launch_banded_forward(q, k, v, mask, window_left, window_right, scale, dropout_p, seed)
+
+
+def global_forward(
+    q_global: Tensor,
+    k_global: Tensor,
+    v_global: Tensor,
+    mask: LongformerMask,
+    softmax_scale: float,
+    dropout_p: float,
+    seed: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """Global attention -> out ``[batch, max_globals, heads, head_dim]``, lse ``[batch, heads, max_globals]``."""
+    q_global, _, scale = _positive_scale(q_global, softmax_scale)
+    with torch.cuda.device_of(q_global):
+        return launch_global_forward(q_global, k_global, v_global, mask, scale, dropout_p, seed)
+
+
+def banded_backward(
+    d_out: Tensor,
+    d_lse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    mask: LongformerMask,
+    window_left: int,
+    window_right: int,
+    softmax_scale: float,
+    dropout_p: float,
+    seed: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of :func:`banded_forward` -> dq, dk, dv, zeros on padding rows."""
+    q, sign, scale = _positive_scale(q, softmax_scale)
+    with torch.cuda.device_of(q):
+        dq, dk, dv = launch_banded_backward(
+            d_out, d_lse, q, k, v, out, lse, mask, window_left, window_right, scale, dropout_p, seed
+        )
+    return (dq if sign == 1 else dq * sign), dk, dv
+
+
+def global_backward(
+    d_out: Tensor,
+    d_lse: Tensor | None,
+    q_global: Tensor,
+    k_global: Tensor,
+    v_global: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    mask: LongformerMask,
+    softmax_scale: float,
+    dropout_p: float,
+    seed: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of :func:`global_forward` -> d(q_global), d(k_global), d(v_global), zeros on padding rows."""
+    q_global, sign, scale = _positive_scale(q_global, softmax_scale)
+    with torch.cuda.device_of(q_global):
+        dq, dk, dv = launch_global_backward(
+            d_out, d_lse, q_global, k_global, v_global, out, lse, mask, scale, dropout_p, seed
+        )
+    return (dq if sign == 1 else dq * sign), dk, dv
+
+
+def _positive_scale(q: Tensor, softmax_scale: float) -> tuple[Tensor, float, float]:
+    """``scale * q`` as ``|scale| * (sign * q)``: the kernels take the row maximum before they scale.
+
+    Returns:
+        q with the sign, the sign (0 for a scale of 0, whose q becomes 0), and the scale to use.
+    """
+    if softmax_scale > 0:
+        return q, 1.0, softmax_scale
+    sign = math.copysign(1.0, softmax_scale) if softmax_scale else 0.0
+    # the strides of q matter to no one, its padding rows may hold NaN as before
+    return q * sign, sign, abs(softmax_scale) or 1.0

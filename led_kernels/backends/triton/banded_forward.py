@@ -1,0 +1,223 @@
+"""Banded attention, forward: one program per query tile, head and sequence.
+
+Global keys come first, gathered through ``global_index``; those inside a query's band are skipped, because the band
+keeps them. Of the band's tiles only those that a band edge or the sequence's end crosses are masked. Where a program's
+keys hold padding, all its tiles are masked.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from led_kernels.backends.triton import configs
+from led_kernels.backends.triton.launch import (
+    block_arguments,
+    global_block,
+    lse_arguments,
+    sequence_arguments,
+    softmax_arguments,
+)
+from led_kernels.backends.triton.primitives import (
+    LN_2,
+    LOG2_E,
+    NO_KEY,
+    SIZES,
+    band_tiles,
+    count_padding,
+    keep_of_block,
+    keep_of_keys,
+    load_rows,
+    locate_sequence,
+    online_softmax_update,
+    store_rows,
+)
+from led_kernels.mask import LongformerMask
+
+
+@triton.jit
+def _attend_globals(
+    acc, row_sum, row_max, q, query, k_ptr, v_ptr, k_stride_s, v_stride_s,
+    global_index_ptr, num_globals, lower, upper, qk_scale, seed, batch_head, last_dropped,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_G: tl.constexpr,
+    DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """The global keys outside each query's band."""
+    slot = tl.arange(0, BLOCK_G)
+    offs_d = tl.arange(0, BLOCK_D)
+    for start in range(0, num_globals, BLOCK_G):
+        exists = start + slot < num_globals
+        key = tl.load(global_index_ptr + start + slot, mask=exists, other=0)  # [BLOCK_G]
+        row = key.to(tl.int64)[:, None]
+        k = load_rows(k_ptr, row * k_stride_s + offs_d[None, :], exists, HEAD_DIM, BLOCK_D, True)
+        v = load_rows(v_ptr, row * v_stride_s + offs_d[None, :], exists, HEAD_DIM, BLOCK_D, True)
+        scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # [BLOCK_M, BLOCK_G]
+        outside = (key[None, :] < lower[:, None]) | (key[None, :] > upper[:, None])
+        scores = tl.where(exists[None, :] & outside, scores, float("-inf"))
+        p, acc, row_sum, row_max = online_softmax_update(scores, acc, row_sum, row_max, qk_scale)
+        if DROPOUT:
+            p = tl.where(
+                keep_of_keys(seed, query, key, batch_head, 0, last_dropped, BLOCK_M, BLOCK_G), p, 0.0
+            )
+        acc = tl.dot(p.to(v.dtype), v, acc, input_precision=PRECISION)
+    return acc, row_sum, row_max
+
+
+@triton.jit
+def _attend_band(
+    acc, row_sum, row_max, q, query, k_ptr, v_ptr, k_stride_s, v_stride_s, kind_ptr, length,
+    start, num_tiles, num_skipped_from, num_skipped, lower, upper, qk_scale, seed, batch_head, last_dropped,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    CHECK_EDGES: tl.constexpr, CHECK_PADDING: tl.constexpr,
+    DROPOUT: tl.constexpr, PRECISION: tl.constexpr, NUM_STAGES: tl.constexpr,
+):  # fmt: skip
+    """``num_tiles`` tiles of neighbouring keys from ``start`` on, leaving out ``num_skipped`` after the first few."""
+    offs_n = tl.arange(0, BLOCK_N)
+    offs_d = tl.arange(0, BLOCK_D)
+    k_offsets = offs_n[:, None] * k_stride_s + offs_d[None, :]
+    v_offsets = offs_n[:, None] * v_stride_s + offs_d[None, :]
+    for i in tl.range(0, num_tiles, num_stages=NUM_STAGES):
+        tile = i
+        if CHECK_EDGES:
+            tile = tl.where(i < num_skipped_from, i, i + num_skipped)
+        key_start = start + tile * BLOCK_N
+        key = key_start + offs_n  # [BLOCK_N]
+        exists = key < length
+        if CHECK_PADDING:
+            exists = tl.load(kind_ptr + key, mask=exists, other=0) != 0
+        row = key_start.to(tl.int64)
+        k = load_rows(k_ptr + row * k_stride_s, k_offsets, exists, HEAD_DIM, BLOCK_D, CHECK_EDGES)
+        scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # [BLOCK_M, BLOCK_N]
+        if CHECK_EDGES:
+            allowed = (key[None, :] >= lower[:, None]) & (key[None, :] <= upper[:, None])
+            if CHECK_PADDING:
+                allowed = allowed & exists[None, :]
+            scores = tl.where(allowed, scores, float("-inf"))
+        p, acc, row_sum, row_max = online_softmax_update(scores, acc, row_sum, row_max, qk_scale)
+        if DROPOUT:
+            keep = keep_of_block(seed, query, key_start, batch_head, 0, last_dropped, BLOCK_M, BLOCK_N)
+            p = tl.where(keep, p, 0.0)
+        v = load_rows(v_ptr + row * v_stride_s, v_offsets, exists, HEAD_DIM, BLOCK_D, CHECK_EDGES)
+        acc = tl.dot(p.to(v.dtype), v, acc, input_precision=PRECISION)
+    return acc, row_sum, row_max
+
+
+@triton.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=("token_kind_ptr",))
+def _banded_forward_kernel(
+    q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr,
+    seq_start_ptr, seq_len_ptr, token_kind_ptr, padding_before_ptr, global_index_ptr, num_globals_ptr, seed_ptr,
+    q_stride_b, q_stride_s, q_stride_h, k_stride_b, k_stride_s, k_stride_h, v_stride_b, v_stride_s, v_stride_h,
+    out_stride_b, out_stride_s, out_stride_h, lse_stride_b, lse_stride_h, mask_stride_b,
+    heads, max_globals, window_left, window_right, softmax_scale, keep_scale, last_dropped: tl.uint32,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_G: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr, NUM_STAGES: tl.constexpr,
+):  # fmt: skip
+    row_start = tl.program_id(0) * BLOCK_M
+    head, batch = tl.program_id(1), tl.program_id(2)
+    first_row, mask_row, length, num_rows = locate_sequence(batch, seq_start_ptr, seq_len_ptr, mask_stride_b)
+    if row_start >= num_rows:
+        return
+    batch_offset, head_offset = batch.to(tl.int64), head.to(tl.int64)
+    query = row_start + tl.arange(0, BLOCK_M)
+    rows = tl.arange(0, BLOCK_M)
+    offs_d = tl.arange(0, BLOCK_D)
+    out_ptr += (
+        batch_offset * out_stride_b + head_offset * out_stride_h + (first_row + row_start) * out_stride_s
+    )
+    out_offsets = rows[:, None] * out_stride_s + offs_d[None, :]
+    lse_ptr += batch_offset * lse_stride_b + head_offset * lse_stride_h + first_row
+    is_written = query < num_rows
+    if row_start >= length:  # only padding from here on
+        store_rows(
+            out_ptr, out_offsets, tl.zeros([BLOCK_M, BLOCK_D], tl.float32), is_written, HEAD_DIM, BLOCK_D
+        )
+        tl.store(lse_ptr + query, float("inf"), mask=is_written)
+        return
+
+    q_ptr += batch_offset * q_stride_b + head_offset * q_stride_h + (first_row + row_start) * q_stride_s
+    k_ptr += batch_offset * k_stride_b + head_offset * k_stride_h + first_row * k_stride_s
+    v_ptr += batch_offset * v_stride_b + head_offset * v_stride_h + first_row * v_stride_s
+    q = load_rows(
+        q_ptr, rows[:, None] * q_stride_s + offs_d[None, :], query < length, HEAD_DIM, BLOCK_D, True
+    )
+    qk_scale = softmax_scale * LOG2_E
+    lower, upper = query - window_left, tl.minimum(query + window_right, length - 1)  # the band of each query
+    batch_head = batch * heads + head
+    seed = 0
+    if DROPOUT:
+        seed = tl.load(seed_ptr)
+    acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    row_sum = tl.zeros([BLOCK_M], tl.float32)
+    row_max = tl.full([BLOCK_M], NO_KEY, tl.float32)
+
+    acc, row_sum, row_max = _attend_globals(
+        acc, row_sum, row_max, q, query, k_ptr, v_ptr, k_stride_s, v_stride_s,
+        global_index_ptr + batch * max_globals, tl.load(num_globals_ptr + batch), lower, query + window_right,
+        qk_scale, seed, batch_head, last_dropped,
+        HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_G, DROPOUT, PRECISION,
+    )  # fmt: skip
+    start, stop, num_tiles, num_left, num_interior = band_tiles(
+        row_start, length, window_left, window_right, BLOCK_M, BLOCK_N
+    )
+    has_padding = count_padding(token_kind_ptr, padding_before_ptr, mask_row, start, stop) > 0
+    num_interior = tl.where(has_padding, 0, num_interior)
+    num_masked = num_tiles - num_interior
+    kind_ptr = token_kind_ptr + mask_row
+    acc, row_sum, row_max = _attend_band(
+        acc, row_sum, row_max, q, query, k_ptr, v_ptr, k_stride_s, v_stride_s, kind_ptr, length,
+        start, tl.where(has_padding, 0, num_masked), num_left, num_interior, lower, upper,
+        qk_scale, seed, batch_head, last_dropped,
+        HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, True, False, DROPOUT, PRECISION, NUM_STAGES,
+    )  # fmt: skip
+    acc, row_sum, row_max = _attend_band(
+        acc, row_sum, row_max, q, query, k_ptr, v_ptr, k_stride_s, v_stride_s, kind_ptr, length,
+        start + num_left * BLOCK_N, num_interior, 0, 0, lower, upper,
+        qk_scale, seed, batch_head, last_dropped,
+        HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, False, False, DROPOUT, PRECISION, NUM_STAGES,
+    )  # fmt: skip
+    acc, row_sum, row_max = _attend_band(
+        acc, row_sum, row_max, q, query, k_ptr, v_ptr, k_stride_s, v_stride_s, kind_ptr, length,
+        start, tl.where(has_padding, num_masked, 0), 0, 0, lower, upper,
+        qk_scale, seed, batch_head, last_dropped,
+        HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, True, True, DROPOUT, PRECISION, 1,
+    )  # fmt: skip
+
+    kind = tl.load(kind_ptr + query, mask=query < length, other=0)
+    is_local = kind == 1
+    acc *= (keep_scale / row_sum)[:, None]
+    out = tl.where(is_local[:, None], acc, 0.0)  # a select: rows of padding may hold NaN
+    store_rows(out_ptr, out_offsets, out, is_written, HEAD_DIM, BLOCK_D)
+    lse = tl.where(is_local, (row_max + tl.math.log2(row_sum)) * LN_2, float("inf"))
+    tl.store(lse_ptr + query, lse, mask=is_written)
+
+
+def launch_banded_forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: LongformerMask,
+    window_left: int,
+    window_right: int,
+    softmax_scale: float,
+    dropout_p: float,
+    seed: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """-> out like q, lse fp32 ``[batch, heads, seqlen]`` (packed ``[heads, total_rows]``); softmax_scale > 0."""
+    *lead, rows, heads, head_dim = q.shape
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    lse = torch.empty((*lead, heads, rows), dtype=torch.float32, device=q.device)
+    config = configs.choose("banded_forward", q.dtype, head_dim)
+    grid = (triton.cdiv(mask.max_seqlen, config.block_m), heads, mask.batch)
+    _banded_forward_kernel[grid](
+        **sequence_arguments(mask, q=q, k=k, v=v, out=out),
+        **lse_arguments(lse=lse),
+        **softmax_arguments(softmax_scale, dropout_p, seed),
+        heads=heads,
+        window_left=window_left,
+        window_right=window_right,
+        **block_arguments(config, q),
+        BLOCK_G=global_block(mask.max_globals),
+    )
+    return out, lse

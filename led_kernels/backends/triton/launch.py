@@ -1,0 +1,71 @@
+"""Arguments that every launcher passes, under the kernels' names. They depend on shapes and dtypes only."""
+
+from __future__ import annotations
+
+import torch
+import triton
+from torch import Tensor
+
+from led_kernels.backends.triton.configs import TileConfig
+from led_kernels.mask import LongformerMask
+from led_kernels.philox import dropout_threshold
+
+
+def sequence_arguments(mask: LongformerMask, **tensors: Tensor) -> dict[str, object]:
+    """Pointers and strides of ``[batch, rows, heads, head_dim]`` or ``[rows, heads, head_dim]``, and the mask's."""
+    arguments: dict[str, object] = {
+        f"{name}_ptr": getattr(mask, name)
+        for name in ("seq_start", "seq_len", "token_kind", "padding_before", "global_index", "num_globals")
+    }
+    for name, x in tensors.items():
+        arguments[f"{name}_ptr"] = x
+        arguments[f"{name}_stride_b"] = x.stride(0) if x.dim() == 4 else 0
+        arguments[f"{name}_stride_s"] = x.stride(-3)
+        arguments[f"{name}_stride_h"] = x.stride(-2)
+    return arguments | {
+        "mask_stride_b": 0 if mask.is_packed else mask.max_seqlen,
+        "max_globals": mask.max_globals,
+    }
+
+
+def lse_arguments(lse: Tensor, **same_layout: Tensor | None) -> dict[str, object]:
+    """Pointers of lse and of tensors that lie as it does, ``[batch, heads, rows]`` or ``[heads, rows]``; its strides."""
+    return {f"{name}_ptr": x for name, x in {"lse": lse, **same_layout}.items()} | {
+        "lse_stride_b": lse.stride(0) if lse.dim() == 3 else 0,
+        "lse_stride_h": lse.stride(-2),
+    }
+
+
+def softmax_arguments(softmax_scale: float, dropout_p: float, seed: Tensor | None) -> dict[str, object]:
+    """Scale and dropout. Draws up to ``last_dropped`` are dropped, so that dropout_p = 1 fits 32 bits."""
+    threshold = dropout_threshold(dropout_p)
+    return {
+        "softmax_scale": softmax_scale,
+        "seed_ptr": seed,
+        "keep_scale": 1 / (1 - dropout_p) if dropout_p < 1 else 1.0,
+        "last_dropped": max(threshold - 1, 0),
+        "DROPOUT": threshold > 0,
+    }
+
+
+def block_arguments(config: TileConfig, q: Tensor) -> dict[str, object]:
+    """Tile sizes, and how fp32 products are computed: exactly, or in tf32 where torch's matmul is allowed to."""
+    head_dim = q.shape[-1]
+    return {
+        "HEAD_DIM": head_dim,
+        "BLOCK_D": padded_head_dim(head_dim),
+        "BLOCK_M": config.block_m,
+        "BLOCK_N": config.block_n,
+        "NUM_STAGES": config.num_stages,
+        "PRECISION": "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee",
+        "num_warps": config.num_warps,
+    }
+
+
+def global_block(max_globals: int) -> int:
+    """Global keys in a tile: few global tokens are the rule, and many shall not take many small products."""
+    return 16 if max_globals <= 16 else 64
+
+
+def padded_head_dim(head_dim: int) -> int:
+    return max(16, triton.next_power_of_2(head_dim))
