@@ -22,7 +22,7 @@ from benchmarks.fake_driver import Launch
 HMMA_MACS = 16 * 8 * 16
 """Multiply-adds of the unit in which tensor work is counted: one HMMA of shape m16n8k16."""
 
-MASK_OPCODES = frozenset("ISETP FSETP ISET FSET FSEL SEL PLOP3 P2R R2P".split())
+MASK_OPCODES = frozenset(["ISETP", "FSETP", "ISET", "FSET", "FSEL", "SEL", "PLOP3", "P2R", "R2P"])
 """Compares, selects and predicate logic: what a mask is made of."""
 
 TENSOR_OPCODES = frozenset({"HMMA", "HGMMA", "UTCHMMA"})
@@ -150,7 +150,9 @@ def print_loops(launch: Launch) -> None:
     cubin = launch.kernel.asm["cubin"]
     used, metadata, graph = resources(cubin), launch.kernel.metadata, flow_graph(disassemble(cubin))
     print(
-        f"{launch.name} {launch.target}: {metadata.num_warps} warps, {metadata.num_stages} stages, "
+        f"{launch.name} {launch.target} "
+        + " ".join(f"{name}={value}" for name, value in launch.constexprs.items() if name.isupper())
+        + f"\n{metadata.num_warps} warps, "
         f"{used.registers} registers, {used.stack} B stack, {metadata.shared} B shared, "
         f"{sum(len(block.instructions) for block in graph.blocks)} instructions in all"
     )
@@ -174,7 +176,7 @@ def _instruction(predicate: str | None, opcode: str, operands: str) -> Instructi
     name = opcode.split(".")[0]
     if name not in _JUMPS:
         targets = ()  # BSSY names the place where threads meet again
-    conditional = bool(predicate) or bool(targets) and not operands.startswith("`")
+    conditional = bool(predicate) or (bool(targets) and not operands.startswith("`"))
     ends = name in _ENDS or (name in _JUMPS and bool(targets))
     return Instruction(opcode, operands, predicate or "", targets, conditional or not ends)
 
