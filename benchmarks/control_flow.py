@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -100,6 +100,16 @@ class FlowGraph:
             for header, body in loops.items()
             if not any(other < body for other in loops.values())
         }
+
+    def reaching(self, blocks: Iterable[int]) -> set[int]:
+        """The blocks from which one of these can be reached, these included."""
+        reaching, pending = set(), list(blocks)
+        while pending:
+            i = pending.pop()
+            if i not in reaching:
+                reaching.add(i)
+                pending.extend(self.predecessors[i])
+        return reaching
 
     def instructions(self, blocks: frozenset[int]) -> list[Instruction]:
         return [instruction for i in sorted(blocks) for instruction in self.blocks[i].instructions]
