@@ -25,27 +25,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
-# Shared memory that one block may ask for, in bytes (CUDA programming guide, table of compute capabilities; CDNA 3 LDS)
-MAX_SHARED_MEMORY = {
-    "sm_80": 163 * 1024,
-    "sm_86": 99 * 1024,
-    "sm_89": 99 * 1024,
-    "sm_90": 227 * 1024,
-    "sm_100": 227 * 1024,
-    "sm_120": 99 * 1024,
-    "gfx942": 64 * 1024,
-}
-# Multiprocessors of A100, A10, L40S, H100 SXM, B200, RTX PRO 6000 and MI300X.
-MULTIPROCESSORS = {
-    "sm_80": 108,
-    "sm_86": 72,
-    "sm_89": 142,
-    "sm_90": 132,
-    "sm_100": 148,
-    "sm_120": 188,
-    "gfx942": 304,
-}
-TARGETS = tuple(MAX_SHARED_MEMORY)
+from benchmarks.gpus import GPUS, TARGETS
 
 
 @dataclass(frozen=True)
@@ -91,7 +71,7 @@ def captured_launches(
     """Within the context, launches are compiled for ``target`` and appended to the list it gives.
 
     Args:
-        target: one of :data:`TARGETS`.
+        target: ``sm_80`` ... ``gfx942``, one of :data:`benchmarks.gpus.TARGETS`.
         on_launch: called with each launch after it was compiled; may execute it.
 
     Raises:
@@ -127,8 +107,8 @@ def gpu_target(target: str) -> GPUTarget:
     if target not in TARGETS:
         raise ValueError(f"Unknown target {target!r}; known: {', '.join(TARGETS)}.")
     if target.startswith("gfx"):
-        return GPUTarget("hip", target, 64)
-    return GPUTarget("cuda", int(target.removeprefix("sm_")), 32)
+        return GPUTarget("hip", target, GPUS[target].warp_size)
+    return GPUTarget("cuda", int(target.removeprefix("sm_")), GPUS[target].warp_size)
 
 
 class _FakeDriver:
@@ -150,11 +130,12 @@ class _FakeDriver:
         return 0
 
     def get_device_properties(self, device: GPUTarget) -> dict[str, int | str]:
+        gpu = GPUS[self.name]
         return {
-            "max_shared_mem": MAX_SHARED_MEMORY[self.name],
-            "multiprocessor_count": MULTIPROCESSORS[self.name],
-            "max_num_regs": 65536,
-            "warpSize": self.target.warp_size,
+            "max_shared_mem": gpu.shared_per_block,
+            "multiprocessor_count": gpu.multiprocessors,
+            "max_num_regs": gpu.registers,
+            "warpSize": gpu.warp_size,
             "arch": self.name,
         }
 
@@ -171,7 +152,7 @@ def _record(function: JITFunction, kernel, target: str, grid, args: tuple, kwarg
     arguments = dict(bound.arguments)
     if callable(grid):
         grid = grid(arguments)
-    shared, limit = kernel.metadata.shared, MAX_SHARED_MEMORY[target]
+    shared, limit = kernel.metadata.shared, GPUS[target].shared_per_block
     if shared > limit:
         raise triton.runtime.errors.OutOfResources(shared, limit, "shared memory")
     signature = kernel.src.signature
