@@ -11,8 +11,9 @@ import pytest
 import torch
 from hypothesis import settings
 
-from led_kernels.dispatch import can_run
-from led_kernels.testing import runnable_backends
+# Unless named on the command line: a process of its own. Its conftest has to come before Triton, which led_kernels
+# imports through torch.compiler: hence the imports inside functions here.
+collect_ignore = ["interpreter"]
 
 settings.register_profile("fixed", derandomize=True, database=None, deadline=None, max_examples=60)
 settings.register_profile("random", deadline=None, max_examples=1000)
@@ -29,6 +30,8 @@ class Target:
 
     def require(self, dtype: torch.dtype) -> None:
         """Skips the test where the backend does not compute in this dtype."""
+        from led_kernels.dispatch import can_run
+
         if not can_run(self.backend, torch.device(self.device), dtype):
             pytest.skip(f"{self.backend} does not compute in {dtype}")
 
@@ -50,6 +53,8 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "target" not in metafunc.fixturenames:
         return
+    from led_kernels.testing import runnable_backends
+
     devices = ["cpu", "cuda"] if metafunc.config.getoption("--gpu") else ["cpu"]
     targets = [Target(backend, device) for device in devices for backend in runnable_backends(device)]
     params = [
