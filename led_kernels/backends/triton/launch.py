@@ -10,6 +10,9 @@ from led_kernels.backends.triton.configs import TileConfig
 from led_kernels.mask import LongformerMask
 from led_kernels.philox import dropout_threshold
 
+# Programs that fill a GPU: four for each of the 132 multiprocessors of an H100, roughly.
+MAX_SPLITS = 512
+
 
 def sequence_arguments(mask: LongformerMask, **tensors: Tensor) -> dict[str, object]:
     """Pointers and strides of ``[batch, rows, heads, head_dim]`` or ``[rows, heads, head_dim]``, and the mask's."""
@@ -65,6 +68,21 @@ def block_arguments(config: TileConfig, q: Tensor) -> dict[str, object]:
 def global_block(max_globals: int) -> int:
     """Global keys in a tile: few global tokens are the rule, and many shall not take many small products."""
     return 16 if max_globals <= 16 else 64
+
+
+def split_keys(mask: LongformerMask, heads: int, num_tiles: int, block_n: int) -> tuple[int, int]:
+    """How global attention splits the keys of a sequence among programs, for ``num_tiles`` query tiles.
+
+    Returns:
+        num_splits: as many as give ``MAX_SPLITS`` programs in all, but no more rows of partial results (num_splits *
+            max_globals) than a sequence has; and
+        keys_per_split: a multiple of block_n.
+    """
+    key_tiles = max(1, triton.cdiv(mask.max_seqlen, block_n))
+    num_programs = max(1, mask.batch * heads * num_tiles)
+    num_splits = min(triton.cdiv(MAX_SPLITS, num_programs), mask.max_seqlen // max(1, mask.max_globals))
+    tiles_per_split = triton.cdiv(key_tiles, max(1, num_splits))
+    return triton.cdiv(key_tiles, tiles_per_split), tiles_per_split * block_n
 
 
 def padded_head_dim(head_dim: int) -> int:
