@@ -27,14 +27,36 @@ from led_kernels.backends.triton.primitives import (
     SIZES,
     band_tiles,
     count_padding,
+    is_between,
+    is_token,
     keep_of_block,
     keep_of_keys,
     load_rows,
     locate_sequence,
-    online_softmax_update,
+    softmax_step,
     store_rows,
 )
 from led_kernels.mask import LongformerMask
+
+
+@triton.jit
+def _attend_tile(
+    acc, row_sum, row_max, scores, v, keep, qk_scale, SUM_BY_DOT: tl.constexpr, PRECISION: tl.constexpr
+):
+    """The keys of ``scores`` (-inf where not allowed), of which dropout keeps ``keep`` (None for all).
+
+    With ``SUM_BY_DOT`` row_sum is ``[BLOCK_M, 8]``, all columns alike, and a product with ones adds to it what the
+    product with v sees: tensor cores have room for it where instructions are short.
+    """
+    p, rescale, row_max = softmax_step(scores, row_max, qk_scale)
+    p_kept = p if keep is None else tl.where(keep, p, 0.0)
+    if SUM_BY_DOT:
+        ones = tl.full([p.shape[1], 8], 1.0, v.dtype)
+        row_sum = tl.dot(p.to(v.dtype), ones, row_sum * rescale[:, None])
+    else:
+        row_sum = row_sum * rescale + tl.sum(p, 1)
+    acc = tl.dot(p_kept.to(v.dtype), v, acc * rescale[:, None], input_precision=PRECISION)
+    return acc, row_sum, row_max
 
 
 @triton.jit
@@ -42,7 +64,7 @@ def _attend_globals(
     acc, row_sum, row_max, q, query, k_ptr, v_ptr, k_stride_s, v_stride_s,
     global_index_ptr, num_globals, lower, upper, qk_scale, seed, batch_head, last_dropped,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_G: tl.constexpr,
-    DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
+    DROPOUT: tl.constexpr, SUM_BY_DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The global keys outside each query's band."""
     slot = tl.arange(0, BLOCK_G)
@@ -56,51 +78,61 @@ def _attend_globals(
         scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # [BLOCK_M, BLOCK_G]
         outside = (key[None, :] < lower[:, None]) | (key[None, :] > upper[:, None])
         scores = tl.where(exists[None, :] & outside, scores, float("-inf"))
-        p, acc, row_sum, row_max = online_softmax_update(scores, acc, row_sum, row_max, qk_scale)
+        keep = None
         if DROPOUT:
-            p = tl.where(
-                keep_of_keys(seed, query, key, batch_head, 0, last_dropped, BLOCK_M, BLOCK_G), p, 0.0
-            )
-        acc = tl.dot(p.to(v.dtype), v, acc, input_precision=PRECISION)
+            keep = keep_of_keys(seed, query, key, batch_head, 0, last_dropped, BLOCK_M, BLOCK_G)
+        acc, row_sum, row_max = _attend_tile(
+            acc, row_sum, row_max, scores, v, keep, qk_scale, SUM_BY_DOT, PRECISION
+        )
     return acc, row_sum, row_max
 
 
 @triton.jit
 def _attend_band(
-    acc, row_sum, row_max, q, query, k_ptr, v_ptr, k_stride_s, v_stride_s, kind_ptr, length,
-    start, num_tiles, num_skipped_from, num_skipped, lower, upper, qk_scale, seed, batch_head, last_dropped,
+    acc, row_sum, row_max, q, query, k_ptr, v_ptr, k_stride_s, v_stride_s, padding_before_ptr, length,
+    start, num_tiles, gap_at, gap, lower, upper, qk_scale, seed, batch_head, last_dropped,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    CHECK_EDGES: tl.constexpr, CHECK_PADDING: tl.constexpr,
-    DROPOUT: tl.constexpr, PRECISION: tl.constexpr, NUM_STAGES: tl.constexpr,
+    CHECK_EDGES: tl.constexpr, CHECK_PADDING: tl.constexpr, DROPOUT: tl.constexpr, SUM_BY_DOT: tl.constexpr,
+    PRECISION: tl.constexpr, NUM_STAGES: tl.constexpr,
 ):  # fmt: skip
-    """``num_tiles`` tiles of neighbouring keys from ``start`` on, leaving out ``num_skipped`` after the first few."""
+    """``num_tiles`` tiles of neighbouring keys from ``start`` on; tile ``gap_at`` follows a gap of ``gap`` tiles."""
     offs_n = tl.arange(0, BLOCK_N)
     offs_d = tl.arange(0, BLOCK_D)
     k_offsets = offs_n[:, None] * k_stride_s + offs_d[None, :]
     v_offsets = offs_n[:, None] * v_stride_s + offs_d[None, :]
+    key_start = start
+    if CHECK_EDGES:
+        key_start += tl.where(gap_at == 0, gap * BLOCK_N, 0)
+    k_ptr += key_start.to(tl.int64) * k_stride_s
+    v_ptr += key_start.to(tl.int64) * v_stride_s
     for i in tl.range(0, num_tiles, num_stages=NUM_STAGES):
-        tile = i
-        if CHECK_EDGES:
-            tile = tl.where(i < num_skipped_from, i, i + num_skipped)
-        key_start = start + tile * BLOCK_N
         key = key_start + offs_n  # [BLOCK_N]
         exists = key < length
         if CHECK_PADDING:
-            exists = tl.load(kind_ptr + key, mask=exists, other=0) != 0
-        row = key_start.to(tl.int64)
-        k = load_rows(k_ptr + row * k_stride_s, k_offsets, exists, HEAD_DIM, BLOCK_D, CHECK_EDGES)
+            exists = is_token(padding_before_ptr, key, length)
+        k = load_rows(k_ptr, k_offsets, exists, HEAD_DIM, BLOCK_D, CHECK_EDGES)
         scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # [BLOCK_M, BLOCK_N]
         if CHECK_EDGES:
-            allowed = (key[None, :] >= lower[:, None]) & (key[None, :] <= upper[:, None])
+            allowed = is_between(key, lower, upper)
             if CHECK_PADDING:
                 allowed = allowed & exists[None, :]
             scores = tl.where(allowed, scores, float("-inf"))
-        p, acc, row_sum, row_max = online_softmax_update(scores, acc, row_sum, row_max, qk_scale)
+        keep = None
         if DROPOUT:
             keep = keep_of_block(seed, query, key_start, batch_head, 0, last_dropped, BLOCK_M, BLOCK_N)
-            p = tl.where(keep, p, 0.0)
-        v = load_rows(v_ptr + row * v_stride_s, v_offsets, exists, HEAD_DIM, BLOCK_D, CHECK_EDGES)
-        acc = tl.dot(p.to(v.dtype), v, acc, input_precision=PRECISION)
+        v = load_rows(v_ptr, v_offsets, exists, HEAD_DIM, BLOCK_D, CHECK_EDGES)
+        acc, row_sum, row_max = _attend_tile(
+            acc, row_sum, row_max, scores, v, keep, qk_scale, SUM_BY_DOT, PRECISION
+        )
+        if CHECK_EDGES:
+            step = tl.where(i + 1 == gap_at, gap + 1, 1) * BLOCK_N
+            k_ptr += step.to(tl.int64) * k_stride_s
+            v_ptr += step.to(tl.int64) * v_stride_s
+        else:
+            step = BLOCK_N
+            k_ptr += BLOCK_N * k_stride_s
+            v_ptr += BLOCK_N * v_stride_s
+        key_start += step
     return acc, row_sum, row_max
 
 
@@ -112,7 +144,8 @@ def _banded_forward_kernel(
     out_stride_b, out_stride_s, out_stride_h, lse_stride_b, lse_stride_h, mask_stride_b,
     heads, max_globals, window_left, window_right, softmax_scale, keep_scale, last_dropped: tl.uint32,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_G: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr, NUM_STAGES: tl.constexpr,
+    BLOCK_G: tl.constexpr, PADDED_BLOCK_N: tl.constexpr, DROPOUT: tl.constexpr, SUM_BY_DOT: tl.constexpr,
+    PRECISION: tl.constexpr, NUM_STAGES: tl.constexpr,
 ):  # fmt: skip
     row_start = tl.program_id(0) * BLOCK_M
     head, batch = tl.program_id(1), tl.program_id(2)
@@ -120,28 +153,28 @@ def _banded_forward_kernel(
     if row_start >= num_rows:
         return
     batch_offset, head_offset = batch.to(tl.int64), head.to(tl.int64)
-    query = row_start + tl.arange(0, BLOCK_M)
     rows = tl.arange(0, BLOCK_M)
+    query = row_start + rows
     offs_d = tl.arange(0, BLOCK_D)
-    out_ptr += (
-        batch_offset * out_stride_b + head_offset * out_stride_h + (first_row + row_start) * out_stride_s
-    )
+    out_ptr += batch_offset * out_stride_b + head_offset * out_stride_h + (first_row + row_start) * out_stride_s
     out_offsets = rows[:, None] * out_stride_s + offs_d[None, :]
     lse_ptr += batch_offset * lse_stride_b + head_offset * lse_stride_h + first_row
     is_written = query < num_rows
     if row_start >= length:  # only padding from here on
-        store_rows(
-            out_ptr, out_offsets, tl.zeros([BLOCK_M, BLOCK_D], tl.float32), is_written, HEAD_DIM, BLOCK_D
-        )
+        store_rows(out_ptr, out_offsets, tl.zeros([BLOCK_M, BLOCK_D], tl.float32), is_written, HEAD_DIM, BLOCK_D)
         tl.store(lse_ptr + query, float("inf"), mask=is_written)
         return
 
     q_ptr += batch_offset * q_stride_b + head_offset * q_stride_h + (first_row + row_start) * q_stride_s
     k_ptr += batch_offset * k_stride_b + head_offset * k_stride_h + first_row * k_stride_s
     v_ptr += batch_offset * v_stride_b + head_offset * v_stride_h + first_row * v_stride_s
-    q = load_rows(
-        q_ptr, rows[:, None] * q_stride_s + offs_d[None, :], query < length, HEAD_DIM, BLOCK_D, True
+    start, stop, num_tiles, num_left, num_interior = band_tiles(
+        row_start, length, window_left, window_right, BLOCK_M, BLOCK_N
     )
+    has_padding = count_padding(token_kind_ptr, padding_before_ptr, mask_row, start, stop) > 0
+    # padding comes in as zeros, so that acc is finite and a factor of 0 can clear it
+    exists = is_token(padding_before_ptr + mask_row, query, length)
+    q = load_rows(q_ptr, rows[:, None] * q_stride_s + offs_d[None, :], exists, HEAD_DIM, BLOCK_D, True)
     qk_scale = softmax_scale * LOG2_E
     lower, upper = query - window_left, tl.minimum(query + window_right, length - 1)  # the band of each query
     batch_head = batch * heads + head
@@ -149,46 +182,44 @@ def _banded_forward_kernel(
     if DROPOUT:
         seed = tl.load(seed_ptr)
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    row_sum = tl.zeros([BLOCK_M], tl.float32)
+    if SUM_BY_DOT:
+        row_sum = tl.zeros([BLOCK_M, 8], tl.float32)
+    else:
+        row_sum = tl.zeros([BLOCK_M], tl.float32)
     row_max = tl.full([BLOCK_M], NO_KEY, tl.float32)
 
     acc, row_sum, row_max = _attend_globals(
         acc, row_sum, row_max, q, query, k_ptr, v_ptr, k_stride_s, v_stride_s,
         global_index_ptr + batch * max_globals, tl.load(num_globals_ptr + batch), lower, query + window_right,
         qk_scale, seed, batch_head, last_dropped,
-        HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_G, DROPOUT, PRECISION,
+        HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_G, DROPOUT, SUM_BY_DOT, PRECISION,
     )  # fmt: skip
-    start, stop, num_tiles, num_left, num_interior = band_tiles(
-        row_start, length, window_left, window_right, BLOCK_M, BLOCK_N
-    )
-    has_padding = count_padding(token_kind_ptr, padding_before_ptr, mask_row, start, stop) > 0
-    num_interior = tl.where(has_padding, 0, num_interior)
-    num_masked = num_tiles - num_interior
-    kind_ptr = token_kind_ptr + mask_row
-    acc, row_sum, row_max = _attend_band(
-        acc, row_sum, row_max, q, query, k_ptr, v_ptr, k_stride_s, v_stride_s, kind_ptr, length,
-        start, tl.where(has_padding, 0, num_masked), num_left, num_interior, lower, upper,
-        qk_scale, seed, batch_head, last_dropped,
-        HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, True, False, DROPOUT, PRECISION, NUM_STAGES,
-    )  # fmt: skip
-    acc, row_sum, row_max = _attend_band(
-        acc, row_sum, row_max, q, query, k_ptr, v_ptr, k_stride_s, v_stride_s, kind_ptr, length,
-        start + num_left * BLOCK_N, num_interior, 0, 0, lower, upper,
-        qk_scale, seed, batch_head, last_dropped,
-        HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, False, False, DROPOUT, PRECISION, NUM_STAGES,
-    )  # fmt: skip
-    acc, row_sum, row_max = _attend_band(
-        acc, row_sum, row_max, q, query, k_ptr, v_ptr, k_stride_s, v_stride_s, kind_ptr, length,
-        start, tl.where(has_padding, num_masked, 0), 0, 0, lower, upper,
-        qk_scale, seed, batch_head, last_dropped,
-        HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, True, True, DROPOUT, PRECISION, 1,
-    )  # fmt: skip
+    if not has_padding:
+        acc, row_sum, row_max = _attend_band(
+            acc, row_sum, row_max, q, query, k_ptr, v_ptr, k_stride_s, v_stride_s, padding_before_ptr + mask_row, length,
+            start, num_tiles - num_interior, num_left, num_interior, lower, upper,
+            qk_scale, seed, batch_head, last_dropped,
+            HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, True, False, DROPOUT, SUM_BY_DOT, PRECISION, NUM_STAGES,
+        )  # fmt: skip
+        acc, row_sum, row_max = _attend_band(
+            acc, row_sum, row_max, q, query, k_ptr, v_ptr, k_stride_s, v_stride_s, padding_before_ptr + mask_row, length,
+            start + num_left * BLOCK_N, num_interior, 0, 0, lower, upper,
+            qk_scale, seed, batch_head, last_dropped,
+            HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, False, False, DROPOUT, SUM_BY_DOT, PRECISION, NUM_STAGES,
+        )  # fmt: skip
+    else:
+        acc, row_sum, row_max = _attend_band(
+            acc, row_sum, row_max, q, query, k_ptr, v_ptr, k_stride_s, v_stride_s, padding_before_ptr + mask_row, length,
+            start, tl.cdiv(stop - start, PADDED_BLOCK_N), 0, 0, lower, upper,
+            qk_scale, seed, batch_head, last_dropped,
+            HEAD_DIM, BLOCK_D, BLOCK_M, PADDED_BLOCK_N, True, True, DROPOUT, SUM_BY_DOT, PRECISION, 1,
+        )  # fmt: skip
 
-    kind = tl.load(kind_ptr + query, mask=query < length, other=0)
-    is_local = kind == 1
-    acc *= (keep_scale / row_sum)[:, None]
-    out = tl.where(is_local[:, None], acc, 0.0)  # a select: rows of padding may hold NaN
-    store_rows(out_ptr, out_offsets, out, is_written, HEAD_DIM, BLOCK_D)
+    if SUM_BY_DOT:
+        row_sum = tl.max(row_sum, 1)
+    is_local = tl.load(token_kind_ptr + mask_row + query, mask=query < length, other=0) == 1
+    acc *= tl.where(is_local, keep_scale / row_sum, 0.0)[:, None]
+    store_rows(out_ptr, out_offsets, acc, is_written, HEAD_DIM, BLOCK_D)
     lse = tl.where(is_local, (row_max + tl.math.log2(row_sum)) * LN_2, float("inf"))
     tl.store(lse_ptr + query, lse, mask=is_written)
 
@@ -219,5 +250,7 @@ def launch_banded_forward(
         window_right=window_right,
         **block_arguments(config, q),
         BLOCK_G=global_block(mask.max_globals),
+        PADDED_BLOCK_N=max(16, config.block_n // 4),
+        SUM_BY_DOT=configs.sums_by_dot(q.dtype),
     )
     return out, lse

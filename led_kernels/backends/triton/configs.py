@@ -19,3 +19,7 @@ class TileConfig:
 def choose(kernel: str, dtype: torch.dtype, head_dim: int) -> TileConfig:
     c = os.environ.get("CFG", "128,128,8,2")
     return TileConfig(*map(int, c.split(",")))
+
+
+def sums_by_dot(dtype: torch.dtype) -> bool:
+    return os.environ.get("SUM", "1") == "1" and dtype != torch.float32

@@ -55,14 +55,38 @@ def band_tiles(row_start, length, before, after, BLOCK_ROWS: tl.constexpr, BLOCK
         num_left: tiles at the front that some row does not see from their first column on.
         num_interior: tiles behind those whose every column exists and is seen by every row.
     """
-    start = tl.maximum(row_start - before, 0) // 4 * 4
+    start = tl.maximum(row_start - before, 0) & -4
     stop = tl.minimum(row_start + BLOCK_ROWS + after, length)
-    num_tiles = tl.cdiv(tl.maximum(stop - start, 0), BLOCK_COLUMNS)
+    num_tiles = full_tiles(stop - start + BLOCK_COLUMNS - 1, BLOCK_COLUMNS)
     left_stop = tl.maximum(row_start + BLOCK_ROWS - 1 - before, start)
-    num_left = tl.minimum(tl.cdiv(left_stop - start, BLOCK_COLUMNS), num_tiles)
+    num_left = tl.minimum(full_tiles(left_stop - start + BLOCK_COLUMNS - 1, BLOCK_COLUMNS), num_tiles)
     seen_by_all = tl.minimum(row_start + after + 1, length) - start
-    num_interior = tl.maximum(seen_by_all // BLOCK_COLUMNS - num_left, 0)
+    num_interior = tl.maximum(full_tiles(seen_by_all, BLOCK_COLUMNS) - num_left, 0)
     return start, stop, num_tiles, num_left, num_interior
+
+
+@triton.jit
+def full_tiles(columns, BLOCK_COLUMNS: tl.constexpr):
+    """``columns // BLOCK_COLUMNS`` where columns is not negative: a shift, which a signed division is not."""
+    return (columns.to(tl.uint32) // BLOCK_COLUMNS).to(tl.int32)
+
+
+@triton.jit
+def is_between(columns, lower, upper):
+    """``lower <= column <= upper``, ``[rows, columns]``, in one unsigned compare; upper is at least lower - 1."""
+    return (columns[None, :] - lower[:, None]).to(tl.uint32) < (upper - lower + 1).to(tl.uint32)[:, None]
+
+
+@triton.jit
+def is_token(padding_before_ptr, position, length):
+    """Which positions of the sequence whose ``padding_before`` starts at the pointer are not padding.
+
+    Not from ``token_kind``: loads of one byte that decide about an operand of a dot make Triton lay the operand out for
+    elements of one byte, which ldmatrix cannot load.
+    """
+    before = tl.load(padding_before_ptr + position, mask=position < length, other=0)
+    after = tl.load(padding_before_ptr + position + 1, mask=position + 1 < length, other=-1)
+    return (before == after) | (position == length - 1)  # the last position is never padding
 
 
 @triton.jit
@@ -102,18 +126,23 @@ def store_rows(ptr, offsets, x, rows_exist, HEAD_DIM: tl.constexpr, BLOCK_D: tl.
 
 
 @triton.jit
-def online_softmax_update(scores, acc, row_sum, row_max, qk_scale):
-    """One step of the online softmax over the columns of ``scores`` (-inf where not allowed).
+def softmax_step(scores, row_max, qk_scale):
+    """The columns of ``scores`` (-inf where not allowed) join the running maximum.
 
     Source: Milakov and Gimelshein, "Online normalizer calculation for softmax", 2018.
 
     Returns:
-        probabilities (relative to the new maximum), and acc, row_sum, row_max brought up to date.
+        probabilities relative to the new maximum, the factor for all sums up to here, and the new maximum.
     """
     new_max = tl.maximum(row_max, tl.max(scores, 1) * qk_scale)
-    p = tl.math.exp2(scores * qk_scale - new_max[:, None])
-    rescale = tl.math.exp2(row_max - new_max)
-    return p, acc * rescale[:, None], row_sum * rescale + tl.sum(p, 1), new_max
+    return tl.math.exp2(scores * qk_scale - new_max[:, None]), tl.math.exp2(row_max - new_max), new_max
+
+
+@triton.jit
+def online_softmax_update(scores, acc, row_sum, row_max, qk_scale):
+    """:func:`softmax_step` -> probabilities, and acc, row_sum, row_max brought up to date."""
+    p, rescale, row_max = softmax_step(scores, row_max, qk_scale)
+    return p, acc * rescale[:, None], row_sum * rescale + tl.sum(p, 1), row_max
 
 
 @triton.jit
