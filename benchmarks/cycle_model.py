@@ -2,13 +2,13 @@
 
 The model: one quarter of a multiprocessor executes the loop body; each pipe is busy for instructions x 32 lanes / rate
 cycles, one instruction is issued per cycle, and with enough warps all pipes overlap perfectly. The share is the tensor
-core's cycles over the busiest pipe's: an upper bound that knows nothing of latencies, barriers or memory.
+core's cycles for products that are needed over the busiest pipe's: an upper bound that knows nothing of latencies, barriers or memory.
 """
 
 from __future__ import annotations
 
 from benchmarks.gpus import WARP, Rates
-from benchmarks.sass import Loop
+from benchmarks.sass import HMMA_MACS, Loop
 
 _ALU = frozenset(
     (
@@ -39,7 +39,6 @@ def pipe_cycles(loop: Loop, rates: Rates) -> dict[str, float]:
     }
 
 
-def tensor_share(loop: Loop, rates: Rates) -> float:
-    """1 where nothing takes longer than the tensor core."""
-    cycles = pipe_cycles(loop, rates)
-    return cycles["tensor"] / max(cycles.values())
+def tensor_share(loop: Loop, hmmas: float, rates: Rates) -> float:
+    """1 where nothing takes longer than the ``hmmas`` that the loop's tiles need (:meth:`Loop.hmmas`)."""
+    return hmmas * HMMA_MACS / rates.tensor_macs / max(pipe_cycles(loop, rates).values())

@@ -12,6 +12,7 @@ import functools
 import itertools
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from benchmarks import ptx_trace, sass
 from benchmarks.control_flow import FlowGraph
@@ -23,29 +24,43 @@ class UnknownLoops(RuntimeError):
     """The loops of the machine code cannot be told from those of the PTX."""
 
 
-def iterations_of_programs(launch: Launch) -> Counter[tuple[int, ...]]:
-    """How many programs of the grid run their tensor-core loops so many times each, in the order of the text."""
-    trace = ptx_trace.PtxTrace(launch)
-    return Counter(
-        tuple(trace.iterations((x, y, z))) for z, y, x in itertools.product(*map(range, launch.grid[::-1]))
-    )
+@dataclass(frozen=True)
+class Execution:
+    """One launch, executed by count.
+
+    Attributes:
+        instructions: of all warps of the grid.
+        programs: how many programs run the kernel's tensor-core loops so many times each, in the order of the text.
+    """
+
+    instructions: int
+    programs: Counter[tuple[int, ...]]
+
+    @property
+    def mean_iterations(self) -> list[float]:
+        """Of each loop, over the programs."""
+        total = self.programs.total()
+        by_loop = zip(*self.programs, strict=True)
+        counts = self.programs.values()
+        return [sum(n * count for n, count in zip(runs, counts, strict=True)) / total for runs in by_loop]
 
 
-def executed_instructions(launch: Launch) -> int:
-    """Warp instructions of the whole grid.
+def execute(launch: Launch, graph: FlowGraph) -> Execution:
+    """Follows every program of the grid; ``graph`` is the launch's machine code.
 
     Raises:
         UnknownLoops, benchmarks.ptx_trace.UnknownBranch: the model does not hold for this kernel.
     """
-    graph = sass.flow_graph(sass.disassemble(launch.kernel.asm["cubin"]))
     trace = ptx_trace.PtxTrace(launch)
     in_sass = _tensor_instructions(graph, graph.innermost_loops(sass.is_tensor), sass.is_tensor)
     in_ptx = _tensor_instructions(trace.graph, trace.loops, ptx_trace.is_tensor)
     if in_sass != in_ptx:
         raise UnknownLoops(f"tensor instructions by loop are {in_ptx} in PTX and {in_sass} in machine code")
-    programs = iterations_of_programs(launch)
+    programs = Counter(
+        tuple(trace.iterations((x, y, z))) for z, y, x in itertools.product(*map(range, launch.grid[::-1]))
+    )
     per_warp = sum(count * instructions_of_program(graph, loops) for loops, count in programs.items())
-    return per_warp * launch.kernel.metadata.num_warps
+    return Execution(per_warp * launch.kernel.metadata.num_warps, programs)
 
 
 def instructions_of_program(graph: FlowGraph, iterations: Sequence[int]) -> int:

@@ -90,16 +90,16 @@ class PtxTrace:
         counts, at = [0] * len(self.graph.blocks), 0
         while at in self._followed:
             counts[at] += 1
-            for instruction in self._slices[at]:
+            for instruction, operands in self._slices[at]:
                 if not instruction.predicate or _holds(instruction.predicate, registers):
-                    self._execute(instruction, registers)
+                    self._execute(instruction, operands, registers)
             block = self.graph.blocks[at]
             taken = len(block.successors) > 1 and _holds(block.instructions[-1].predicate, registers)
             at = block.successors[taken]
         return [counts[header] for header in self.loops]
 
-    def _execute(self, instruction: Instruction, registers: dict[str, int]) -> None:
-        result, *operands = _operands(instruction)
+    def _execute(self, instruction: Instruction, operands: list[str], registers: dict[str, int]) -> None:
+        result, *operands = operands
         try:
             if instruction.name == "ld":
                 loaded = self._load(instruction, operands[0], registers)
@@ -210,8 +210,8 @@ def _flow_graph(ptx: str) -> FlowGraph:
     return FlowGraph(lines)
 
 
-def _slices(graph: FlowGraph, followed: set[int]) -> list[list[Instruction]]:
-    """For each block the instructions that a branch of the followed blocks depends on."""
+def _slices(graph: FlowGraph, followed: set[int]) -> list[list[tuple[Instruction, list[str]]]]:
+    """For each block the instructions that a branch of the followed blocks depends on, with their operands."""
     definitions: dict[str, list[Instruction]] = {}
     for block in graph.blocks:
         for instruction in block.instructions:
@@ -233,4 +233,4 @@ def _slices(graph: FlowGraph, followed: set[int]) -> list[list[Instruction]]:
         for instruction in definitions.get(register, []):
             sliced.add(id(instruction))
             pending += _REGISTER.findall(instruction.predicate + ",".join(_operands(instruction)[1:]))
-    return [[i for i in block.instructions if id(i) in sliced] for block in graph.blocks]
+    return [[(i, _operands(i)) for i in block.instructions if id(i) in sliced] for block in graph.blocks]

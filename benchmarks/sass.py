@@ -28,6 +28,17 @@ MASK_OPCODES = frozenset(["ISETP", "FSETP", "ISET", "FSET", "FSEL", "SEL", "PLOP
 TENSOR_OPCODES = frozenset({"HMMA", "HGMMA", "UTCHMMA"})
 """mma.sync, wgmma and tcgen05."""
 
+PRODUCTS = {
+    "_banded_forward_kernel": 2,
+    "_banded_dq_kernel": 3,
+    "_banded_dkdv_kernel": 4,
+    "_banded_dkdv_globals_kernel": 4,
+    "_global_forward_kernel": 2,
+    "_global_backward_kernel": 4,
+    "_global_dq_kernel": 3,
+}
+"""Matrix products of BLOCK_M x BLOCK_N x BLOCK_D that a tile of each kernel needs."""
+
 _BINARIES = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 _LABEL = re.compile(r"^(\.L_\w+):")
 _INSTRUCTION = re.compile(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@(!?U?P\w+)\s+)?([\w.]+)\s*(.*?)\s*;")
@@ -84,14 +95,15 @@ class Loop:
         """Mask instructions for each score, of which every one has its exponential: about 0 in an interior loop."""
         return self.mask_instructions / max(1, self.exponentials)
 
-    @property
-    def per_tensor_instruction(self) -> float:
-        return self.size / self.tensor_instructions
+    def hmmas(self, launch: Launch) -> float:
+        """This warp's products that the attention needs, in HMMAs of shape m16n8k16, whatever the target's shape.
 
-    @property
-    def per_hmma(self) -> float | None:
-        """Instructions for the tensor work of one m16n8k16 HMMA, whatever shape the target's have."""
-        return self.size * HMMA_MACS / self.tensor_macs if self.tensor_macs else None
+        Of the products in the loop that is a whole number of tiles; what remains, such as a row sum taken by a product
+        with ones, is overhead as any other instruction. Loops over other tiles count all.
+        """
+        sizes, warps = launch.constexprs, launch.kernel.metadata.num_warps
+        tile = sizes["BLOCK_M"] * sizes["BLOCK_N"] * sizes["BLOCK_D"] * PRODUCTS[launch.name] // warps
+        return (self.tensor_macs // tile * tile or self.tensor_macs) / HMMA_MACS
 
 
 def resources(cubin: bytes) -> Resources:
@@ -131,6 +143,11 @@ def kinds(loops: list[Loop], dropout: bool = False) -> list[str]:
     return ["interior" if loop.mask_per_score - level < 0.5 else "masked" for loop in loops]
 
 
+def tensor_opcodes(graph: FlowGraph) -> Counter[str]:
+    """Tensor-core instructions of the whole kernel, by opcode without modifiers."""
+    return Counter(i.name for block in graph.blocks for i in block.instructions if is_tensor(i))
+
+
 def is_tensor(instruction: Instruction) -> bool:
     return instruction.name in TENSOR_OPCODES
 
@@ -157,13 +174,14 @@ def print_loops(launch: Launch) -> None:
         f"{sum(len(block.instructions) for block in graph.blocks)} instructions in all"
     )
     found = loops(graph)
-    print(f"{'loop':9}{'instr':>6}{'tensor':>7}{'/tensor':>8}{'/HMMA':>6}{'EX2':>5}{'mask':>6}  others")
+    print(f"{'loop':9}{'instr':>6}{'tensor':>7}{'HMMA':>6}{'/HMMA':>6}{'EX2':>5}{'mask':>6}  others")
     for kind, loop in zip(kinds(found), found, strict=True):
         named = MASK_OPCODES | TENSOR_OPCODES
         others = Counter({name: count for name, count in loop.opcodes.items() if name not in named})
-        per_hmma = f"{loop.per_hmma:.2f}" if loop.per_hmma else "-"
+        hmmas = loop.hmmas(launch)
+        per_hmma = f"{loop.size / hmmas:.2f}" if hmmas else "-"
         print(
-            f"{kind:9}{loop.size:6}{loop.tensor_instructions:7}{loop.per_tensor_instruction:8.2f}{per_hmma:>6}"
+            f"{kind:9}{loop.size:6}{loop.tensor_instructions:7}{hmmas:6.0f}{per_hmma:>6}"
             f"{loop.exponentials:5}{loop.mask_instructions:6}  "
             + " ".join(f"{name}:{count}" for name, count in others.most_common(14))
         )

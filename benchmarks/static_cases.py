@@ -1,0 +1,107 @@
+"""Which calls of the Triton backend are compiled, and the launches that they make.
+
+Every case is one call of the backend at the reference shape: 16,384 tokens, window 512, one global token, two heads.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+
+from benchmarks.fake_driver import Launch, captured_launches
+from benchmarks.gpus import TARGETS
+from benchmarks.shapes import Shape
+from led_kernels.mask import LongformerMask
+
+OPS = ("banded_forward", "banded_backward", "global_forward", "global_backward")
+DTYPES = ("bfloat16", "float16", "float32", "tf32")
+HEAD_DIMS = (16, 32, 64, 128, 256)
+SEQLEN, HEADS, WINDOW = 16384, 2, 512
+
+
+@dataclass(frozen=True)
+class Case:
+    """``dtype`` is ``bfloat16``, ``float16``, ``float32`` or ``tf32``, which is float32 with tf32 products allowed."""
+
+    op: str
+    target: str
+    dtype: str = "bfloat16"
+    head_dim: int = 64
+    dropout: bool = False
+
+    def __str__(self) -> str:
+        dropout = ", dropout" if self.dropout else ""
+        return f"{self.op} {self.target} {self.dtype} head_dim {self.head_dim}{dropout}"
+
+    @property
+    def shape(self) -> Shape:
+        return Shape(seqlen=SEQLEN, heads=HEADS, head_dim=self.head_dim, window=WINDOW)
+
+
+def short_list() -> list[Case]:
+    """What every run of the tests compiles."""
+    cases = [
+        Case(op, target, head_dim=head_dim)
+        for target in ("sm_80", "sm_90")
+        for head_dim in (64, 128)
+        for op in OPS
+    ]
+    return [
+        *cases,
+        Case("banded_forward", "sm_80", "float16"),
+        Case("banded_forward", "sm_80", "float32"),
+        Case("banded_forward", "sm_80", dropout=True),
+    ]
+
+
+def everything() -> list[Case]:
+    """Every configuration that is shipped, on every target; fp16 and tf32, whose tiles are bf16's and fp32's, once."""
+    variants = [("bfloat16", d, dropout) for d in HEAD_DIMS for dropout in (False, True)]
+    variants += [("float32", d, False) for d in HEAD_DIMS]
+    variants += [("float16", 64, False), ("tf32", 64, False), ("bfloat16", 80, False)]
+    return [Case(op, target, *variant) for target in TARGETS for variant in variants for op in OPS]
+
+
+def launches(case: Case) -> list[Launch]:
+    """What the call launches, each compilation once.
+
+    Raises:
+        triton.runtime.errors.OutOfResources: a launch needs more shared memory than the target has.
+    """
+    from led_kernels.backends import triton as backend
+
+    mask = reference_mask()
+    dropout = (0.1 if case.dropout else 0.0, torch.zeros((), dtype=torch.int64) if case.dropout else None)
+    scale = case.head_dim**-0.5
+    dtype = torch.float32 if case.dtype == "tf32" else getattr(torch, case.dtype)
+    q, k, v = torch.zeros(1, SEQLEN, 3, HEADS, case.head_dim, dtype=dtype).unbind(2)
+    if case.op.startswith("banded"):
+        settings = (mask, WINDOW, WINDOW, scale, *dropout)
+    else:
+        q = q[:, : mask.max_globals].contiguous()
+        settings = (mask, scale, *dropout)
+    if case.op.endswith("forward"):
+        arguments = (q, k, v, *settings)
+    else:
+        out, lse = torch.zeros(q.shape, dtype=dtype), torch.zeros(1, HEADS, q.shape[1])
+        arguments = (out, None, q, k, v, out, lse, *settings)
+    with _tf32(case.dtype == "tf32"), captured_launches(case.target) as found:
+        getattr(backend, case.op)(*arguments)
+    return list({launch.kernel.hash: launch for launch in found}.values())
+
+
+def reference_mask() -> LongformerMask:
+    return LongformerMask.from_lengths(torch.tensor([SEQLEN]), SEQLEN, global_index=torch.tensor([[0]]))
+
+
+@contextlib.contextmanager
+def _tf32(allowed: bool) -> Iterator[None]:
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = allowed
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = before

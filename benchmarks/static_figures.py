@@ -1,0 +1,112 @@
+"""The figures of one compiled launch: read from its machine code, and predicted from that by the models."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter
+
+import triton
+
+from benchmarks import amdgcn, executed, l2_model, sass
+from benchmarks.cycle_model import tensor_share
+from benchmarks.fake_driver import Launch
+from benchmarks.gpus import GPUS
+from benchmarks.ptx_trace import UnknownBranch
+from benchmarks.static_cases import Case, launches
+from benchmarks.static_table import Row
+
+MODEL_HEADS = 12
+"""Heads of the layer whose traffic is modelled: LED-base's."""
+
+
+def rows_of(case: Case) -> list[Row]:
+    """One row for each kernel that the case compiles."""
+    return [row_of(case, launch) for launch in launches(case)]
+
+
+def row_of(case: Case, launch: Launch) -> Row:
+    gpu, metadata = GPUS[case.target], launch.kernel.metadata
+    is_amd = case.target.startswith("gfx")
+    figures = _amd_figures(launch) if is_amd else _cuda_figures(case, launch)
+    return Row(
+        op=case.op,
+        kernel=launch.name,
+        target=case.target,
+        dtype=case.dtype,
+        head_dim=case.head_dim,
+        dropout=case.dropout,
+        config=" ".join(f"{name}={value}" for name, value in launch.constexprs.items() if name.isupper()),
+        num_warps=metadata.num_warps,
+        shared=metadata.shared,
+        shared_limit=gpu.shared_per_block,
+        triton=triton.__version__,
+        **figures,
+    )
+
+
+def _amd_figures(launch: Launch) -> dict[str, object]:
+    used = amdgcn.resources(launch.kernel.asm["amdgcn"])
+    return {
+        "registers": used.registers,
+        "stack": used.scratch,
+        "spills": used.spills,
+        "tensor": _listed(used.mfma),
+    }
+
+
+def _cuda_figures(case: Case, launch: Launch) -> dict[str, object]:
+    gpu, metadata, cubin = GPUS[case.target], launch.kernel.metadata, launch.kernel.asm["cubin"]
+    used, graph = sass.resources(cubin), sass.flow_graph(sass.disassemble(cubin))
+    resident = gpu.resident_blocks(used.registers, metadata.shared, metadata.num_warps)
+    figures = {
+        "registers": used.registers,
+        "stack": used.stack,
+        "spills": 0,  # ptxas spills to the stack
+        "resident_blocks": resident,
+        "tensor": _listed(sass.tensor_opcodes(graph)),
+    }
+    if loops := sass.loops(graph):
+        figures |= _loop_figures(case, launch, graph, loops)
+    if case.op == "banded_forward":
+        shape = dataclasses.replace(case.shape, heads=MODEL_HEADS)
+        sizes = (launch.constexprs["BLOCK_M"], launch.constexprs["BLOCK_N"])
+        element_size = launch.arguments["q_ptr"].element_size()
+        ratio = l2_model.traffic_ratio(shape, *sizes, resident * gpu.multiprocessors, gpu.l2, element_size)
+        figures["traffic"] = round(ratio, 3)
+    return figures
+
+
+def _loop_figures(case: Case, launch: Launch, graph, loops: list[sass.Loop]) -> dict[str, object]:
+    figures: dict[str, object] = {}
+    kinds = sass.kinds(loops, case.dropout)
+    try:
+        execution = executed.execute(launch, graph)
+    except (UnknownBranch, executed.UnknownLoops) as error:
+        figures["note"] = str(error)
+        runs = [0.0] * len(loops)
+    else:
+        runs = execution.mean_iterations
+        if case.op == "banded_forward":
+            figures["executed"] = round(execution.instructions / executed.needed_hmmas(case.shape), 3)
+    figures["loops"] = ", ".join(
+        f"{kind} {loop.size / (loop.hmmas(launch) or 1):.4g} x {n:.3g}"
+        for kind, loop, n in zip(kinds, loops, runs, strict=True)
+    )
+    for wanted in ("interior", "masked"):
+        found = [(n, loop) for kind, loop, n in zip(kinds, loops, runs, strict=True) if kind == wanted]
+        if not found:
+            continue
+        _, loop = max(found, key=lambda pair: pair[0])
+        hmmas = loop.hmmas(launch)
+        if not hmmas:
+            continue
+        figures[wanted] = round(loop.size / hmmas, 3)
+        rates = GPUS[case.target].rates
+        if wanted == "interior" and rates:
+            figures["tensor_share"] = round(tensor_share(loop, hmmas, rates), 3)
+    return figures
+
+
+def _listed(opcodes: Counter[str]) -> str:
+    """``HGMMA 32 HMMA 8``"""
+    return " ".join(f"{name} {count}" for name, count in sorted(opcodes.items()))
