@@ -2,7 +2,8 @@
 
 The model: one quarter of a multiprocessor executes the loop body; each pipe is busy for instructions x 32 lanes / rate
 cycles, one instruction is issued per cycle, and with enough warps all pipes overlap perfectly. The share is the tensor
-core's cycles for products that are needed over the busiest pipe's: an upper bound that knows nothing of latencies, barriers or memory.
+core's cycles for products that are needed over the busiest pipe's: an upper bound that knows nothing of latencies,
+barriers or memory.
 """
 
 from __future__ import annotations
