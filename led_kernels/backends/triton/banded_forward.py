@@ -69,14 +69,14 @@ def _attend_globals(
     """The global keys outside each query's band."""
     slot = tl.arange(0, BLOCK_G)
     offs_d = tl.arange(0, BLOCK_D)
-    for start in range(0, num_globals, BLOCK_G):
+    for start in tl.range(0, num_globals, BLOCK_G, num_stages=1):
         exists = start + slot < num_globals
         key = tl.load(global_index_ptr + start + slot, mask=exists, other=0)  # [BLOCK_G]
         row = key.to(tl.int64)[:, None]
         k = load_rows(k_ptr, row * k_stride_s + offs_d[None, :], exists, HEAD_DIM, BLOCK_D, True)
         v = load_rows(v_ptr, row * v_stride_s + offs_d[None, :], exists, HEAD_DIM, BLOCK_D, True)
         scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # [BLOCK_M, BLOCK_G]
-        outside = (key[None, :] < lower[:, None]) | (key[None, :] > upper[:, None])
+        outside = ~is_between(key, lower, upper)
         scores = tl.where(exists[None, :] & outside, scores, float("-inf"))
         keep = None
         if DROPOUT:
@@ -124,15 +124,14 @@ def _attend_band(
         acc, row_sum, row_max = _attend_tile(
             acc, row_sum, row_max, scores, v, keep, qk_scale, SUM_BY_DOT, PRECISION
         )
+        key_start += BLOCK_N
+        k_ptr += BLOCK_N * k_stride_s
+        v_ptr += BLOCK_N * v_stride_s
         if CHECK_EDGES:
-            step = tl.where(i + 1 == gap_at, gap + 1, 1) * BLOCK_N
-            k_ptr += step.to(tl.int64) * k_stride_s
-            v_ptr += step.to(tl.int64) * v_stride_s
-        else:
-            step = BLOCK_N
-            k_ptr += BLOCK_N * k_stride_s
-            v_ptr += BLOCK_N * v_stride_s
-        key_start += step
+            skipped = tl.where(i + 1 == gap_at, gap * BLOCK_N, 0)
+            key_start += skipped
+            k_ptr += skipped.to(tl.int64) * k_stride_s
+            v_ptr += skipped.to(tl.int64) * v_stride_s
     return acc, row_sum, row_max
 
 
