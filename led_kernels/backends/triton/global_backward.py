@@ -1,18 +1,16 @@
-"""Global attention, backward: dk and dv of every key, and dq of the few global tokens.
+"""Global attention, backward: dq of the few global tokens, dk and dv of every key.
 
-One program per key tile, head and sequence reads k and v once, walks over the global tokens, and writes dk and dv.
-With few global tokens it also leaves its share of dq, which a second kernel sums over the key tiles. Where those
-shares would take more memory than k in a 2-byte dtype, dq gets a kernel of its own, split over keys as the forward is,
-and k and v are read again. No atomics: every sum has one order.
+One program per key split, query tile, head and sequence walks over its keys and leaves its share of dq, which a second
+kernel sums over the splits. Where all global tokens fit one query tile, as they nearly always do, the same program
+writes dk and dv of its keys, so that k and v are read once. Otherwise a third kernel, one program per key tile, walks
+over all query tiles for dk and dv. No atomics: every sum has one order.
 
-Bytes moved, over those of k, v, dk and dv once: the shares of dq add ``2 g head_dim 4 bytes`` per key tile, ``g / n``
-of the whole in a 2-byte dtype, for g global tokens and tiles of n keys: 1% for one token and tiles of 128. delta is
-computed anew from out and d_out wherever it is needed, because their rows are few.
+Bytes moved, over those of k, v, dk and dv once: the shares of dq add ``2 g head_dim 4 bytes`` per split for g global
+tokens, that is ``g / s`` in a 2-byte dtype with splits of s keys: 0.3% for one token and the 384 keys of a split at
+16,384 tokens and 12 heads. delta is computed anew from out and d_out wherever it is needed, because their rows are few.
 """
 
 from __future__ import annotations
-
-from dataclasses import replace
 
 import torch
 import triton
@@ -22,7 +20,6 @@ from torch import Tensor
 from led_kernels.backends.triton import configs
 from led_kernels.backends.triton.launch import (
     block_arguments,
-    global_block,
     lse_arguments,
     sequence_arguments,
     softmax_arguments,
@@ -69,47 +66,315 @@ def _load_queries(
 
 
 @triton.jit
+def _tile_gradients(
+    q, k, v, d_out, lse, delta, slot, num_globals, key_start, key_exists, global_index_ptr,
+    qk_scale, keep_scale, seed, batch_head, last_dropped,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    CHECK_KEYS: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Probabilities after dropout, not yet scaled, and gradients of the scaled scores: ``[BLOCK_N, BLOCK_M]``."""
+    scores = tl.dot(k, tl.trans(q), input_precision=PRECISION)
+    p = tl.math.exp2(scores * qk_scale - lse[None, :])
+    if CHECK_KEYS:
+        p = tl.where(key_exists[:, None], p, 0.0)
+    dp = tl.dot(v, tl.trans(d_out), input_precision=PRECISION)
+    p_kept = p
+    if DROPOUT:
+        query = tl.load(global_index_ptr + slot, mask=slot < num_globals, other=0)
+        keep = keep_of_block(seed, query, key_start, batch_head, 1, last_dropped, BLOCK_M, BLOCK_N)
+        keep = tl.trans(keep)
+        p_kept = tl.where(keep, p, 0.0)
+        dp = tl.where(keep, dp * keep_scale, 0.0)
+    ds = p * (dp - delta[None, :])
+    return p_kept.to(d_out.dtype), ds.to(q.dtype)
+
+
+@triton.jit
+def _attend_keys(
+    dq_t, q, d_out, lse, delta, slot, num_globals, k_ptr, v_ptr, dk_ptr, dv_ptr,
+    k_stride_s, v_stride_s, dk_stride_s, dv_stride_s, kind_ptr, global_index_ptr, length, num_rows,
+    start, num_tiles, softmax_scale, keep_scale, seed, batch_head, last_dropped,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    CHECK_KEYS: tl.constexpr, WRITE_DKDV: tl.constexpr,
+    DROPOUT: tl.constexpr, PRECISION: tl.constexpr, NUM_STAGES: tl.constexpr,
+):  # fmt: skip
+    """``num_tiles`` tiles of keys from ``start`` on; unless ``CHECK_KEYS``, every key exists and none is padding."""
+    offs_n, offs_d = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_D)
+    k_offsets = offs_n[:, None] * k_stride_s + offs_d[None, :]
+    v_offsets = offs_n[:, None] * v_stride_s + offs_d[None, :]
+    for i in tl.range(0, num_tiles, num_stages=NUM_STAGES):
+        key_start = start + i * BLOCK_N
+        key = key_start + offs_n  # [BLOCK_N]
+        exists = key < length
+        if CHECK_KEYS:
+            exists = tl.load(kind_ptr + key, mask=exists, other=0) != 0
+        row = key_start.to(tl.int64)
+        k = load_rows(k_ptr + row * k_stride_s, k_offsets, exists, HEAD_DIM, BLOCK_D, CHECK_KEYS)
+        v = load_rows(v_ptr + row * v_stride_s, v_offsets, exists, HEAD_DIM, BLOCK_D, CHECK_KEYS)
+        p, ds = _tile_gradients(
+            q, k, v, d_out, lse, delta, slot, num_globals, key_start, exists, global_index_ptr,
+            softmax_scale * LOG2_E, keep_scale, seed, batch_head, last_dropped,
+            BLOCK_M, BLOCK_N, CHECK_KEYS, DROPOUT, PRECISION,
+        )  # fmt: skip
+        dq_t = tl.dot(tl.trans(k), ds, dq_t, input_precision=PRECISION)
+        if WRITE_DKDV:
+            dk_offsets = offs_n[:, None] * dk_stride_s + offs_d[None, :]
+            dv_offsets = offs_n[:, None] * dv_stride_s + offs_d[None, :]
+            dv = tl.dot(p, d_out, input_precision=PRECISION) * keep_scale
+            store_rows(dv_ptr + row * dv_stride_s, dv_offsets, dv, key < num_rows, HEAD_DIM, BLOCK_D)
+            dk = tl.dot(ds, q, input_precision=PRECISION) * softmax_scale
+            store_rows(dk_ptr + row * dk_stride_s, dk_offsets, dk, key < num_rows, HEAD_DIM, BLOCK_D)
+    return dq_t
+
+
+@triton.jit(do_not_specialize=(*SIZES, "keys_per_split"), do_not_specialize_on_alignment=("token_kind_ptr",))
+def _global_dq_kernel(
+    q_ptr, k_ptr, v_ptr, out_ptr, d_out_ptr, dk_ptr, dv_ptr, lse_ptr, d_lse_ptr, partial_dq_ptr,
+    seq_start_ptr, seq_len_ptr, token_kind_ptr, padding_before_ptr, global_index_ptr, num_globals_ptr, seed_ptr,
+    q_stride_b, q_stride_s, q_stride_h, k_stride_b, k_stride_s, k_stride_h, v_stride_b, v_stride_s, v_stride_h,
+    out_stride_b, out_stride_s, out_stride_h, d_out_stride_b, d_out_stride_s, d_out_stride_h,
+    dk_stride_b, dk_stride_s, dk_stride_h, dv_stride_b, dv_stride_s, dv_stride_h,
+    lse_stride_b, lse_stride_h, mask_stride_b,
+    heads, max_globals, keys_per_split, softmax_scale, keep_scale, last_dropped: tl.uint32,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    WRITE_DKDV: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr, NUM_STAGES: tl.constexpr,
+):  # fmt: skip
+    """Shares of dq; with ``WRITE_DKDV`` also dk and dv, from the one query tile that there is."""
+    num_query_tiles = tl.cdiv(max_globals, BLOCK_M)
+    num_splits = tl.num_programs(0) // num_query_tiles
+    split, slot_start = tl.program_id(0) // num_query_tiles, tl.program_id(0) % num_query_tiles * BLOCK_M
+    head, batch = tl.program_id(1), tl.program_id(2)
+    first_row, mask_row, length, num_rows = locate_sequence(batch, seq_start_ptr, seq_len_ptr, mask_stride_b)
+    num_globals = tl.load(num_globals_ptr + batch)
+    start = split * keys_per_split
+    if WRITE_DKDV:
+        stop = tl.minimum(start + keys_per_split, num_rows)
+        length = tl.where(
+            num_globals > 0, length, 0
+        )  # dk and dv are written, as zeros, without global tokens too
+    else:
+        stop = tl.minimum(start + keys_per_split, length)
+        stop = tl.where(slot_start < num_globals, stop, 0)
+    if start >= stop:
+        return
+    batch_offset, head_offset = batch.to(tl.int64), head.to(tl.int64)
+    q_ptr += batch_offset * q_stride_b + head_offset * q_stride_h
+    k_ptr += batch_offset * k_stride_b + head_offset * k_stride_h + first_row * k_stride_s
+    v_ptr += batch_offset * v_stride_b + head_offset * v_stride_h + first_row * v_stride_s
+    dk_ptr += batch_offset * dk_stride_b + head_offset * dk_stride_h + first_row * dk_stride_s
+    dv_ptr += batch_offset * dv_stride_b + head_offset * dv_stride_h + first_row * dv_stride_s
+    out_ptr += batch_offset * out_stride_b + head_offset * out_stride_h
+    d_out_ptr += batch_offset * d_out_stride_b + head_offset * d_out_stride_h
+    lse_ptr += batch_offset * lse_stride_b + head_offset * lse_stride_h
+    if d_lse_ptr is not None:
+        d_lse_ptr += batch_offset * lse_stride_b + head_offset * lse_stride_h
+    global_index_ptr += batch * max_globals
+    q, d_out, lse, delta = _load_queries(
+        slot_start, num_globals, q_ptr, out_ptr, d_out_ptr, q_stride_s, out_stride_s, d_out_stride_s,
+        lse_ptr, d_lse_ptr, HEAD_DIM, BLOCK_D, BLOCK_M,
+    )  # fmt: skip
+    rows, offs_d = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_D)
+    slot = slot_start + rows
+    batch_head = batch * heads + head
+    seed = 0
+    if DROPOUT:
+        seed = tl.load(seed_ptr)
+    dq_t = tl.zeros([BLOCK_D, BLOCK_M], tl.float32)
+
+    key_stop = tl.minimum(stop, length)
+    counted_stop = tl.maximum(key_stop, start + 1)
+    has_padding = count_padding(token_kind_ptr, padding_before_ptr, mask_row, start, counted_stop) > 0
+    num_plain = tl.where(has_padding, 0, tl.maximum(key_stop - start, 0) // BLOCK_N)
+    num_checked = tl.cdiv(stop - start, BLOCK_N) - num_plain
+    kind_ptr = token_kind_ptr + mask_row
+    dq_t = _attend_keys(
+        dq_t, q, d_out, lse, delta, slot, num_globals, k_ptr, v_ptr, dk_ptr, dv_ptr,
+        k_stride_s, v_stride_s, dk_stride_s, dv_stride_s, kind_ptr, global_index_ptr, length, num_rows,
+        start, num_plain, softmax_scale, keep_scale, seed, batch_head, last_dropped,
+        HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, False, WRITE_DKDV, DROPOUT, PRECISION, NUM_STAGES,
+    )  # fmt: skip
+    dq_t = _attend_keys(
+        dq_t, q, d_out, lse, delta, slot, num_globals, k_ptr, v_ptr, dk_ptr, dv_ptr,
+        k_stride_s, v_stride_s, dk_stride_s, dv_stride_s, kind_ptr, global_index_ptr, length, num_rows,
+        start + num_plain * BLOCK_N, num_checked, softmax_scale, keep_scale, seed, batch_head, last_dropped,
+        HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, True, WRITE_DKDV, DROPOUT, PRECISION, NUM_STAGES,
+    )  # fmt: skip
+    first = (batch_head.to(tl.int64) * num_splits + split) * max_globals + slot_start
+    offsets = rows[:, None] * HEAD_DIM + offs_d[None, :]
+    store_rows(
+        partial_dq_ptr + first * HEAD_DIM, offsets, tl.trans(dq_t), slot < num_globals, HEAD_DIM, BLOCK_D
+    )
+
+
+@triton.jit
+def _tile_gradients(
+    q, k, v, d_out, lse, delta, slot, num_globals, key_start, key_exists, global_index_ptr,
+    qk_scale, keep_scale, seed, batch_head, last_dropped,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    CHECK_KEYS: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Probabilities after dropout, not yet scaled, and gradients of the scaled scores: ``[BLOCK_N, BLOCK_M]``."""
+    scores = tl.dot(k, tl.trans(q), input_precision=PRECISION)
+    p = tl.math.exp2(scores * qk_scale - lse[None, :])
+    if CHECK_KEYS:
+        p = tl.where(key_exists[:, None], p, 0.0)
+    dp = tl.dot(v, tl.trans(d_out), input_precision=PRECISION)
+    p_kept = p
+    if DROPOUT:
+        query = tl.load(global_index_ptr + slot, mask=slot < num_globals, other=0)
+        keep = keep_of_block(seed, query, key_start, batch_head, 1, last_dropped, BLOCK_M, BLOCK_N)
+        keep = tl.trans(keep)
+        p_kept = tl.where(keep, p, 0.0)
+        dp = tl.where(keep, dp * keep_scale, 0.0)
+    ds = p * (dp - delta[None, :])
+    return p_kept.to(d_out.dtype), ds.to(q.dtype)
+
+
+@triton.jit
+def _attend_keys(
+    dq_t, q, d_out, lse, delta, slot, num_globals, k_ptr, v_ptr, dk_ptr, dv_ptr,
+    k_stride_s, v_stride_s, dk_stride_s, dv_stride_s, kind_ptr, global_index_ptr, length, num_rows,
+    start, num_tiles, softmax_scale, keep_scale, seed, batch_head, last_dropped,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    CHECK_KEYS: tl.constexpr, WRITE_DKDV: tl.constexpr,
+    DROPOUT: tl.constexpr, PRECISION: tl.constexpr, NUM_STAGES: tl.constexpr,
+):  # fmt: skip
+    """``num_tiles`` tiles of keys from ``start`` on; unless ``CHECK_KEYS``, every key exists and none is padding."""
+    offs_n, offs_d = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_D)
+    k_offsets = offs_n[:, None] * k_stride_s + offs_d[None, :]
+    v_offsets = offs_n[:, None] * v_stride_s + offs_d[None, :]
+    for i in tl.range(0, num_tiles, num_stages=NUM_STAGES):
+        key_start = start + i * BLOCK_N
+        key = key_start + offs_n  # [BLOCK_N]
+        exists = key < length
+        if CHECK_KEYS:
+            exists = tl.load(kind_ptr + key, mask=exists, other=0) != 0
+        row = key_start.to(tl.int64)
+        k = load_rows(k_ptr + row * k_stride_s, k_offsets, exists, HEAD_DIM, BLOCK_D, CHECK_KEYS)
+        v = load_rows(v_ptr + row * v_stride_s, v_offsets, exists, HEAD_DIM, BLOCK_D, CHECK_KEYS)
+        p, ds = _tile_gradients(
+            q, k, v, d_out, lse, delta, slot, num_globals, key_start, exists, global_index_ptr,
+            softmax_scale * LOG2_E, keep_scale, seed, batch_head, last_dropped,
+            BLOCK_M, BLOCK_N, CHECK_KEYS, DROPOUT, PRECISION,
+        )  # fmt: skip
+        dq_t = tl.dot(tl.trans(k), ds, dq_t, input_precision=PRECISION)
+        if WRITE_DKDV:
+            dk_offsets = offs_n[:, None] * dk_stride_s + offs_d[None, :]
+            dv_offsets = offs_n[:, None] * dv_stride_s + offs_d[None, :]
+            dv = tl.dot(p, d_out, input_precision=PRECISION) * keep_scale
+            store_rows(dv_ptr + row * dv_stride_s, dv_offsets, dv, key < num_rows, HEAD_DIM, BLOCK_D)
+            dk = tl.dot(ds, q, input_precision=PRECISION) * softmax_scale
+            store_rows(dk_ptr + row * dk_stride_s, dk_offsets, dk, key < num_rows, HEAD_DIM, BLOCK_D)
+    return dq_t
+
+
+@triton.jit(do_not_specialize=(*SIZES, "keys_per_split"), do_not_specialize_on_alignment=("token_kind_ptr",))
+def _global_dq_kernel(
+    q_ptr, k_ptr, v_ptr, out_ptr, d_out_ptr, dk_ptr, dv_ptr, lse_ptr, d_lse_ptr, partial_dq_ptr,
+    seq_start_ptr, seq_len_ptr, token_kind_ptr, padding_before_ptr, global_index_ptr, num_globals_ptr, seed_ptr,
+    q_stride_b, q_stride_s, q_stride_h, k_stride_b, k_stride_s, k_stride_h, v_stride_b, v_stride_s, v_stride_h,
+    out_stride_b, out_stride_s, out_stride_h, d_out_stride_b, d_out_stride_s, d_out_stride_h,
+    dk_stride_b, dk_stride_s, dk_stride_h, dv_stride_b, dv_stride_s, dv_stride_h,
+    lse_stride_b, lse_stride_h, mask_stride_b,
+    heads, max_globals, keys_per_split, softmax_scale, keep_scale, last_dropped: tl.uint32,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    WRITE_DKDV: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr, NUM_STAGES: tl.constexpr,
+):  # fmt: skip
+    """Shares of dq; with ``WRITE_DKDV`` also dk and dv, from the one query tile that there is."""
+    num_query_tiles = tl.cdiv(max_globals, BLOCK_M)
+    num_splits = tl.num_programs(0) // num_query_tiles
+    split, slot_start = tl.program_id(0) // num_query_tiles, tl.program_id(0) % num_query_tiles * BLOCK_M
+    head, batch = tl.program_id(1), tl.program_id(2)
+    first_row, mask_row, length, num_rows = locate_sequence(batch, seq_start_ptr, seq_len_ptr, mask_stride_b)
+    num_globals = tl.load(num_globals_ptr + batch)
+    start = split * keys_per_split
+    if WRITE_DKDV:
+        stop = tl.minimum(start + keys_per_split, num_rows)
+        length = tl.where(
+            num_globals > 0, length, 0
+        )  # dk and dv are written, as zeros, without global tokens too
+    else:
+        stop = tl.minimum(start + keys_per_split, length)
+        stop = tl.where(slot_start < num_globals, stop, 0)
+    if start >= stop:
+        return
+    batch_offset, head_offset = batch.to(tl.int64), head.to(tl.int64)
+    q_ptr += batch_offset * q_stride_b + head_offset * q_stride_h
+    k_ptr += batch_offset * k_stride_b + head_offset * k_stride_h + first_row * k_stride_s
+    v_ptr += batch_offset * v_stride_b + head_offset * v_stride_h + first_row * v_stride_s
+    dk_ptr += batch_offset * dk_stride_b + head_offset * dk_stride_h + first_row * dk_stride_s
+    dv_ptr += batch_offset * dv_stride_b + head_offset * dv_stride_h + first_row * dv_stride_s
+    out_ptr += batch_offset * out_stride_b + head_offset * out_stride_h
+    d_out_ptr += batch_offset * d_out_stride_b + head_offset * d_out_stride_h
+    lse_ptr += batch_offset * lse_stride_b + head_offset * lse_stride_h
+    if d_lse_ptr is not None:
+        d_lse_ptr += batch_offset * lse_stride_b + head_offset * lse_stride_h
+    global_index_ptr += batch * max_globals
+    q, d_out, lse, delta = _load_queries(
+        slot_start, num_globals, q_ptr, out_ptr, d_out_ptr, q_stride_s, out_stride_s, d_out_stride_s,
+        lse_ptr, d_lse_ptr, HEAD_DIM, BLOCK_D, BLOCK_M,
+    )  # fmt: skip
+    rows, offs_d = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_D)
+    slot = slot_start + rows
+    batch_head = batch * heads + head
+    seed = 0
+    if DROPOUT:
+        seed = tl.load(seed_ptr)
+    dq_t = tl.zeros([BLOCK_D, BLOCK_M], tl.float32)
+
+    key_stop = tl.minimum(stop, length)
+    counted_stop = tl.maximum(key_stop, start + 1)
+    has_padding = count_padding(token_kind_ptr, padding_before_ptr, mask_row, start, counted_stop) > 0
+    num_plain = tl.where(has_padding, 0, tl.maximum(key_stop - start, 0) // BLOCK_N)
+    num_checked = tl.cdiv(stop - start, BLOCK_N) - num_plain
+    kind_ptr = token_kind_ptr + mask_row
+    dq_t = _attend_keys(
+        dq_t, q, d_out, lse, delta, slot, num_globals, k_ptr, v_ptr, dk_ptr, dv_ptr,
+        k_stride_s, v_stride_s, dk_stride_s, dv_stride_s, kind_ptr, global_index_ptr, length, num_rows,
+        start, num_plain, softmax_scale, keep_scale, seed, batch_head, last_dropped,
+        HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, False, WRITE_DKDV, DROPOUT, PRECISION, NUM_STAGES,
+    )  # fmt: skip
+    dq_t = _attend_keys(
+        dq_t, q, d_out, lse, delta, slot, num_globals, k_ptr, v_ptr, dk_ptr, dv_ptr,
+        k_stride_s, v_stride_s, dk_stride_s, dv_stride_s, kind_ptr, global_index_ptr, length, num_rows,
+        start + num_plain * BLOCK_N, num_checked, softmax_scale, keep_scale, seed, batch_head, last_dropped,
+        HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, True, WRITE_DKDV, DROPOUT, PRECISION, NUM_STAGES,
+    )  # fmt: skip
+    first = (batch_head.to(tl.int64) * num_splits + split) * max_globals + slot_start
+    offsets = rows[:, None] * HEAD_DIM + offs_d[None, :]
+    store_rows(
+        partial_dq_ptr + first * HEAD_DIM, offsets, tl.trans(dq_t), slot < num_globals, HEAD_DIM, BLOCK_D
+    )
+
+
+@triton.jit
 def _attend_queries(
     dk, dv, k, v, key_exists, key_start, num_globals,
     q_ptr, out_ptr, d_out_ptr, q_stride_s, out_stride_s, d_out_stride_s, lse_ptr, d_lse_ptr,
-    partial_dq_ptr, global_index_ptr, qk_scale, keep_scale, seed, batch_head, last_dropped,
+    global_index_ptr, softmax_scale, keep_scale, seed, batch_head, last_dropped,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     CHECK_KEYS: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr, NUM_STAGES: tl.constexpr,
 ):  # fmt: skip
-    """dk and dv of one key tile, and its share of dq if there is a place for it."""
-    rows, offs_d = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_D)
+    """dk and dv of one key tile from the first ``num_globals`` global tokens."""
     for slot_start in tl.range(0, num_globals, BLOCK_M, num_stages=NUM_STAGES):
         q, d_out, lse, delta = _load_queries(
             slot_start, num_globals, q_ptr, out_ptr, d_out_ptr, q_stride_s, out_stride_s, d_out_stride_s,
             lse_ptr, d_lse_ptr, HEAD_DIM, BLOCK_D, BLOCK_M,
         )  # fmt: skip
-        slot = slot_start + rows
-        p = tl.math.exp2(
-            tl.dot(k, tl.trans(q), input_precision=PRECISION) * qk_scale - lse[None, :]
-        )  # [BLOCK_N, BLOCK_M]
-        if CHECK_KEYS:
-            p = tl.where(key_exists[:, None], p, 0.0)
-        dp = tl.dot(v, tl.trans(d_out), input_precision=PRECISION)  # [BLOCK_N, BLOCK_M]
-        p_kept = p
-        if DROPOUT:
-            query = tl.load(global_index_ptr + slot, mask=slot < num_globals, other=0)
-            keep = keep_of_block(seed, query, key_start, batch_head, 1, last_dropped, BLOCK_M, BLOCK_N)
-            keep = tl.trans(keep)
-            p_kept = tl.where(keep, p, 0.0)
-            dp = tl.where(keep, dp * keep_scale, 0.0)
-        dv = tl.dot(p_kept.to(d_out.dtype), d_out, dv, input_precision=PRECISION)
-        ds = (p * (dp - delta[None, :])).to(q.dtype)
+        p, ds = _tile_gradients(
+            q, k, v, d_out, lse, delta, slot_start + tl.arange(0, BLOCK_M), num_globals,
+            key_start, key_exists, global_index_ptr,
+            softmax_scale * LOG2_E, keep_scale, seed, batch_head, last_dropped,
+            BLOCK_M, BLOCK_N, CHECK_KEYS, DROPOUT, PRECISION,
+        )  # fmt: skip
+        dv = tl.dot(p, d_out, dv, input_precision=PRECISION)
         dk = tl.dot(ds, q, dk, input_precision=PRECISION)
-        if partial_dq_ptr is not None:
-            dq = tl.dot(tl.trans(ds), k, input_precision=PRECISION)
-            offsets = slot[:, None] * HEAD_DIM + offs_d[None, :]
-            store_rows(partial_dq_ptr, offsets, dq, slot < num_globals, HEAD_DIM, BLOCK_D)
     return dk, dv
 
 
 @triton.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=("token_kind_ptr",))
-def _global_backward_kernel(
-    q_ptr, k_ptr, v_ptr, out_ptr, d_out_ptr, dk_ptr, dv_ptr, lse_ptr, d_lse_ptr, partial_dq_ptr,
+def _global_dkdv_kernel(
+    q_ptr, k_ptr, v_ptr, out_ptr, d_out_ptr, dk_ptr, dv_ptr, lse_ptr, d_lse_ptr,
     seq_start_ptr, seq_len_ptr, token_kind_ptr, padding_before_ptr, global_index_ptr, num_globals_ptr, seed_ptr,
     q_stride_b, q_stride_s, q_stride_h, k_stride_b, k_stride_s, k_stride_h, v_stride_b, v_stride_s, v_stride_h,
     out_stride_b, out_stride_s, out_stride_h, d_out_stride_b, d_out_stride_s, d_out_stride_h,
@@ -119,164 +384,56 @@ def _global_backward_kernel(
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     DROPOUT: tl.constexpr, PRECISION: tl.constexpr, NUM_STAGES: tl.constexpr,
 ):  # fmt: skip
-    tile, head, batch = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    key_start = tile * BLOCK_N
+    """dk and dv from any number of query tiles."""
+    key_start = tl.program_id(0) * BLOCK_N
+    head, batch = tl.program_id(1), tl.program_id(2)
     first_row, mask_row, length, num_rows = locate_sequence(batch, seq_start_ptr, seq_len_ptr, mask_stride_b)
     if key_start >= num_rows:
         return
     num_globals = tl.load(num_globals_ptr + batch)
     batch_offset, head_offset, row = batch.to(tl.int64), head.to(tl.int64), first_row + key_start
     offs_n, offs_d = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_D)
-    key = key_start + offs_n
-    dk_ptr += batch_offset * dk_stride_b + head_offset * dk_stride_h + row * dk_stride_s
-    dv_ptr += batch_offset * dv_stride_b + head_offset * dv_stride_h + row * dv_stride_s
-    dk_offsets = offs_n[:, None] * dk_stride_s + offs_d[None, :]
-    dv_offsets = offs_n[:, None] * dv_stride_s + offs_d[None, :]
-    is_written = key < num_rows
-    dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
-    dv = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
-    if (key_start >= length) | (num_globals == 0):
-        store_rows(dk_ptr, dk_offsets, dk, is_written, HEAD_DIM, BLOCK_D)
-        store_rows(dv_ptr, dv_offsets, dv, is_written, HEAD_DIM, BLOCK_D)
-        return
-
     q_ptr += batch_offset * q_stride_b + head_offset * q_stride_h
     k_ptr += batch_offset * k_stride_b + head_offset * k_stride_h + row * k_stride_s
     v_ptr += batch_offset * v_stride_b + head_offset * v_stride_h + row * v_stride_s
+    dk_ptr += batch_offset * dk_stride_b + head_offset * dk_stride_h + row * dk_stride_s
+    dv_ptr += batch_offset * dv_stride_b + head_offset * dv_stride_h + row * dv_stride_s
     out_ptr += batch_offset * out_stride_b + head_offset * out_stride_h
     d_out_ptr += batch_offset * d_out_stride_b + head_offset * d_out_stride_h
     lse_ptr += batch_offset * lse_stride_b + head_offset * lse_stride_h
     if d_lse_ptr is not None:
         d_lse_ptr += batch_offset * lse_stride_b + head_offset * lse_stride_h
-    batch_head = batch * heads + head
-    if partial_dq_ptr is not None:
-        partial_dq_ptr += (batch_head.to(tl.int64) * tl.num_programs(0) + tile) * max_globals * HEAD_DIM
     global_index_ptr += batch * max_globals
-    qk_scale = softmax_scale * LOG2_E
+    batch_head = batch * heads + head
     seed = 0
     if DROPOUT:
         seed = tl.load(seed_ptr)
-    stop = tl.minimum(key_start + BLOCK_N, length)
-    is_plain = (stop == key_start + BLOCK_N) & (
+    key = key_start + offs_n  # [BLOCK_N]
+    stop = tl.minimum(key_start + BLOCK_N, num_rows)
+    is_plain = (key_start + BLOCK_N <= length) & (
         count_padding(token_kind_ptr, padding_before_ptr, mask_row, key_start, stop) == 0
     )
-    exists = key < length
-    if not is_plain:
-        exists = tl.load(token_kind_ptr + mask_row + key, mask=exists, other=0) != 0
+    exists = tl.load(token_kind_ptr + mask_row + key, mask=key < length, other=0) != 0
     k = load_rows(k_ptr, offs_n[:, None] * k_stride_s + offs_d[None, :], exists, HEAD_DIM, BLOCK_D, True)
     v = load_rows(v_ptr, offs_n[:, None] * v_stride_s + offs_d[None, :], exists, HEAD_DIM, BLOCK_D, True)
+    dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+    dv = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     dk, dv = _attend_queries(
         dk, dv, k, v, exists, key_start, tl.where(is_plain, num_globals, 0),
         q_ptr, out_ptr, d_out_ptr, q_stride_s, out_stride_s, d_out_stride_s, lse_ptr, d_lse_ptr,
-        partial_dq_ptr, global_index_ptr, qk_scale, keep_scale, seed, batch_head, last_dropped,
+        global_index_ptr, softmax_scale, keep_scale, seed, batch_head, last_dropped,
         HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, False, DROPOUT, PRECISION, NUM_STAGES,
     )  # fmt: skip
     dk, dv = _attend_queries(
-        dk, dv, k, v, exists, key_start, tl.where(is_plain, 0, num_globals),
+        dk, dv, k, v, exists, key_start, tl.where(is_plain | (key_start >= length), 0, num_globals),
         q_ptr, out_ptr, d_out_ptr, q_stride_s, out_stride_s, d_out_stride_s, lse_ptr, d_lse_ptr,
-        partial_dq_ptr, global_index_ptr, qk_scale, keep_scale, seed, batch_head, last_dropped,
+        global_index_ptr, softmax_scale, keep_scale, seed, batch_head, last_dropped,
         HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, True, DROPOUT, PRECISION, NUM_STAGES,
     )  # fmt: skip
-    store_rows(dk_ptr, dk_offsets, dk * softmax_scale, is_written, HEAD_DIM, BLOCK_D)
-    store_rows(dv_ptr, dv_offsets, dv * keep_scale, is_written, HEAD_DIM, BLOCK_D)
-
-
-@triton.jit
-def _attend_keys_for_dq(
-    dq, q, d_out, lse, delta, query, k_ptr, v_ptr, k_stride_s, v_stride_s, kind_ptr, length,
-    start, num_tiles, qk_scale, keep_scale, seed, batch_head, last_dropped,
-    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    CHECK_KEYS: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr, NUM_STAGES: tl.constexpr,
-):  # fmt: skip
-    """``num_tiles`` tiles of keys from ``start`` on; unless ``CHECK_KEYS``, every key exists and none is padding."""
-    offs_n, offs_d = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_D)
-    k_offsets = offs_n[:, None] * k_stride_s + offs_d[None, :]
-    v_offsets = offs_n[:, None] * v_stride_s + offs_d[None, :]
-    for i in tl.range(0, num_tiles, num_stages=NUM_STAGES):
-        key_start = start + i * BLOCK_N
-        key = key_start + offs_n
-        exists = key < length
-        if CHECK_KEYS:
-            exists = tl.load(kind_ptr + key, mask=exists, other=0) != 0
-        row = key_start.to(tl.int64)
-        k = load_rows(k_ptr + row * k_stride_s, k_offsets, exists, HEAD_DIM, BLOCK_D, CHECK_KEYS)
-        v = load_rows(v_ptr + row * v_stride_s, v_offsets, exists, HEAD_DIM, BLOCK_D, CHECK_KEYS)
-        p = tl.math.exp2(
-            tl.dot(q, tl.trans(k), input_precision=PRECISION) * qk_scale - lse[:, None]
-        )  # [BLOCK_M, BLOCK_N]
-        if CHECK_KEYS:
-            p = tl.where(exists[None, :], p, 0.0)
-        dp = tl.dot(d_out, tl.trans(v), input_precision=PRECISION)
-        if DROPOUT:
-            keep = keep_of_block(seed, query, key_start, batch_head, 1, last_dropped, BLOCK_M, BLOCK_N)
-            dp = tl.where(keep, dp * keep_scale, 0.0)
-        ds = (p * (dp - delta[:, None])).to(k.dtype)
-        dq = tl.dot(ds, k, dq, input_precision=PRECISION)
-    return dq
-
-
-@triton.jit(do_not_specialize=(*SIZES, "keys_per_split"), do_not_specialize_on_alignment=("token_kind_ptr",))
-def _global_dq_kernel(
-    q_ptr, k_ptr, v_ptr, out_ptr, d_out_ptr, lse_ptr, d_lse_ptr, partial_dq_ptr,
-    seq_start_ptr, seq_len_ptr, token_kind_ptr, padding_before_ptr, global_index_ptr, num_globals_ptr, seed_ptr,
-    q_stride_b, q_stride_s, q_stride_h, k_stride_b, k_stride_s, k_stride_h, v_stride_b, v_stride_s, v_stride_h,
-    out_stride_b, out_stride_s, out_stride_h, d_out_stride_b, d_out_stride_s, d_out_stride_h,
-    lse_stride_b, lse_stride_h, mask_stride_b,
-    heads, max_globals, keys_per_split, softmax_scale, keep_scale, last_dropped: tl.uint32,
-    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    DROPOUT: tl.constexpr, PRECISION: tl.constexpr, NUM_STAGES: tl.constexpr,
-):  # fmt: skip
-    """The shares of dq of one key split and one tile of global tokens."""
-    num_tiles = tl.cdiv(max_globals, BLOCK_M)
-    num_splits = tl.num_programs(0) // num_tiles
-    split, slot_start = tl.program_id(0) // num_tiles, tl.program_id(0) % num_tiles * BLOCK_M
-    head, batch = tl.program_id(1), tl.program_id(2)
-    first_row, mask_row, length, _ = locate_sequence(batch, seq_start_ptr, seq_len_ptr, mask_stride_b)
-    num_globals = tl.load(num_globals_ptr + batch)
-    start = split * keys_per_split
-    if (start >= length) | (slot_start >= num_globals):
-        return
-    stop = tl.minimum(start + keys_per_split, length)
-    batch_offset, head_offset = batch.to(tl.int64), head.to(tl.int64)
-    q_ptr += batch_offset * q_stride_b + head_offset * q_stride_h
-    k_ptr += batch_offset * k_stride_b + head_offset * k_stride_h + first_row * k_stride_s
-    v_ptr += batch_offset * v_stride_b + head_offset * v_stride_h + first_row * v_stride_s
-    out_ptr += batch_offset * out_stride_b + head_offset * out_stride_h
-    d_out_ptr += batch_offset * d_out_stride_b + head_offset * d_out_stride_h
-    lse_ptr += batch_offset * lse_stride_b + head_offset * lse_stride_h
-    if d_lse_ptr is not None:
-        d_lse_ptr += batch_offset * lse_stride_b + head_offset * lse_stride_h
-    q, d_out, lse, delta = _load_queries(
-        slot_start, num_globals, q_ptr, out_ptr, d_out_ptr, q_stride_s, out_stride_s, d_out_stride_s,
-        lse_ptr, d_lse_ptr, HEAD_DIM, BLOCK_D, BLOCK_M,
-    )  # fmt: skip
-    rows, offs_d = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_D)
-    exists = slot_start + rows < num_globals
-    batch_head = batch * heads + head
-    qk_scale = softmax_scale * LOG2_E
-    seed = 0
-    query = rows
-    if DROPOUT:
-        seed = tl.load(seed_ptr)
-        query = tl.load(global_index_ptr + batch * max_globals + slot_start + rows, mask=exists, other=0)
-    has_padding = count_padding(token_kind_ptr, padding_before_ptr, mask_row, start, stop) > 0
-    num_plain = tl.where(has_padding, 0, (stop - start) // BLOCK_N)
-    num_checked = tl.cdiv(stop - start, BLOCK_N) - num_plain
-    kind_ptr = token_kind_ptr + mask_row
-    dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    dq = _attend_keys_for_dq(
-        dq, q, d_out, lse, delta, query, k_ptr, v_ptr, k_stride_s, v_stride_s, kind_ptr, length,
-        start, num_plain, qk_scale, keep_scale, seed, batch_head, last_dropped,
-        HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, False, DROPOUT, PRECISION, NUM_STAGES,
-    )  # fmt: skip
-    dq = _attend_keys_for_dq(
-        dq, q, d_out, lse, delta, query, k_ptr, v_ptr, k_stride_s, v_stride_s, kind_ptr, length,
-        start + num_plain * BLOCK_N, num_checked, qk_scale, keep_scale, seed, batch_head, last_dropped,
-        HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, True, DROPOUT, PRECISION, NUM_STAGES,
-    )  # fmt: skip
-    first = (batch_head.to(tl.int64) * num_splits + split) * max_globals + slot_start
-    offsets = rows[:, None] * HEAD_DIM + offs_d[None, :]
-    store_rows(partial_dq_ptr + first * HEAD_DIM, offsets, dq, exists, HEAD_DIM, BLOCK_D)
+    dk_offsets = offs_n[:, None] * dk_stride_s + offs_d[None, :]
+    dv_offsets = offs_n[:, None] * dv_stride_s + offs_d[None, :]
+    store_rows(dk_ptr, dk_offsets, dk * softmax_scale, key < num_rows, HEAD_DIM, BLOCK_D)
+    store_rows(dv_ptr, dv_offsets, dv * keep_scale, key < num_rows, HEAD_DIM, BLOCK_D)
 
 
 @triton.jit(do_not_specialize=(*SIZES, "num_splits", "keys_per_split"))
@@ -317,46 +474,34 @@ def launch_global_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """-> dq like q_global, zeros in unused slots; dk, dv like k_global, zeros on padding rows; softmax_scale > 0."""
     batch, max_globals, heads, head_dim = q_global.shape
-    d_out, lse = d_out.contiguous(), lse.contiguous()
-    d_lse = None if d_lse is None else d_lse.contiguous()
     dq, dk, dv = (
         torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q_global, k_global, v_global)
     )
-    config = configs.choose("global_backward", q_global.dtype, head_dim)
-    config = replace(config, block_m=global_block(max_globals))
-    num_tiles = triton.cdiv(max_globals, config.block_m)
-    num_key_tiles = triton.cdiv(mask.max_seqlen, config.block_n)
-    is_fused = 2 * max_globals <= config.block_n
-    dq_config = replace(
-        configs.choose("global_backward_dq", q_global.dtype, head_dim), block_m=config.block_m
-    )
-    if is_fused:
-        num_splits, keys_per_split = num_key_tiles, config.block_n
-    else:
-        num_splits, keys_per_split = split_keys(mask, heads, num_tiles, dq_config.block_n)
+    if max_globals == 0:
+        return dq, dk.zero_(), dv.zero_()
+    kernel = "global_dq" if max_globals <= 16 else "global_dq_many"
+    config = configs.choose(kernel, q_global.dtype, head_dim, dropout_p)
+    blocks = block_arguments(config, q_global)
+    num_query_tiles = triton.cdiv(max_globals, config.block_m)
+    num_splits, keys_per_split = split_keys(mask, heads, num_query_tiles, config.block_n)
     partial_dq = torch.empty(
         (batch, heads, num_splits, max_globals, head_dim), dtype=torch.float32, device=q_global.device
     )
+    d_out, lse = d_out.contiguous(), lse.contiguous()
+    d_lse = None if d_lse is None else d_lse.contiguous()
     shared = {
+        **sequence_arguments(mask, q=q_global, k=k_global, v=v_global, out=out, d_out=d_out, dk=dk, dv=dv),
         **lse_arguments(lse=lse, d_lse=d_lse),
         **softmax_arguments(softmax_scale, dropout_p, seed),
         "heads": heads,
     }
-    inputs = {"q": q_global, "k": k_global, "v": v_global, "out": out, "d_out": d_out}
-    _global_backward_kernel[(num_key_tiles, heads, batch)](
-        **sequence_arguments(mask, **inputs, dk=dk, dv=dv),
+    _global_dq_kernel[(num_query_tiles * num_splits, heads, batch)](
         **shared,
-        partial_dq_ptr=partial_dq if is_fused else None,
-        **block_arguments(config, q_global),
+        partial_dq_ptr=partial_dq,
+        keys_per_split=keys_per_split,
+        WRITE_DKDV=num_query_tiles == 1,
+        **blocks,
     )
-    if not is_fused:
-        _global_dq_kernel[(num_tiles * num_splits, heads, batch)](
-            **sequence_arguments(mask, **inputs),
-            **shared,
-            partial_dq_ptr=partial_dq,
-            keys_per_split=keys_per_split,
-            **block_arguments(dq_config, q_global),
-        )
     _sum_splits_kernel[(max_globals, heads, batch)](
         partial_dq_ptr=partial_dq,
         dq_ptr=dq,
@@ -371,7 +516,11 @@ def launch_global_backward(
         keys_per_split=keys_per_split,
         softmax_scale=softmax_scale,
         HEAD_DIM=head_dim,
-        BLOCK_D=block_arguments(config, q_global)["BLOCK_D"],
+        BLOCK_D=blocks["BLOCK_D"],
         BLOCK_S=16,
     )
+    if num_query_tiles > 1:
+        config = configs.choose("global_dkdv_many", q_global.dtype, head_dim, dropout_p)
+        num_key_tiles = triton.cdiv(mask.max_seqlen, config.block_n)
+        _global_dkdv_kernel[(num_key_tiles, heads, batch)](**shared, **block_arguments(config, q_global))
     return dq, dk, dv

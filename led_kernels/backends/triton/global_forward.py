@@ -14,8 +14,6 @@ Source of the algorithm: Dao et al., "Flash-Decoding for long-context inference"
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import torch
 import triton
 import triton.language as tl
@@ -25,7 +23,6 @@ from led_kernels.backends.triton import configs
 from led_kernels.backends.triton.launch import (
     MAX_SPLITS,
     block_arguments,
-    global_block,
     lse_arguments,
     sequence_arguments,
     softmax_arguments,
@@ -162,12 +159,12 @@ def _merge_splits_kernel(
     partial_out_ptr += first * HEAD_DIM
     partial_lse_ptr += first
     num_written = tl.cdiv(tl.load(seq_len_ptr + batch), keys_per_split)
-    split = tl.arange(0, MAX_SPLITS)
-    partial_lse = tl.load(
-        partial_lse_ptr + split * max_globals, mask=split < num_written, other=float("-inf")
+    all_splits = tl.arange(0, MAX_SPLITS)
+    lse_of_splits = tl.load(
+        partial_lse_ptr + all_splits * max_globals, mask=all_splits < num_written, other=float("-inf")
     )
-    top = tl.max(partial_lse, 0)
-    lse = top + tl.log(tl.sum(tl.exp(partial_lse - top), 0))
+    largest = tl.max(lse_of_splits, 0)
+    lse = largest + tl.log(tl.sum(tl.exp(lse_of_splits - largest), 0))
     acc = tl.zeros([BLOCK_S, BLOCK_D], tl.float32)
     for start in range(0, num_written, BLOCK_S):
         split = start + tl.arange(0, BLOCK_S)
@@ -192,8 +189,8 @@ def launch_global_forward(
 ) -> tuple[Tensor, Tensor]:
     """-> out ``[batch, max_globals, heads, head_dim]``, lse fp32 ``[batch, heads, max_globals]``; softmax_scale > 0."""
     batch, max_globals, heads, head_dim = q_global.shape
-    config = configs.choose("global_forward", q_global.dtype, head_dim)
-    config = replace(config, block_m=global_block(max_globals))
+    kernel = "global_forward" if max_globals <= 16 else "global_forward_many"
+    config = configs.choose(kernel, q_global.dtype, head_dim, dropout_p)
     blocks = block_arguments(config, q_global)
     num_tiles = triton.cdiv(max_globals, config.block_m)
     num_splits, keys_per_split = split_keys(mask, heads, num_tiles, config.block_n)
