@@ -78,8 +78,6 @@ def captured_launches(
         RuntimeError: Triton's interpreter is on, so that there is nothing to compile.
         triton.runtime.errors.OutOfResources: a launch needs more shared memory than the target has.
     """
-    if triton.knobs.runtime.interpret:
-        raise RuntimeError("TRITON_INTERPRET is set: launches would be interpreted, not compiled.")
     launches: list[Launch] = []
     run = JITFunction.run
 
@@ -91,15 +89,50 @@ def captured_launches(
                 on_launch(launches[-1])
         return kernel
 
-    # the attribute, since the property would look for a GPU
-    active = driver._active
-    driver.set_active(_FakeDriver(target))
-    JITFunction.run = compile_only
-    try:
+    with _faked(_FakeDriver(target), compile_only):
         yield launches
+
+
+@contextlib.contextmanager
+def compilation_keys(target: str) -> Iterator[dict[str, set[str]]]:
+    """Within the context nothing is compiled: it gives, by kernel, the compilations that its launches would need.
+
+    Raises:
+        RuntimeError: Triton's interpreter is on.
+    """
+    keys: dict[str, set[str]] = {}
+    run, runtime = JITFunction.run, triton.knobs.runtime
+
+    def keep_key(*, key, fn, **_) -> bool:
+        keys.setdefault(fn.jit_function.__name__, set()).add(str(key))
+        return True  # nothing more to do
+
+    def look_up_only(self, *args, grid, warmup, **kwargs):
+        return run(self, *args, grid=grid, warmup=True, **kwargs)
+
+    before = runtime.jit_cache_hook
+    # a device of its own, for which nothing is compiled yet
+    with _faked(_FakeDriver(target, device=object()), look_up_only):
+        runtime.jit_cache_hook = keep_key
+        try:
+            yield keys
+        finally:
+            runtime.jit_cache_hook = before
+
+
+@contextlib.contextmanager
+def _faked(fake: _FakeDriver, run: Callable) -> Iterator[None]:
+    if triton.knobs.runtime.interpret:
+        raise RuntimeError("TRITON_INTERPRET is set: launches would be interpreted, not compiled.")
+    # the attribute, since the property would look for a GPU
+    driver_before, run_before = driver._active, JITFunction.run
+    driver.set_active(fake)
+    JITFunction.run = run
+    try:
+        yield
     finally:
-        JITFunction.run = run
-        driver._active = active
+        JITFunction.run = run_before
+        driver._active = driver_before
 
 
 def gpu_target(target: str) -> GPUTarget:
@@ -114,22 +147,23 @@ def gpu_target(target: str) -> GPUTarget:
 class _FakeDriver:
     """What Triton's compiler and ``JITFunction.run`` ask of a driver."""
 
-    def __init__(self, target: str) -> None:
+    def __init__(self, target: str, device: object = None) -> None:
         self.name = target
         self.target = gpu_target(target)
+        # compiled kernels are kept by device: the target keeps those of different targets apart
+        self.device = device or self.target
         self.utils = self
 
     def get_current_target(self) -> GPUTarget:
         return self.target
 
-    def get_current_device(self) -> GPUTarget:
-        """Compiled kernels are kept per device: the target keeps those of different targets apart."""
-        return self.target
+    def get_current_device(self) -> object:
+        return self.device
 
-    def get_current_stream(self, device: GPUTarget) -> int:
+    def get_current_stream(self, device: object) -> int:
         return 0
 
-    def get_device_properties(self, device: GPUTarget) -> dict[str, int | str]:
+    def get_device_properties(self, device: object) -> dict[str, int | str]:
         gpu = GPUS[self.name]
         return {
             "max_shared_mem": gpu.shared_per_block,

@@ -7,6 +7,7 @@ unrolled, an iteration is several of the source's. Ratios do not depend on that.
 
 from __future__ import annotations
 
+import math
 import re
 import subprocess
 import tempfile
@@ -99,11 +100,14 @@ class Loop:
         """This warp's products that the attention needs, in HMMAs of shape m16n8k16, whatever the target's shape.
 
         Of the products in the loop that is a whole number of tiles; what remains, such as a row sum taken by a product
-        with ones, is overhead as any other instruction. Loops over other tiles count all.
+        with ones, is overhead as any other instruction. Loops over other tiles, and other kernels, count all.
         """
-        sizes, warps = launch.constexprs, launch.kernel.metadata.num_warps
-        tile = sizes["BLOCK_M"] * sizes["BLOCK_N"] * sizes["BLOCK_D"] * PRODUCTS[launch.name] // warps
-        return (self.tensor_macs // tile * tile or self.tensor_macs) / HMMA_MACS
+        macs = self.tensor_macs
+        if launch.name in PRODUCTS:
+            tile = math.prod(launch.constexprs[name] for name in ("BLOCK_M", "BLOCK_N", "BLOCK_D"))
+            tile = tile * PRODUCTS[launch.name] // launch.kernel.metadata.num_warps
+            macs = macs // tile * tile or macs
+        return macs / HMMA_MACS
 
 
 def resources(cubin: bytes) -> Resources:
