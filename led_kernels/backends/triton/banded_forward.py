@@ -15,6 +15,7 @@ from torch import Tensor
 from led_kernels.backends.triton import configs
 from led_kernels.backends.triton.launch import (
     block_arguments,
+    descriptor,
     global_block,
     lse_arguments,
     sequence_arguments,
@@ -89,13 +90,18 @@ def _attend_globals(
 
 @triton.jit
 def _attend_band(
-    acc, row_sum, row_max, q, query, k_ptr, v_ptr, k_stride_s, v_stride_s, padding_before_ptr, length,
-    start, num_tiles, gap_at, gap, lower, upper, qk_scale, seed, batch_head, last_dropped,
+    acc, row_sum, row_max, q, query, k_ptr, v_ptr, k_stride_s, v_stride_s, k_desc, v_desc, desc_batch, desc_row,
+    desc_head, padding_before_ptr, length, start, num_tiles, gap_at, gap, lower, upper,
+    qk_scale, seed, batch_head, last_dropped,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     CHECK_EDGES: tl.constexpr, CHECK_PADDING: tl.constexpr, DROPOUT: tl.constexpr, SUM_BY_DOT: tl.constexpr,
     PRECISION: tl.constexpr, NUM_STAGES: tl.constexpr,
 ):  # fmt: skip
-    """``num_tiles`` tiles of neighbouring keys from ``start`` on; tile ``gap_at`` follows a gap of ``gap`` tiles."""
+    """``num_tiles`` tiles of neighbouring keys from ``start`` on; tile ``gap_at`` follows a gap of ``gap`` tiles.
+
+    ``k_desc``, ``v_desc``: tensor descriptors to load by, at ``desc_batch``, row ``desc_row`` + key and ``desc_head``,
+    or None to load by pointers, which can leave out rows.
+    """
     offs_n = tl.arange(0, BLOCK_N)
     offs_d = tl.arange(0, BLOCK_D)
     k_offsets = offs_n[:, None] * k_stride_s + offs_d[None, :]
@@ -110,7 +116,10 @@ def _attend_band(
         exists = key < length
         if CHECK_PADDING:
             exists = is_token(padding_before_ptr, key, length)
-        k = load_rows(k_ptr, k_offsets, exists, HEAD_DIM, BLOCK_D, CHECK_EDGES)
+        if k_desc is None:
+            k = load_rows(k_ptr, k_offsets, exists, HEAD_DIM, BLOCK_D, CHECK_EDGES)
+        else:
+            k = k_desc.load([desc_batch, desc_row + key_start, desc_head, 0]).reshape(BLOCK_N, BLOCK_D)
         scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # [BLOCK_M, BLOCK_N]
         if CHECK_EDGES:
             allowed = is_between(key, lower, upper)
@@ -120,7 +129,10 @@ def _attend_band(
         keep = None
         if DROPOUT:
             keep = keep_of_block(seed, query, key_start, batch_head, 0, last_dropped, BLOCK_M, BLOCK_N)
-        v = load_rows(v_ptr, v_offsets, exists, HEAD_DIM, BLOCK_D, CHECK_EDGES)
+        if v_desc is None:
+            v = load_rows(v_ptr, v_offsets, exists, HEAD_DIM, BLOCK_D, CHECK_EDGES)
+        else:
+            v = v_desc.load([desc_batch, desc_row + key_start, desc_head, 0]).reshape(BLOCK_N, BLOCK_D)
         acc, row_sum, row_max = _attend_tile(
             acc, row_sum, row_max, scores, v, keep, qk_scale, SUM_BY_DOT, PRECISION
         )
@@ -137,7 +149,7 @@ def _attend_band(
 
 @triton.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=("token_kind_ptr",))
 def _banded_forward_kernel(
-    q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr,
+    q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, k_desc, v_desc,
     seq_start_ptr, seq_len_ptr, token_kind_ptr, padding_before_ptr, global_index_ptr, num_globals_ptr, seed_ptr,
     q_stride_b, q_stride_s, q_stride_h, k_stride_b, k_stride_s, k_stride_h, v_stride_b, v_stride_s, v_stride_h,
     out_stride_b, out_stride_s, out_stride_h, lse_stride_b, lse_stride_h, mask_stride_b,
@@ -155,12 +167,16 @@ def _banded_forward_kernel(
     rows = tl.arange(0, BLOCK_M)
     query = row_start + rows
     offs_d = tl.arange(0, BLOCK_D)
-    out_ptr += batch_offset * out_stride_b + head_offset * out_stride_h + (first_row + row_start) * out_stride_s
+    out_ptr += (
+        batch_offset * out_stride_b + head_offset * out_stride_h + (first_row + row_start) * out_stride_s
+    )
     out_offsets = rows[:, None] * out_stride_s + offs_d[None, :]
     lse_ptr += batch_offset * lse_stride_b + head_offset * lse_stride_h + first_row
     is_written = query < num_rows
     if row_start >= length:  # only padding from here on
-        store_rows(out_ptr, out_offsets, tl.zeros([BLOCK_M, BLOCK_D], tl.float32), is_written, HEAD_DIM, BLOCK_D)
+        store_rows(
+            out_ptr, out_offsets, tl.zeros([BLOCK_M, BLOCK_D], tl.float32), is_written, HEAD_DIM, BLOCK_D
+        )
         tl.store(lse_ptr + query, float("inf"), mask=is_written)
         return
 
@@ -195,20 +211,23 @@ def _banded_forward_kernel(
     )  # fmt: skip
     if not has_padding:
         acc, row_sum, row_max = _attend_band(
-            acc, row_sum, row_max, q, query, k_ptr, v_ptr, k_stride_s, v_stride_s, padding_before_ptr + mask_row, length,
+            acc, row_sum, row_max, q, query, k_ptr, v_ptr, k_stride_s, v_stride_s, None, None, batch,
+            first_row.to(tl.int32), head, padding_before_ptr + mask_row, length,
             start, num_tiles - num_interior, num_left, num_interior, lower, upper,
             qk_scale, seed, batch_head, last_dropped,
             HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, True, False, DROPOUT, SUM_BY_DOT, PRECISION, NUM_STAGES,
         )  # fmt: skip
         acc, row_sum, row_max = _attend_band(
-            acc, row_sum, row_max, q, query, k_ptr, v_ptr, k_stride_s, v_stride_s, padding_before_ptr + mask_row, length,
+            acc, row_sum, row_max, q, query, k_ptr, v_ptr, k_stride_s, v_stride_s, k_desc, v_desc, batch,
+            first_row.to(tl.int32), head, padding_before_ptr + mask_row, length,
             start + num_left * BLOCK_N, num_interior, 0, 0, lower, upper,
             qk_scale, seed, batch_head, last_dropped,
             HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, False, False, DROPOUT, SUM_BY_DOT, PRECISION, NUM_STAGES,
         )  # fmt: skip
     else:
         acc, row_sum, row_max = _attend_band(
-            acc, row_sum, row_max, q, query, k_ptr, v_ptr, k_stride_s, v_stride_s, padding_before_ptr + mask_row, length,
+            acc, row_sum, row_max, q, query, k_ptr, v_ptr, k_stride_s, v_stride_s, None, None, batch,
+            first_row.to(tl.int32), head, padding_before_ptr + mask_row, length,
             start, tl.cdiv(stop - start, PADDED_BLOCK_N), 0, 0, lower, upper,
             qk_scale, seed, batch_head, last_dropped,
             HEAD_DIM, BLOCK_D, BLOCK_M, PADDED_BLOCK_N, True, True, DROPOUT, SUM_BY_DOT, PRECISION, 1,
@@ -238,12 +257,17 @@ def launch_banded_forward(
     *lead, rows, heads, head_dim = q.shape
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse = torch.empty((*lead, heads, rows), dtype=torch.float32, device=q.device)
-    config = configs.choose("banded_forward", q.dtype, head_dim)
+    config = configs.choose("banded_forward", q.dtype, head_dim, dropout_p)
+    k_desc, v_desc = (
+        descriptor(x, config.block_n) if configs.loads_by_descriptor() else None for x in (k, v)
+    )
     grid = (triton.cdiv(mask.max_seqlen, config.block_m), heads, mask.batch)
     _banded_forward_kernel[grid](
         **sequence_arguments(mask, q=q, k=k, v=v, out=out),
         **lse_arguments(lse=lse),
         **softmax_arguments(softmax_scale, dropout_p, seed),
+        k_desc=k_desc,
+        v_desc=v_desc,
         heads=heads,
         window_left=window_left,
         window_right=window_right,

@@ -1,25 +1,131 @@
-"""Tile sizes."""
+"""Tile sizes by kernel, target, element size and head_dim.
+
+No GPU has timed them. A row was chosen from what its compilation shows (``benchmarks/results/static_gpu.csv``), and
+says which of the figures decided; ``python -m benchmarks.tune`` ranks candidates on a real GPU and prints a new table.
+
+``LED_KERNELS_TRITON_CONFIG`` overrides it: ``64x64x4x2`` (BLOCK_M x BLOCK_N x warps x stages) for every kernel, or
+``banded_forward=128x64x8x2,banded_dq=64x64x4x2`` for some.
+"""
 
 from __future__ import annotations
 
+import functools
 import os
-from dataclasses import dataclass
+import re
+from typing import NamedTuple
 
 import torch
+import triton
 
 
-@dataclass(frozen=True)
-class TileConfig:
+class TileConfig(NamedTuple):
     block_m: int
     block_n: int
     num_warps: int
     num_stages: int
 
 
-def choose(kernel: str, dtype: torch.dtype, head_dim: int) -> TileConfig:
-    c = os.environ.get("CFG", "128,128,8,2")
-    return TileConfig(*map(int, c.split(",")))
+class Row(NamedTuple):
+    """``config`` serves elements of up to ``bits`` and head_dims up to ``head_dim``; dropout only if ``dropout``."""
+
+    targets: tuple[str, ...]
+    bits: int
+    head_dim: int
+    dropout: bool
+    config: TileConfig
+    reason: str
+
+
+KERNELS = (
+    "banded_forward",
+    "banded_dq",
+    "banded_dkdv",
+    "banded_dkdv_globals",
+    "global_forward",
+    "global_backward",
+)
+TARGETS = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942")
+_OVERRIDE = re.compile(r"(?:(\w+)=)?(\d+)x(\d+)x(\d+)x(\d+)")
+
+
+def choose(kernel: str, dtype: torch.dtype, head_dim: int, dropout_p: float = 0.0) -> TileConfig:
+    """The configuration of one of ``KERNELS`` on the current device.
+
+    Raises:
+        ValueError: ``LED_KERNELS_TRITON_CONFIG`` cannot be read.
+    """
+    override = os.environ.get("LED_KERNELS_TRITON_CONFIG")
+    return _choose(kernel, dtype.itemsize * 8, head_dim, dropout_p > 0, current_target(), override)
 
 
 def sums_by_dot(dtype: torch.dtype) -> bool:
-    return os.environ.get("SUM", "1") == "1" and dtype != torch.float32
+    """Whether the forward sums its probabilities on the tensor cores.
+
+    Where one warp issues its own products (mma.sync) the forward is short of instructions, and this saves a tenth of
+    them; Hopper, datacentre Blackwell and CDNA wait for the exponentials instead.
+    """
+    return dtype != torch.float32 and current_target() in ("sm_80", "sm_86", "sm_89", "sm_120")
+
+
+def loads_by_descriptor() -> bool:
+    """Whether interior tiles come through tensor descriptors: ``LED_KERNELS_TRITON_TMA=1``, on sm_90 and later."""
+    if os.environ.get("LED_KERNELS_TRITON_TMA") != "1":
+        return False
+    return _is_interpreted() or current_target() in ("sm_90", "sm_100", "sm_120")
+
+
+def current_target() -> str:
+    """The member of ``TARGETS`` whose configurations serve the current device."""
+    if _is_interpreted():
+        return "sm_80"
+    target = triton.runtime.driver.active.get_current_target()
+    return _nearest(target.backend, target.arch)
+
+
+def _is_interpreted() -> bool:
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+@functools.cache
+def _nearest(backend: str, arch: int | str) -> str:
+    if backend == "hip":
+        return "gfx942"
+    served = [target for target in TARGETS if target.startswith("sm_") and int(target[3:]) <= arch]
+    return served[-1] if served else "sm_80"
+
+
+@functools.cache
+def _choose(
+    kernel: str, bits: int, head_dim: int, dropout: bool, target: str, override: str | None
+) -> TileConfig:
+    if override:
+        named = _parse(override)
+        if kernel in named or "" in named:
+            return named.get(kernel) or named[""]
+    return next(
+        row.config
+        for row in TABLE[kernel]
+        if target in row.targets and bits <= row.bits and head_dim <= row.head_dim and dropout <= row.dropout
+    )
+
+
+TABLE: dict[str, tuple[Row, ...]] = {
+    kernel: (
+        Row(TARGETS, 32, 256, True, TileConfig(*map(int, os.environ.get("CFG", "64,64,4,2").split(","))), ""),
+    )
+    for kernel in KERNELS
+}
+
+
+def _parse(override: str) -> dict[str, TileConfig]:
+    """Configurations by kernel, "" for all."""
+    configs = {}
+    for part in override.split(","):
+        match = _OVERRIDE.fullmatch(part.strip())
+        if match is None or match[1] not in (None, *KERNELS):
+            raise ValueError(
+                f"LED_KERNELS_TRITON_CONFIG has {part!r}; give BLOCK_MxBLOCK_NxWARPSxSTAGES, or KERNEL=… with one of "
+                f"{', '.join(KERNELS)}."
+            )
+        configs[match[1] or ""] = TileConfig(*(int(n) for n in match.groups()[1:]))
+    return configs

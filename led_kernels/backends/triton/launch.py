@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 import triton
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from led_kernels.backends.triton.configs import TileConfig
 from led_kernels.mask import LongformerMask
@@ -32,7 +33,7 @@ def sequence_arguments(mask: LongformerMask, **tensors: Tensor) -> dict[str, obj
 
 
 def lse_arguments(lse: Tensor, **same_layout: Tensor | None) -> dict[str, object]:
-    """Pointers of lse and of tensors that lie as it does, ``[batch, heads, rows]`` or ``[heads, rows]``; its strides."""
+    """Pointers of lse and of tensors laid out as it is, ``[batch, heads, rows]`` or ``[heads, rows]``; its strides."""
     return {f"{name}_ptr": x for name, x in {"lse": lse, **same_layout}.items()} | {
         "lse_stride_b": lse.stride(0) if lse.dim() == 3 else 0,
         "lse_stride_h": lse.stride(-2),
@@ -60,9 +61,29 @@ def block_arguments(config: TileConfig, q: Tensor) -> dict[str, object]:
         "BLOCK_M": config.block_m,
         "BLOCK_N": config.block_n,
         "NUM_STAGES": config.num_stages,
-        "PRECISION": "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee",
+        "PRECISION": "tf32" if q.dtype == torch.float32 and _allows_tf32() else "ieee",
         "num_warps": config.num_warps,
     }
+
+
+def _allows_tf32() -> bool:
+    return torch.backends.cuda.matmul.fp32_precision == "tf32"
+
+
+def descriptor(x: Tensor, block_rows: int) -> TensorDescriptor:
+    """Loads ``block_rows`` rows of one head of ``[(batch,) rows, heads, head_dim]`` by the tensor memory accelerator.
+
+    Raises:
+        ValueError: an address or stride is no multiple of 16 bytes, or heads overlap rows.
+    """
+    x = x if x.dim() == 4 else x[None]
+    strides = [stride * x.element_size() for stride in x.stride()[:3]]
+    if x.data_ptr() % 16 or any(stride % 16 for stride in strides) or x.stride(-1) != 1:
+        raise ValueError(
+            "LED_KERNELS_TRITON_TMA=1 needs k and v whose address and strides are multiples of 16 bytes; "
+            "align them or unset it."
+        )
+    return TensorDescriptor.from_tensor(x, [1, block_rows, 1, padded_head_dim(x.shape[-1])])
 
 
 def global_block(max_globals: int) -> int:

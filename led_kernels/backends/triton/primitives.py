@@ -46,8 +46,8 @@ def locate_sequence(batch, seq_start_ptr, seq_len_ptr, mask_stride_b):
 def band_tiles(row_start, length, before, after, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr):
     """The column tiles that rows ``row_start … row_start + BLOCK_ROWS - 1`` of a band need.
 
-    Row i sees the columns ``i - before … i + after`` that lie in ``0 … length - 1``. With rows and columns as queries and
-    keys, before and after are the window's left and right; the other way round they are its right and left.
+    Row i sees the columns ``i - before … i + after`` that lie in ``0 … length - 1``. With rows and columns as queries
+    and keys, before and after are the window's left and right; the other way round they are its right and left.
 
     Returns:
         start, stop: the columns ``start … stop - 1`` that some row sees; start is a multiple of 4, for dropout.
