@@ -13,7 +13,7 @@ from benchmarks.shapes import Shape
 from led_kernels.backends.triton import configs
 from led_kernels.backends.triton.configs import Row, TileConfig
 
-FAST, SLOW = TileConfig(64, 64, 4, 2), TileConfig(16, 16, 4, 1)
+FAST, SLOW = TileConfig(32, 16, 2, 3), TileConfig(16, 16, 4, 1)
 
 
 def test_dry_run_lists_what_would_be_timed(capsys):
