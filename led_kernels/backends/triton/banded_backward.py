@@ -31,6 +31,8 @@ from led_kernels.backends.triton.primitives import (
     SIZES,
     band_tiles,
     count_padding,
+    is_between,
+    is_token,
     keep_of_block,
     keep_of_keys,
     load_rows,
@@ -41,6 +43,26 @@ from led_kernels.mask import LongformerMask
 
 _QUERIES_IN_SPLIT = 256
 _SPLITS_IN_TILE = 32
+
+
+@triton.jit
+def _pointer_to(ptr, batch, row, head, stride_b, stride_s, stride_h):
+    """Where a row of one head of ``[batch, rows, heads, head_dim]`` starts."""
+    return ptr + batch.to(tl.int64) * stride_b + row * stride_s + head.to(tl.int64) * stride_h
+
+
+@triton.jit
+def _load_tile(ptr, stride_s, rows_exist, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
+    """The rows from the pointer on, ``[len(rows_exist), BLOCK_D]``; zeros where none exist."""
+    offsets = tl.arange(0, rows_exist.shape[0])[:, None] * stride_s + tl.arange(0, BLOCK_D)[None, :]
+    return load_rows(ptr, offsets, rows_exist, HEAD_DIM, BLOCK_D, True)
+
+
+@triton.jit
+def _store_tile(ptr, stride_s, x, rows_exist, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
+    """``x`` ``[len(rows_exist), BLOCK_D]`` to the rows from the pointer on that exist."""
+    offsets = tl.arange(0, rows_exist.shape[0])[:, None] * stride_s + tl.arange(0, BLOCK_D)[None, :]
+    store_rows(ptr, offsets, x, rows_exist, HEAD_DIM, BLOCK_D)
 
 
 @triton.jit
@@ -78,13 +100,13 @@ def _dq_of_globals(
     """dq plus what the global keys outside each query's band add."""
     slot = tl.arange(0, BLOCK_G)
     offs_d = tl.arange(0, BLOCK_D)
-    for start in range(0, num_globals, BLOCK_G):
+    for start in tl.range(0, num_globals, BLOCK_G, num_stages=1):
         exists = start + slot < num_globals
         key = tl.load(global_index_ptr + start + slot, mask=exists, other=0)  # [BLOCK_G]
         row = key.to(tl.int64)[:, None]
         k = load_rows(k_ptr, row * k_stride_s + offs_d[None, :], exists, HEAD_DIM, BLOCK_D, True)
         v = load_rows(v_ptr, row * v_stride_s + offs_d[None, :], exists, HEAD_DIM, BLOCK_D, True)
-        outside = (key[None, :] < lower[:, None]) | (key[None, :] > upper[:, None])
+        outside = ~is_between(key, lower, upper)
         keep = None
         if DROPOUT:
             keep = keep_of_keys(seed, query, key, batch_head, 0, last_dropped, BLOCK_M, BLOCK_G)
@@ -97,13 +119,13 @@ def _dq_of_globals(
 
 @triton.jit
 def _dq_of_band(
-    dq, q, d_out, lse, delta, query, k_ptr, v_ptr, k_stride_s, v_stride_s, kind_ptr, length,
-    start, num_tiles, num_skipped_from, num_skipped, lower, upper, qk_scale, seed, batch_head, last_dropped,
+    dq, q, d_out, lse, delta, query, k_ptr, v_ptr, k_stride_s, v_stride_s, padding_before_ptr, length,
+    start, num_tiles, gap_at, gap, lower, upper, qk_scale, seed, batch_head, last_dropped,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     CHECK_EDGES: tl.constexpr, CHECK_PADDING: tl.constexpr,
     DROPOUT: tl.constexpr, PRECISION: tl.constexpr, NUM_STAGES: tl.constexpr,
 ):  # fmt: skip
-    """dq plus what ``num_tiles`` key tiles from ``start`` on add, less ``num_skipped`` after the first few."""
+    """dq plus what ``num_tiles`` key tiles from ``start`` on add; tile ``gap_at`` follows a gap of ``gap``."""
     offs_n = tl.arange(0, BLOCK_N)
     offs_d = tl.arange(0, BLOCK_D)
     k_offsets = offs_n[:, None] * k_stride_s + offs_d[None, :]
@@ -111,18 +133,18 @@ def _dq_of_band(
     for i in tl.range(0, num_tiles, num_stages=NUM_STAGES):
         tile = i
         if CHECK_EDGES:
-            tile = tl.where(i < num_skipped_from, i, i + num_skipped)
+            tile = tl.where(i < gap_at, i, i + gap)
         key_start = start + tile * BLOCK_N
         key = key_start + offs_n  # [BLOCK_N]
         exists = key < length
         if CHECK_PADDING:
-            exists = tl.load(kind_ptr + key, mask=exists, other=0) != 0
+            exists = is_token(padding_before_ptr, key, length)
         row = key_start.to(tl.int64)
         k = load_rows(k_ptr + row * k_stride_s, k_offsets, exists, HEAD_DIM, BLOCK_D, CHECK_EDGES)
         v = load_rows(v_ptr + row * v_stride_s, v_offsets, exists, HEAD_DIM, BLOCK_D, CHECK_EDGES)
         allowed = None
         if CHECK_EDGES:
-            allowed = (key[None, :] >= lower[:, None]) & (key[None, :] <= upper[:, None])
+            allowed = is_between(key, lower, upper)
             if CHECK_PADDING:
                 allowed = allowed & exists[None, :]
         keep = None
@@ -151,46 +173,32 @@ def _banded_dq_kernel(
     first_row, mask_row, length, num_rows = locate_sequence(batch, seq_start_ptr, seq_len_ptr, mask_stride_b)
     if row_start >= num_rows:
         return
-    batch_offset, head_offset = batch.to(tl.int64), head.to(tl.int64)
+    tile_row = first_row + row_start
     query = row_start + tl.arange(0, BLOCK_M)
-    rows = tl.arange(0, BLOCK_M)
-    offs_d = tl.arange(0, BLOCK_D)
-    dq_ptr += batch_offset * dq_stride_b + head_offset * dq_stride_h + (first_row + row_start) * dq_stride_s
-    dq_offsets = rows[:, None] * dq_stride_s + offs_d[None, :]
-    is_written = query < num_rows
-    lse_offset = batch_offset * lse_stride_b + head_offset * lse_stride_h + first_row
-    delta_ptr += lse_offset
+    lse_row = batch.to(tl.int64) * lse_stride_b + head.to(tl.int64) * lse_stride_h + first_row
+    dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     if row_start >= length:  # only padding from here on
-        store_rows(
-            dq_ptr, dq_offsets, tl.zeros([BLOCK_M, BLOCK_D], tl.float32), is_written, HEAD_DIM, BLOCK_D
-        )
-        tl.store(delta_ptr + query, 0.0, mask=is_written)
+        dq_ptr = _pointer_to(dq_ptr, batch, tile_row, head, dq_stride_b, dq_stride_s, dq_stride_h)
+        _store_tile(dq_ptr, dq_stride_s, dq, query < num_rows, HEAD_DIM, BLOCK_D)
+        tl.store(delta_ptr + lse_row + query, 0.0, mask=query < num_rows)
         return
 
-    q_ptr += batch_offset * q_stride_b + head_offset * q_stride_h + (first_row + row_start) * q_stride_s
-    k_ptr += batch_offset * k_stride_b + head_offset * k_stride_h + first_row * k_stride_s
-    v_ptr += batch_offset * v_stride_b + head_offset * v_stride_h + first_row * v_stride_s
-    out_ptr += (
-        batch_offset * out_stride_b + head_offset * out_stride_h + (first_row + row_start) * out_stride_s
-    )
-    d_out_ptr += (
-        batch_offset * d_out_stride_b
-        + head_offset * d_out_stride_h
-        + (first_row + row_start) * d_out_stride_s
-    )
-    exists = query < length
-    q = load_rows(q_ptr, rows[:, None] * q_stride_s + offs_d[None, :], exists, HEAD_DIM, BLOCK_D, True)
-    out = load_rows(out_ptr, rows[:, None] * out_stride_s + offs_d[None, :], exists, HEAD_DIM, BLOCK_D, True)
-    d_out = load_rows(
-        d_out_ptr, rows[:, None] * d_out_stride_s + offs_d[None, :], exists, HEAD_DIM, BLOCK_D, True
-    )
-    lse = tl.load(lse_ptr + lse_offset + query, mask=exists, other=float("inf"))
+    q_ptr = _pointer_to(q_ptr, batch, tile_row, head, q_stride_b, q_stride_s, q_stride_h)
+    out_ptr = _pointer_to(out_ptr, batch, tile_row, head, out_stride_b, out_stride_s, out_stride_h)
+    d_out_ptr = _pointer_to(d_out_ptr, batch, tile_row, head, d_out_stride_b, d_out_stride_s, d_out_stride_h)
+    k_ptr = _pointer_to(k_ptr, batch, first_row, head, k_stride_b, k_stride_s, k_stride_h)
+    v_ptr = _pointer_to(v_ptr, batch, first_row, head, v_stride_b, v_stride_s, v_stride_h)
+    lse = tl.load(lse_ptr + lse_row + query, mask=query < length, other=float("inf"))
     is_local = lse < float("inf")
+    # other rows come in as zeros, so that they have a delta and a dq of 0
+    q = _load_tile(q_ptr, q_stride_s, is_local, HEAD_DIM, BLOCK_D)
+    out = _load_tile(out_ptr, out_stride_s, is_local, HEAD_DIM, BLOCK_D)
+    d_out = _load_tile(d_out_ptr, d_out_stride_s, is_local, HEAD_DIM, BLOCK_D)
     delta = tl.sum(out.to(tl.float32) * d_out.to(tl.float32), 1)
     if d_lse_ptr is not None:
-        delta -= tl.load(d_lse_ptr + lse_offset + query, mask=is_local, other=0.0)
-    delta = tl.where(is_local, delta / keep_scale, 0.0)  # a select: rows of padding may hold NaN
-    tl.store(delta_ptr + query, delta, mask=is_written)
+        delta -= tl.load(d_lse_ptr + lse_row + query, mask=is_local, other=0.0)
+    delta /= keep_scale
+    tl.store(delta_ptr + lse_row + query, delta, mask=query < num_rows)
 
     lse *= LOG2_E
     qk_scale = softmax_scale * LOG2_E
@@ -199,7 +207,6 @@ def _banded_dq_kernel(
     seed = 0
     if DROPOUT:
         seed = tl.load(seed_ptr)
-    dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     dq = _dq_of_globals(
         dq, q, d_out, lse, delta, query, k_ptr, v_ptr, k_stride_s, v_stride_s,
         global_index_ptr + batch * max_globals, tl.load(num_globals_ptr + batch), lower, query + window_right,
@@ -209,41 +216,42 @@ def _banded_dq_kernel(
     start, stop, num_tiles, num_left, num_interior = band_tiles(
         row_start, length, window_left, window_right, BLOCK_M, BLOCK_N
     )
-    has_padding = count_padding(token_kind_ptr, padding_before_ptr, mask_row, start, stop) > 0
-    num_interior = tl.where(has_padding, 0, num_interior)
-    num_masked = num_tiles - num_interior
-    kind_ptr = token_kind_ptr + mask_row
-    dq = _dq_of_band(
-        dq, q, d_out, lse, delta, query, k_ptr, v_ptr, k_stride_s, v_stride_s, kind_ptr, length,
-        start, tl.where(has_padding, 0, num_masked), num_left, num_interior, lower, upper,
-        qk_scale, seed, batch_head, last_dropped,
-        HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, True, False, DROPOUT, PRECISION, NUM_STAGES,
-    )  # fmt: skip
-    dq = _dq_of_band(
-        dq, q, d_out, lse, delta, query, k_ptr, v_ptr, k_stride_s, v_stride_s, kind_ptr, length,
-        start + num_left * BLOCK_N, num_interior, 0, 0, lower, upper,
-        qk_scale, seed, batch_head, last_dropped,
-        HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, False, False, DROPOUT, PRECISION, NUM_STAGES,
-    )  # fmt: skip
-    dq = _dq_of_band(
-        dq, q, d_out, lse, delta, query, k_ptr, v_ptr, k_stride_s, v_stride_s, kind_ptr, length,
-        start, tl.where(has_padding, num_masked, 0), 0, 0, lower, upper,
-        qk_scale, seed, batch_head, last_dropped,
-        HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, True, True, DROPOUT, PRECISION, 1,
-    )  # fmt: skip
-    dq = tl.where(is_local[:, None], dq * (softmax_scale * keep_scale), 0.0)
-    store_rows(dq_ptr, dq_offsets, dq, is_written, HEAD_DIM, BLOCK_D)
+    if count_padding(token_kind_ptr, padding_before_ptr, mask_row, start, stop) == 0:
+        dq = _dq_of_band(
+            dq, q, d_out, lse, delta, query, k_ptr, v_ptr, k_stride_s, v_stride_s,
+            padding_before_ptr + mask_row, length,
+            start, num_tiles - num_interior, num_left, num_interior, lower, upper,
+            qk_scale, seed, batch_head, last_dropped,
+            HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, True, False, DROPOUT, PRECISION, NUM_STAGES,
+        )  # fmt: skip
+        dq = _dq_of_band(
+            dq, q, d_out, lse, delta, query, k_ptr, v_ptr, k_stride_s, v_stride_s,
+            padding_before_ptr + mask_row, length,
+            start + num_left * BLOCK_N, num_interior, 0, 0, lower, upper,
+            qk_scale, seed, batch_head, last_dropped,
+            HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, False, False, DROPOUT, PRECISION, NUM_STAGES,
+        )  # fmt: skip
+    else:
+        dq = _dq_of_band(
+            dq, q, d_out, lse, delta, query, k_ptr, v_ptr, k_stride_s, v_stride_s,
+            padding_before_ptr + mask_row, length,
+            start, num_tiles, 0, 0, lower, upper,
+            qk_scale, seed, batch_head, last_dropped,
+            HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, True, True, DROPOUT, PRECISION, NUM_STAGES,
+        )  # fmt: skip
+    dq_ptr = _pointer_to(dq_ptr, batch, tile_row, head, dq_stride_b, dq_stride_s, dq_stride_h)
+    _store_tile(dq_ptr, dq_stride_s, dq * (softmax_scale * keep_scale), query < num_rows, HEAD_DIM, BLOCK_D)
 
 
 @triton.jit
 def _dkdv_of_band(
     dk, dv, k, v, key_start, q_ptr, d_out_ptr, q_stride_s, d_out_stride_s, lse_ptr, delta_ptr, length,
-    start, num_tiles, num_skipped_from, num_skipped, lower, upper, qk_scale, seed, batch_head, last_dropped,
+    start, num_tiles, gap_at, gap, lower, upper, qk_scale, seed, batch_head, last_dropped,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     CHECK_EDGES: tl.constexpr, CHECK_PADDING: tl.constexpr,
     DROPOUT: tl.constexpr, PRECISION: tl.constexpr, NUM_STAGES: tl.constexpr,
 ):  # fmt: skip
-    """dk, dv plus what ``num_tiles`` query tiles from ``start`` on add, less ``num_skipped`` after the first few."""
+    """dk, dv plus what ``num_tiles`` query tiles from ``start`` on add; tile ``gap_at`` follows a gap of ``gap``."""
     offs_m = tl.arange(0, BLOCK_M)
     offs_d = tl.arange(0, BLOCK_D)
     q_offsets = offs_m[:, None] * q_stride_s + offs_d[None, :]
@@ -251,18 +259,18 @@ def _dkdv_of_band(
     for i in tl.range(0, num_tiles, num_stages=NUM_STAGES):
         tile = i
         if CHECK_EDGES:
-            tile = tl.where(i < num_skipped_from, i, i + num_skipped)
+            tile = tl.where(i < gap_at, i, i + gap)
         query_start = start + tile * BLOCK_M
         query = query_start + offs_m  # [BLOCK_M]
         exists = query < length
         if CHECK_EDGES:
-            lse = tl.load(lse_ptr + query, mask=exists, other=float("inf"))
+            lse = tl.load(lse_ptr + query, mask=exists, other=0.0)
             delta = tl.load(delta_ptr + query, mask=exists, other=0.0)
         else:
             lse = tl.load(lse_ptr + query)
             delta = tl.load(delta_ptr + query)
         if CHECK_PADDING:
-            exists = lse < float("inf")
+            exists = exists & (lse < float("inf"))
         row = query_start.to(tl.int64)
         q = load_rows(q_ptr + row * q_stride_s, q_offsets, exists, HEAD_DIM, BLOCK_D, CHECK_EDGES)
         d_out = load_rows(
@@ -270,7 +278,7 @@ def _dkdv_of_band(
         )
         allowed = None
         if CHECK_EDGES:
-            allowed = (query[None, :] >= lower[:, None]) & (query[None, :] <= upper[:, None])
+            allowed = is_between(query, lower, upper)
         keep = None
         if DROPOUT:
             keep = tl.trans(
@@ -300,70 +308,59 @@ def _banded_dkdv_kernel(
     first_row, mask_row, length, num_rows = locate_sequence(batch, seq_start_ptr, seq_len_ptr, mask_stride_b)
     if key_start >= num_rows:
         return
-    batch_offset, head_offset = batch.to(tl.int64), head.to(tl.int64)
+    tile_row = first_row + key_start
     key = key_start + tl.arange(0, BLOCK_N)
-    rows = tl.arange(0, BLOCK_N)
-    offs_d = tl.arange(0, BLOCK_D)
-    dk_ptr += batch_offset * dk_stride_b + head_offset * dk_stride_h + (first_row + key_start) * dk_stride_s
-    dv_ptr += batch_offset * dv_stride_b + head_offset * dv_stride_h + (first_row + key_start) * dv_stride_s
-    dk_offsets = rows[:, None] * dk_stride_s + offs_d[None, :]
-    dv_offsets = rows[:, None] * dv_stride_s + offs_d[None, :]
-    is_written = key < num_rows
     dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     dv = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
-    if key_start >= length:  # only padding from here on
-        store_rows(dk_ptr, dk_offsets, dk, is_written, HEAD_DIM, BLOCK_D)
-        store_rows(dv_ptr, dv_offsets, dv, is_written, HEAD_DIM, BLOCK_D)
-        return
-
-    q_ptr += batch_offset * q_stride_b + head_offset * q_stride_h + first_row * q_stride_s
-    k_ptr += batch_offset * k_stride_b + head_offset * k_stride_h + (first_row + key_start) * k_stride_s
-    v_ptr += batch_offset * v_stride_b + head_offset * v_stride_h + (first_row + key_start) * v_stride_s
-    d_out_ptr += batch_offset * d_out_stride_b + head_offset * d_out_stride_h + first_row * d_out_stride_s
-    lse_offset = batch_offset * lse_stride_b + head_offset * lse_stride_h + first_row
-    lse_ptr += lse_offset
-    delta_ptr += lse_offset
-    exists = key < length
-    k = load_rows(k_ptr, rows[:, None] * k_stride_s + offs_d[None, :], exists, HEAD_DIM, BLOCK_D, True)
-    v = load_rows(v_ptr, rows[:, None] * v_stride_s + offs_d[None, :], exists, HEAD_DIM, BLOCK_D, True)
-    qk_scale = softmax_scale * LOG2_E
-    lower, upper = (
-        key - window_right,
-        tl.minimum(key + window_left, length - 1),
-    )  # the queries that see each key
-    batch_head = batch * heads + head
-    seed = 0
-    if DROPOUT:
-        seed = tl.load(seed_ptr)
-    start, stop, num_tiles, num_left, num_interior = band_tiles(
-        key_start, length, window_right, window_left, BLOCK_N, BLOCK_M
-    )
-    has_padding = count_padding(token_kind_ptr, padding_before_ptr, mask_row, start, stop) > 0
-    num_interior = tl.where(has_padding, 0, num_interior)
-    num_masked = num_tiles - num_interior
-    dk, dv = _dkdv_of_band(
-        dk, dv, k, v, key_start, q_ptr, d_out_ptr, q_stride_s, d_out_stride_s, lse_ptr, delta_ptr, length,
-        start, tl.where(has_padding, 0, num_masked), num_left, num_interior, lower, upper,
-        qk_scale, seed, batch_head, last_dropped,
-        HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, True, False, DROPOUT, PRECISION, NUM_STAGES,
-    )  # fmt: skip
-    dk, dv = _dkdv_of_band(
-        dk, dv, k, v, key_start, q_ptr, d_out_ptr, q_stride_s, d_out_stride_s, lse_ptr, delta_ptr, length,
-        start + num_left * BLOCK_M, num_interior, 0, 0, lower, upper,
-        qk_scale, seed, batch_head, last_dropped,
-        HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, False, False, DROPOUT, PRECISION, NUM_STAGES,
-    )  # fmt: skip
-    dk, dv = _dkdv_of_band(
-        dk, dv, k, v, key_start, q_ptr, d_out_ptr, q_stride_s, d_out_stride_s, lse_ptr, delta_ptr, length,
-        start, tl.where(has_padding, num_masked, 0), 0, 0, lower, upper,
-        qk_scale, seed, batch_head, last_dropped,
-        HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, True, True, DROPOUT, PRECISION, 1,
-    )  # fmt: skip
-    is_token = tl.load(token_kind_ptr + mask_row + key, mask=exists, other=0) != 0
-    dk = tl.where(is_token[:, None], dk * (softmax_scale * keep_scale), 0.0)  # selects: padding may hold NaN
-    dv = tl.where(is_token[:, None], dv * keep_scale, 0.0)
-    store_rows(dk_ptr, dk_offsets, dk, is_written, HEAD_DIM, BLOCK_D)
-    store_rows(dv_ptr, dv_offsets, dv, is_written, HEAD_DIM, BLOCK_D)
+    if key_start < length:  # behind that there is only padding
+        q_ptr = _pointer_to(q_ptr, batch, first_row, head, q_stride_b, q_stride_s, q_stride_h)
+        d_out_ptr = _pointer_to(
+            d_out_ptr, batch, first_row, head, d_out_stride_b, d_out_stride_s, d_out_stride_h
+        )
+        k_ptr = _pointer_to(k_ptr, batch, tile_row, head, k_stride_b, k_stride_s, k_stride_h)
+        v_ptr = _pointer_to(v_ptr, batch, tile_row, head, v_stride_b, v_stride_s, v_stride_h)
+        k = _load_tile(k_ptr, k_stride_s, key < length, HEAD_DIM, BLOCK_D)
+        v = _load_tile(v_ptr, v_stride_s, key < length, HEAD_DIM, BLOCK_D)
+        lse_row = batch.to(tl.int64) * lse_stride_b + head.to(tl.int64) * lse_stride_h + first_row
+        lse_ptr += lse_row
+        delta_ptr += lse_row
+        qk_scale = softmax_scale * LOG2_E
+        # the queries that see each key
+        lower, upper = key - window_right, tl.minimum(key + window_left, length - 1)
+        batch_head = batch * heads + head
+        seed = 0
+        if DROPOUT:
+            seed = tl.load(seed_ptr)
+        start, stop, num_tiles, num_left, num_interior = band_tiles(
+            key_start, length, window_right, window_left, BLOCK_N, BLOCK_M
+        )
+        if count_padding(token_kind_ptr, padding_before_ptr, mask_row, start, stop) == 0:
+            dk, dv = _dkdv_of_band(
+                dk, dv, k, v, key_start, q_ptr, d_out_ptr, q_stride_s, d_out_stride_s, lse_ptr, delta_ptr, length,
+                start, num_tiles - num_interior, num_left, num_interior, lower, upper,
+                qk_scale, seed, batch_head, last_dropped,
+                HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, True, False, DROPOUT, PRECISION, NUM_STAGES,
+            )  # fmt: skip
+            dk, dv = _dkdv_of_band(
+                dk, dv, k, v, key_start, q_ptr, d_out_ptr, q_stride_s, d_out_stride_s, lse_ptr, delta_ptr, length,
+                start + num_left * BLOCK_M, num_interior, 0, 0, lower, upper,
+                qk_scale, seed, batch_head, last_dropped,
+                HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, False, False, DROPOUT, PRECISION, NUM_STAGES,
+            )  # fmt: skip
+        else:
+            dk, dv = _dkdv_of_band(
+                dk, dv, k, v, key_start, q_ptr, d_out_ptr, q_stride_s, d_out_stride_s, lse_ptr, delta_ptr, length,
+                start, num_tiles, 0, 0, lower, upper,
+                qk_scale, seed, batch_head, last_dropped,
+                HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, True, True, DROPOUT, PRECISION, NUM_STAGES,
+            )  # fmt: skip
+        exists = is_token(padding_before_ptr + mask_row, key, length)[:, None]
+        dk = tl.where(exists, dk * (softmax_scale * keep_scale), 0.0)  # selects: rows of padding may hold NaN
+        dv = tl.where(exists, dv * keep_scale, 0.0)
+    dk_ptr = _pointer_to(dk_ptr, batch, tile_row, head, dk_stride_b, dk_stride_s, dk_stride_h)
+    dv_ptr = _pointer_to(dv_ptr, batch, tile_row, head, dv_stride_b, dv_stride_s, dv_stride_h)
+    _store_tile(dk_ptr, dk_stride_s, dk, key < num_rows, HEAD_DIM, BLOCK_D)
+    _store_tile(dv_ptr, dv_stride_s, dv, key < num_rows, HEAD_DIM, BLOCK_D)
 
 
 @triton.jit(do_not_specialize=(*SIZES, "queries_in_split"))
@@ -385,16 +382,14 @@ def _banded_dkdv_globals_kernel(
     start = split * queries_in_split
     if (start >= length) | (global_tile * BLOCK_N >= num_globals):
         return
-    batch_offset, head_offset = batch.to(tl.int64), head.to(tl.int64)
+    q_ptr = _pointer_to(q_ptr, batch, first_row, head, q_stride_b, q_stride_s, q_stride_h)
+    d_out_ptr = _pointer_to(d_out_ptr, batch, first_row, head, d_out_stride_b, d_out_stride_s, d_out_stride_h)
+    k_ptr = _pointer_to(k_ptr, batch, first_row, head, k_stride_b, k_stride_s, k_stride_h)
+    v_ptr = _pointer_to(v_ptr, batch, first_row, head, v_stride_b, v_stride_s, v_stride_h)
+    lse_row = batch.to(tl.int64) * lse_stride_b + head.to(tl.int64) * lse_stride_h + first_row
+    lse_ptr += lse_row
+    delta_ptr += lse_row
     offs_d = tl.arange(0, BLOCK_D)
-    q_ptr += batch_offset * q_stride_b + head_offset * q_stride_h + first_row * q_stride_s
-    k_ptr += batch_offset * k_stride_b + head_offset * k_stride_h + first_row * k_stride_s
-    v_ptr += batch_offset * v_stride_b + head_offset * v_stride_h + first_row * v_stride_s
-    d_out_ptr += batch_offset * d_out_stride_b + head_offset * d_out_stride_h + first_row * d_out_stride_s
-    lse_offset = batch_offset * lse_stride_b + head_offset * lse_stride_h + first_row
-    lse_ptr += lse_offset
-    delta_ptr += lse_offset
-
     slot = global_tile * BLOCK_N + tl.arange(0, BLOCK_N)
     exists = slot < num_globals
     key = tl.load(global_index_ptr + batch * max_globals + slot, mask=exists, other=0)  # [BLOCK_N]
@@ -461,10 +456,9 @@ def _sum_splits_kernel(
         exists = split < num_splits
         dk += tl.sum(load_rows(partial_dk_ptr, offsets, exists, HEAD_DIM, BLOCK_D, True), 0)
         dv += tl.sum(load_rows(partial_dv_ptr, offsets, exists, HEAD_DIM, BLOCK_D, True), 0)
-    batch_offset, head_offset = batch.to(tl.int64), head.to(tl.int64)
     row = first_row + tl.load(global_index_ptr + batch * max_globals + slot)
-    dk_ptr += batch_offset * dk_stride_b + head_offset * dk_stride_h + row * dk_stride_s
-    dv_ptr += batch_offset * dv_stride_b + head_offset * dv_stride_h + row * dv_stride_s
+    dk_ptr = _pointer_to(dk_ptr, batch, row, head, dk_stride_b, dk_stride_s, dk_stride_h)
+    dv_ptr = _pointer_to(dv_ptr, batch, row, head, dv_stride_b, dv_stride_s, dv_stride_h)
     tl.store(dk_ptr + offs_d, (dk * (softmax_scale * keep_scale)).to(dk_ptr.dtype.element_ty), mask=in_head)
     tl.store(dv_ptr + offs_d, (dv * keep_scale).to(dv_ptr.dtype.element_ty), mask=in_head)
 
@@ -522,13 +516,11 @@ def _launch_dkdv_of_globals(arguments: dict[str, object], q: Tensor, mask: Longf
     rows = q.numel() // (heads * head_dim)
     most_splits = max(1, rows // (mask.batch * mask.max_globals))
     num_splits = min(triton.cdiv(mask.max_seqlen, _QUERIES_IN_SPLIT), most_splits)
-    partial = torch.empty(
-        (2, num_splits, mask.batch, mask.max_globals, heads, head_dim), dtype=torch.float32, device=q.device
-    )
+    shape = (num_splits, mask.batch, mask.max_globals, heads, head_dim)
     block_n = global_block(mask.max_globals)
     arguments |= block_arguments(config, q) | {
-        "partial_dk_ptr": partial[0],
-        "partial_dv_ptr": partial[1],
+        "partial_dk_ptr": torch.empty(shape, dtype=torch.float32, device=q.device),
+        "partial_dv_ptr": torch.empty(shape, dtype=torch.float32, device=q.device),
         "queries_in_split": triton.cdiv(mask.max_seqlen, num_splits * config.block_m) * config.block_m,
         "BLOCK_N": block_n,
     }
