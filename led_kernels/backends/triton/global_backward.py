@@ -72,26 +72,25 @@ def _tile_gradients(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     CHECK_KEYS: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Probabilities after dropout, not yet scaled, and gradients of the scaled scores: ``[BLOCK_N, BLOCK_M]``."""
-    scores = tl.dot(k, tl.trans(q), input_precision=PRECISION)
-    p = tl.math.exp2(scores * qk_scale - lse[None, :])
+    """Probabilities after dropout, not yet scaled, and gradients of the scaled scores: ``[BLOCK_M, BLOCK_N]``."""
+    scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+    p = tl.math.exp2(scores * qk_scale - lse[:, None])
     if CHECK_KEYS:
-        p = tl.where(key_exists[:, None], p, 0.0)
-    dp = tl.dot(v, tl.trans(d_out), input_precision=PRECISION)
+        p = tl.where(key_exists[None, :], p, 0.0)
+    dp = tl.dot(d_out, tl.trans(v), input_precision=PRECISION)
     p_kept = p
     if DROPOUT:
         query = tl.load(global_index_ptr + slot, mask=slot < num_globals, other=0)
         keep = keep_of_block(seed, query, key_start, batch_head, 1, last_dropped, BLOCK_M, BLOCK_N)
-        keep = tl.trans(keep)
         p_kept = tl.where(keep, p, 0.0)
         dp = tl.where(keep, dp * keep_scale, 0.0)
-    ds = p * (dp - delta[None, :])
+    ds = p * (dp - delta[:, None])
     return p_kept.to(d_out.dtype), ds.to(q.dtype)
 
 
 @triton.jit
 def _attend_keys(
-    dq_t, q, d_out, lse, delta, slot, num_globals, k_ptr, v_ptr, dk_ptr, dv_ptr,
+    dq, q, d_out, lse, delta, slot, num_globals, k_ptr, v_ptr, dk_ptr, dv_ptr,
     k_stride_s, v_stride_s, dk_stride_s, dv_stride_s, kind_ptr, global_index_ptr, length, num_rows,
     start, num_tiles, softmax_scale, keep_scale, seed, batch_head, last_dropped,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -116,15 +115,15 @@ def _attend_keys(
             softmax_scale * LOG2_E, keep_scale, seed, batch_head, last_dropped,
             BLOCK_M, BLOCK_N, CHECK_KEYS, DROPOUT, PRECISION,
         )  # fmt: skip
-        dq_t = tl.dot(tl.trans(k), ds, dq_t, input_precision=PRECISION)
+        dq = tl.dot(ds, k, dq, input_precision=PRECISION)
         if WRITE_DKDV:
             dk_offsets = offs_n[:, None] * dk_stride_s + offs_d[None, :]
             dv_offsets = offs_n[:, None] * dv_stride_s + offs_d[None, :]
-            dv = tl.dot(p, d_out, input_precision=PRECISION) * keep_scale
+            dv = tl.dot(tl.trans(p), d_out, input_precision=PRECISION) * keep_scale
             store_rows(dv_ptr + row * dv_stride_s, dv_offsets, dv, key < num_rows, HEAD_DIM, BLOCK_D)
-            dk = tl.dot(ds, q, input_precision=PRECISION) * softmax_scale
+            dk = tl.dot(tl.trans(ds), q, input_precision=PRECISION) * softmax_scale
             store_rows(dk_ptr + row * dk_stride_s, dk_offsets, dk, key < num_rows, HEAD_DIM, BLOCK_D)
-    return dq_t
+    return dq
 
 
 @triton.jit(do_not_specialize=(*SIZES, "keys_per_split"), do_not_specialize_on_alignment=("token_kind_ptr",))
@@ -179,7 +178,7 @@ def _global_dq_kernel(
     seed = 0
     if DROPOUT:
         seed = tl.load(seed_ptr)
-    dq_t = tl.zeros([BLOCK_D, BLOCK_M], tl.float32)
+    dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
 
     key_stop = tl.minimum(stop, length)
     counted_stop = tl.maximum(key_stop, start + 1)
@@ -187,164 +186,21 @@ def _global_dq_kernel(
     num_plain = tl.where(has_padding, 0, tl.maximum(key_stop - start, 0) // BLOCK_N)
     num_checked = tl.cdiv(stop - start, BLOCK_N) - num_plain
     kind_ptr = token_kind_ptr + mask_row
-    dq_t = _attend_keys(
-        dq_t, q, d_out, lse, delta, slot, num_globals, k_ptr, v_ptr, dk_ptr, dv_ptr,
+    dq = _attend_keys(
+        dq, q, d_out, lse, delta, slot, num_globals, k_ptr, v_ptr, dk_ptr, dv_ptr,
         k_stride_s, v_stride_s, dk_stride_s, dv_stride_s, kind_ptr, global_index_ptr, length, num_rows,
         start, num_plain, softmax_scale, keep_scale, seed, batch_head, last_dropped,
         HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, False, WRITE_DKDV, DROPOUT, PRECISION, NUM_STAGES,
     )  # fmt: skip
-    dq_t = _attend_keys(
-        dq_t, q, d_out, lse, delta, slot, num_globals, k_ptr, v_ptr, dk_ptr, dv_ptr,
+    dq = _attend_keys(
+        dq, q, d_out, lse, delta, slot, num_globals, k_ptr, v_ptr, dk_ptr, dv_ptr,
         k_stride_s, v_stride_s, dk_stride_s, dv_stride_s, kind_ptr, global_index_ptr, length, num_rows,
         start + num_plain * BLOCK_N, num_checked, softmax_scale, keep_scale, seed, batch_head, last_dropped,
         HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, True, WRITE_DKDV, DROPOUT, PRECISION, NUM_STAGES,
     )  # fmt: skip
     first = (batch_head.to(tl.int64) * num_splits + split) * max_globals + slot_start
     offsets = rows[:, None] * HEAD_DIM + offs_d[None, :]
-    store_rows(
-        partial_dq_ptr + first * HEAD_DIM, offsets, tl.trans(dq_t), slot < num_globals, HEAD_DIM, BLOCK_D
-    )
-
-
-@triton.jit
-def _tile_gradients(
-    q, k, v, d_out, lse, delta, slot, num_globals, key_start, key_exists, global_index_ptr,
-    qk_scale, keep_scale, seed, batch_head, last_dropped,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    CHECK_KEYS: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """Probabilities after dropout, not yet scaled, and gradients of the scaled scores: ``[BLOCK_N, BLOCK_M]``."""
-    scores = tl.dot(k, tl.trans(q), input_precision=PRECISION)
-    p = tl.math.exp2(scores * qk_scale - lse[None, :])
-    if CHECK_KEYS:
-        p = tl.where(key_exists[:, None], p, 0.0)
-    dp = tl.dot(v, tl.trans(d_out), input_precision=PRECISION)
-    p_kept = p
-    if DROPOUT:
-        query = tl.load(global_index_ptr + slot, mask=slot < num_globals, other=0)
-        keep = keep_of_block(seed, query, key_start, batch_head, 1, last_dropped, BLOCK_M, BLOCK_N)
-        keep = tl.trans(keep)
-        p_kept = tl.where(keep, p, 0.0)
-        dp = tl.where(keep, dp * keep_scale, 0.0)
-    ds = p * (dp - delta[None, :])
-    return p_kept.to(d_out.dtype), ds.to(q.dtype)
-
-
-@triton.jit
-def _attend_keys(
-    dq_t, q, d_out, lse, delta, slot, num_globals, k_ptr, v_ptr, dk_ptr, dv_ptr,
-    k_stride_s, v_stride_s, dk_stride_s, dv_stride_s, kind_ptr, global_index_ptr, length, num_rows,
-    start, num_tiles, softmax_scale, keep_scale, seed, batch_head, last_dropped,
-    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    CHECK_KEYS: tl.constexpr, WRITE_DKDV: tl.constexpr,
-    DROPOUT: tl.constexpr, PRECISION: tl.constexpr, NUM_STAGES: tl.constexpr,
-):  # fmt: skip
-    """``num_tiles`` tiles of keys from ``start`` on; unless ``CHECK_KEYS``, every key exists and none is padding."""
-    offs_n, offs_d = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_D)
-    k_offsets = offs_n[:, None] * k_stride_s + offs_d[None, :]
-    v_offsets = offs_n[:, None] * v_stride_s + offs_d[None, :]
-    for i in tl.range(0, num_tiles, num_stages=NUM_STAGES):
-        key_start = start + i * BLOCK_N
-        key = key_start + offs_n  # [BLOCK_N]
-        exists = key < length
-        if CHECK_KEYS:
-            exists = tl.load(kind_ptr + key, mask=exists, other=0) != 0
-        row = key_start.to(tl.int64)
-        k = load_rows(k_ptr + row * k_stride_s, k_offsets, exists, HEAD_DIM, BLOCK_D, CHECK_KEYS)
-        v = load_rows(v_ptr + row * v_stride_s, v_offsets, exists, HEAD_DIM, BLOCK_D, CHECK_KEYS)
-        p, ds = _tile_gradients(
-            q, k, v, d_out, lse, delta, slot, num_globals, key_start, exists, global_index_ptr,
-            softmax_scale * LOG2_E, keep_scale, seed, batch_head, last_dropped,
-            BLOCK_M, BLOCK_N, CHECK_KEYS, DROPOUT, PRECISION,
-        )  # fmt: skip
-        dq_t = tl.dot(tl.trans(k), ds, dq_t, input_precision=PRECISION)
-        if WRITE_DKDV:
-            dk_offsets = offs_n[:, None] * dk_stride_s + offs_d[None, :]
-            dv_offsets = offs_n[:, None] * dv_stride_s + offs_d[None, :]
-            dv = tl.dot(p, d_out, input_precision=PRECISION) * keep_scale
-            store_rows(dv_ptr + row * dv_stride_s, dv_offsets, dv, key < num_rows, HEAD_DIM, BLOCK_D)
-            dk = tl.dot(ds, q, input_precision=PRECISION) * softmax_scale
-            store_rows(dk_ptr + row * dk_stride_s, dk_offsets, dk, key < num_rows, HEAD_DIM, BLOCK_D)
-    return dq_t
-
-
-@triton.jit(do_not_specialize=(*SIZES, "keys_per_split"), do_not_specialize_on_alignment=("token_kind_ptr",))
-def _global_dq_kernel(
-    q_ptr, k_ptr, v_ptr, out_ptr, d_out_ptr, dk_ptr, dv_ptr, lse_ptr, d_lse_ptr, partial_dq_ptr,
-    seq_start_ptr, seq_len_ptr, token_kind_ptr, padding_before_ptr, global_index_ptr, num_globals_ptr, seed_ptr,
-    q_stride_b, q_stride_s, q_stride_h, k_stride_b, k_stride_s, k_stride_h, v_stride_b, v_stride_s, v_stride_h,
-    out_stride_b, out_stride_s, out_stride_h, d_out_stride_b, d_out_stride_s, d_out_stride_h,
-    dk_stride_b, dk_stride_s, dk_stride_h, dv_stride_b, dv_stride_s, dv_stride_h,
-    lse_stride_b, lse_stride_h, mask_stride_b,
-    heads, max_globals, keys_per_split, softmax_scale, keep_scale, last_dropped: tl.uint32,
-    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    WRITE_DKDV: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr, NUM_STAGES: tl.constexpr,
-):  # fmt: skip
-    """Shares of dq; with ``WRITE_DKDV`` also dk and dv, from the one query tile that there is."""
-    num_query_tiles = tl.cdiv(max_globals, BLOCK_M)
-    num_splits = tl.num_programs(0) // num_query_tiles
-    split, slot_start = tl.program_id(0) // num_query_tiles, tl.program_id(0) % num_query_tiles * BLOCK_M
-    head, batch = tl.program_id(1), tl.program_id(2)
-    first_row, mask_row, length, num_rows = locate_sequence(batch, seq_start_ptr, seq_len_ptr, mask_stride_b)
-    num_globals = tl.load(num_globals_ptr + batch)
-    start = split * keys_per_split
-    if WRITE_DKDV:
-        stop = tl.minimum(start + keys_per_split, num_rows)
-        length = tl.where(
-            num_globals > 0, length, 0
-        )  # dk and dv are written, as zeros, without global tokens too
-    else:
-        stop = tl.minimum(start + keys_per_split, length)
-        stop = tl.where(slot_start < num_globals, stop, 0)
-    if start >= stop:
-        return
-    batch_offset, head_offset = batch.to(tl.int64), head.to(tl.int64)
-    q_ptr += batch_offset * q_stride_b + head_offset * q_stride_h
-    k_ptr += batch_offset * k_stride_b + head_offset * k_stride_h + first_row * k_stride_s
-    v_ptr += batch_offset * v_stride_b + head_offset * v_stride_h + first_row * v_stride_s
-    dk_ptr += batch_offset * dk_stride_b + head_offset * dk_stride_h + first_row * dk_stride_s
-    dv_ptr += batch_offset * dv_stride_b + head_offset * dv_stride_h + first_row * dv_stride_s
-    out_ptr += batch_offset * out_stride_b + head_offset * out_stride_h
-    d_out_ptr += batch_offset * d_out_stride_b + head_offset * d_out_stride_h
-    lse_ptr += batch_offset * lse_stride_b + head_offset * lse_stride_h
-    if d_lse_ptr is not None:
-        d_lse_ptr += batch_offset * lse_stride_b + head_offset * lse_stride_h
-    global_index_ptr += batch * max_globals
-    q, d_out, lse, delta = _load_queries(
-        slot_start, num_globals, q_ptr, out_ptr, d_out_ptr, q_stride_s, out_stride_s, d_out_stride_s,
-        lse_ptr, d_lse_ptr, HEAD_DIM, BLOCK_D, BLOCK_M,
-    )  # fmt: skip
-    rows, offs_d = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_D)
-    slot = slot_start + rows
-    batch_head = batch * heads + head
-    seed = 0
-    if DROPOUT:
-        seed = tl.load(seed_ptr)
-    dq_t = tl.zeros([BLOCK_D, BLOCK_M], tl.float32)
-
-    key_stop = tl.minimum(stop, length)
-    counted_stop = tl.maximum(key_stop, start + 1)
-    has_padding = count_padding(token_kind_ptr, padding_before_ptr, mask_row, start, counted_stop) > 0
-    num_plain = tl.where(has_padding, 0, tl.maximum(key_stop - start, 0) // BLOCK_N)
-    num_checked = tl.cdiv(stop - start, BLOCK_N) - num_plain
-    kind_ptr = token_kind_ptr + mask_row
-    dq_t = _attend_keys(
-        dq_t, q, d_out, lse, delta, slot, num_globals, k_ptr, v_ptr, dk_ptr, dv_ptr,
-        k_stride_s, v_stride_s, dk_stride_s, dv_stride_s, kind_ptr, global_index_ptr, length, num_rows,
-        start, num_plain, softmax_scale, keep_scale, seed, batch_head, last_dropped,
-        HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, False, WRITE_DKDV, DROPOUT, PRECISION, NUM_STAGES,
-    )  # fmt: skip
-    dq_t = _attend_keys(
-        dq_t, q, d_out, lse, delta, slot, num_globals, k_ptr, v_ptr, dk_ptr, dv_ptr,
-        k_stride_s, v_stride_s, dk_stride_s, dv_stride_s, kind_ptr, global_index_ptr, length, num_rows,
-        start + num_plain * BLOCK_N, num_checked, softmax_scale, keep_scale, seed, batch_head, last_dropped,
-        HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, True, WRITE_DKDV, DROPOUT, PRECISION, NUM_STAGES,
-    )  # fmt: skip
-    first = (batch_head.to(tl.int64) * num_splits + split) * max_globals + slot_start
-    offsets = rows[:, None] * HEAD_DIM + offs_d[None, :]
-    store_rows(
-        partial_dq_ptr + first * HEAD_DIM, offsets, tl.trans(dq_t), slot < num_globals, HEAD_DIM, BLOCK_D
-    )
+    store_rows(partial_dq_ptr + first * HEAD_DIM, offsets, dq, slot < num_globals, HEAD_DIM, BLOCK_D)
 
 
 @triton.jit
@@ -367,8 +223,8 @@ def _attend_queries(
             softmax_scale * LOG2_E, keep_scale, seed, batch_head, last_dropped,
             BLOCK_M, BLOCK_N, CHECK_KEYS, DROPOUT, PRECISION,
         )  # fmt: skip
-        dv = tl.dot(p, d_out, dv, input_precision=PRECISION)
-        dk = tl.dot(ds, q, dk, input_precision=PRECISION)
+        dv = tl.dot(tl.trans(p), d_out, dv, input_precision=PRECISION)
+        dk = tl.dot(tl.trans(ds), q, dk, input_precision=PRECISION)
     return dk, dv
 
 
