@@ -13,6 +13,7 @@ import re
 from collections.abc import Callable, Iterable
 
 import torch
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from benchmarks.control_flow import FlowGraph, Instruction
 from benchmarks.fake_driver import Launch
@@ -78,7 +79,7 @@ class PtxTrace:
         self._slices = _slices(self.graph, self._followed)
         values = [value for _, value in launch.parameters.values()]
         self._memory = _Memory(x for x in values if isinstance(x, torch.Tensor))
-        self._parameters = [x.data_ptr() if isinstance(x, torch.Tensor) else x for x in values]
+        self._parameters = [x for value in values for x in _parameters(value)]
 
     def iterations(self, program: tuple[int, int, int]) -> list[int]:
         """How often the program runs each of ``loops``.
@@ -122,6 +123,13 @@ class PtxTrace:
 
 def is_tensor(instruction: Instruction) -> bool:
     return instruction.opcode.startswith(("mma.sync", "wgmma.mma_async", "tcgen05.mma"))
+
+
+def _parameters(value: object) -> list[object]:
+    """What the compiled function takes for one argument."""
+    if isinstance(value, TensorDescriptor):
+        return [None, *value.shape, *value.strides]
+    return [value.data_ptr() if isinstance(value, torch.Tensor) else value]
 
 
 class _Memory:
@@ -195,11 +203,17 @@ def _operands(instruction: Instruction) -> list[str]:
 
 
 def _flow_graph(ptx: str) -> FlowGraph:
-    """Of the kernel: all labels and statements of the text, the declarations among them being in nobody's way."""
+    """Of the kernel: all labels and statements of the text, the declarations among them being in nobody's way.
+
+    Inline assembly that waits for a barrier jumps between labels of its own, which are the only ones without a ``$``:
+    those jumps are left out, so that a wait is passed once.
+    """
     lines: list[str | Instruction] = []
     for line in ptx.splitlines():
         if match := _STATEMENT.match(line):
             predicate, opcode, operands = match.groups()
+            if opcode.startswith("bra") and not operands.startswith("$"):
+                continue
             targets = (operands.strip(),) if opcode.startswith("bra") else ()
             ends = opcode in ("ret", "exit", "trap") or (bool(targets) and not predicate)
             lines.append(

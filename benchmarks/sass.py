@@ -23,8 +23,8 @@ from benchmarks.fake_driver import Launch
 HMMA_MACS = 16 * 8 * 16
 """Multiply-adds of the unit in which tensor work is counted: one HMMA of shape m16n8k16."""
 
-MASK_OPCODES = frozenset(["ISETP", "FSETP", "ISET", "FSET", "FSEL", "SEL", "PLOP3", "P2R", "R2P"])
-"""Compares, selects and predicate logic: what a mask is made of."""
+COMPARES = frozenset(["ISETP", "FSETP", "ISET", "FSET", "PLOP3", "P2R", "R2P"])
+"""Compares and predicate logic."""
 
 TENSOR_OPCODES = frozenset({"HMMA", "HGMMA", "UTCHMMA"})
 """mma.sync, wgmma and tcgen05."""
@@ -89,7 +89,7 @@ class Loop:
 
     @property
     def mask_instructions(self) -> int:
-        return sum(instruction.name in MASK_OPCODES for instruction in self.instructions)
+        return sum(map(is_mask, self.instructions))
 
     @property
     def mask_per_score(self) -> float:
@@ -102,12 +102,18 @@ class Loop:
         Of the products in the loop that is a whole number of tiles; what remains, such as a row sum taken by a product
         with ones, is overhead as any other instruction. Loops over other tiles, and other kernels, count all.
         """
-        macs = self.tensor_macs
-        if launch.name in PRODUCTS:
-            tile = math.prod(launch.constexprs[name] for name in ("BLOCK_M", "BLOCK_N", "BLOCK_D"))
-            tile = tile * PRODUCTS[launch.name] // launch.kernel.metadata.num_warps
-            macs = macs // tile * tile or macs
-        return macs / HMMA_MACS
+        tiles = self.tiles(launch)
+        return (tiles * tile_macs(launch) if tiles else self.tensor_macs) / HMMA_MACS
+
+    def tiles(self, launch: Launch) -> int:
+        """How many tiles of BLOCK_M x BLOCK_N an iteration multiplies completely; 0 for loops over other tiles."""
+        return self.tensor_macs // tile_macs(launch) if launch.name in PRODUCTS else 0
+
+
+def tile_macs(launch: Launch) -> int:
+    """One warp's multiply-adds for the products of a tile, of a kernel in :data:`PRODUCTS`."""
+    tile = math.prod(launch.constexprs[name] for name in ("BLOCK_M", "BLOCK_N", "BLOCK_D"))
+    return tile * PRODUCTS[launch.name] // launch.kernel.metadata.num_warps
 
 
 def resources(cubin: bytes) -> Resources:
@@ -152,6 +158,13 @@ def tensor_opcodes(graph: FlowGraph) -> Counter[str]:
     return Counter(i.name for block in graph.blocks for i in block.instructions if is_tensor(i))
 
 
+def is_mask(instruction: Instruction) -> bool:
+    """What masks are made of: compares, and selects between a value and -inf or 0."""
+    if instruction.name in ("FSEL", "SEL"):
+        return "INF" in instruction.operands or "RZ" in instruction.operands
+    return instruction.name in COMPARES
+
+
 def is_tensor(instruction: Instruction) -> bool:
     return instruction.name in TENSOR_OPCODES
 
@@ -180,8 +193,7 @@ def print_loops(launch: Launch) -> None:
     found = loops(graph)
     print(f"{'loop':9}{'instr':>6}{'tensor':>7}{'HMMA':>6}{'/HMMA':>6}{'EX2':>5}{'mask':>6}  others")
     for kind, loop in zip(kinds(found), found, strict=True):
-        named = MASK_OPCODES | TENSOR_OPCODES
-        others = Counter({name: count for name, count in loop.opcodes.items() if name not in named})
+        others = Counter(i.name for i in loop.instructions if not is_mask(i) and not is_tensor(i))
         hmmas = loop.hmmas(launch)
         per_hmma = f"{loop.size / hmmas:.2f}" if hmmas else "-"
         print(

@@ -6,8 +6,10 @@ Every case is one call of the backend at the reference shape: 16,384 tokens, win
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
+from unittest import mock
 
 import torch
 
@@ -18,23 +20,30 @@ from led_kernels.mask import LongformerMask
 
 OPS = ("banded_forward", "banded_backward", "global_forward", "global_backward")
 DTYPES = ("bfloat16", "float16", "float32", "tf32")
+TMA_TARGETS = ("sm_90", "sm_100", "sm_120")
 HEAD_DIMS = (16, 32, 64, 128, 256)
 SEQLEN, HEADS, WINDOW = 16384, 2, 512
 
 
 @dataclass(frozen=True)
 class Case:
-    """``dtype`` is ``bfloat16``, ``float16``, ``float32`` or ``tf32``, which is float32 with tf32 products allowed."""
+    """One call of the backend, compiled for one target.
+
+    Attributes:
+        dtype: ``bfloat16``, ``float16``, ``float32`` or ``tf32``, which is float32 with tf32 products allowed.
+        tma: tiles are loaded by tensor descriptors, which users ask for by ``LED_KERNELS_TRITON_TMA=1``.
+    """
 
     op: str
     target: str
     dtype: str = "bfloat16"
     head_dim: int = 64
     dropout: bool = False
+    tma: bool = False
 
     def __str__(self) -> str:
-        dropout = ", dropout" if self.dropout else ""
-        return f"{self.op} {self.target} {self.dtype} head_dim {self.head_dim}{dropout}"
+        variant = ", dropout" * self.dropout + ", tma" * self.tma
+        return f"{self.op} {self.target} {self.dtype} head_dim {self.head_dim}{variant}"
 
     @property
     def shape(self) -> Shape:
@@ -54,15 +63,27 @@ def short_list() -> list[Case]:
         Case("banded_forward", "sm_80", "float16"),
         Case("banded_forward", "sm_80", "float32"),
         Case("banded_forward", "sm_80", dropout=True),
+        Case("banded_forward", "sm_90", tma=True),
     ]
 
 
 def everything() -> list[Case]:
-    """Every configuration that is shipped, on every target; fp16 and tf32, whose tiles are bf16's and fp32's, once."""
-    variants = [("bfloat16", d, dropout) for d in HEAD_DIMS for dropout in (False, True)]
-    variants += [("float32", d, False) for d in HEAD_DIMS]
-    variants += [("float16", 64, False), ("tf32", 64, False), ("bfloat16", 80, False)]
-    return [Case(op, target, *variant) for target in TARGETS for variant in variants for op in OPS]
+    """Every configuration that is shipped, on every target, and fp16, whose configurations are bf16's, once."""
+    variants = [
+        (dtype, head_dim, dropout)
+        for dtype in ("bfloat16", "float32", "tf32")
+        for head_dim in HEAD_DIMS
+        for dropout in (False, True)
+    ]
+    variants += [("float16", 64, False), ("bfloat16", 80, False)]
+    cases = [Case(op, target, *variant) for target in TARGETS for variant in variants for op in OPS]
+    tma = [
+        Case("banded_forward", target, dtype, head_dim, tma=True)
+        for target in TMA_TARGETS
+        for dtype in ("bfloat16", "float32")
+        for head_dim in HEAD_DIMS
+    ]
+    return cases + tma
 
 
 def launches(case: Case) -> list[Launch]:
@@ -88,7 +109,7 @@ def launches(case: Case) -> list[Launch]:
     else:
         out, lse = torch.zeros(q.shape, dtype=dtype), torch.zeros(1, HEADS, q.shape[1])
         arguments = (out, None, q, k, v, out, lse, *settings)
-    with _tf32(case.dtype == "tf32"), captured_launches(case.target) as found:
+    with _settings(case), captured_launches(case.target) as found:
         getattr(backend, case.op)(*arguments)
     return list({launch.kernel.hash: launch for launch in found}.values())
 
@@ -98,10 +119,14 @@ def reference_mask() -> LongformerMask:
 
 
 @contextlib.contextmanager
-def _tf32(allowed: bool) -> Iterator[None]:
-    before = torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = allowed
+def _settings(case: Case) -> Iterator[None]:
+    """What a user sets for tf32 products and for tensor descriptors."""
+    matmul, environment = torch.backends.cuda.matmul, mock.patch.dict(os.environ)
+    precision = matmul.fp32_precision
+    matmul.fp32_precision = "tf32" if case.dtype == "tf32" else "ieee"
     try:
-        yield
+        with environment:
+            os.environ["LED_KERNELS_TRITON_TMA"] = str(int(case.tma))
+            yield
     finally:
-        torch.backends.cuda.matmul.allow_tf32 = before
+        matmul.fp32_precision = precision

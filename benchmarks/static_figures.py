@@ -35,6 +35,7 @@ def row_of(case: Case, launch: Launch) -> Row:
         dtype=case.dtype,
         head_dim=case.head_dim,
         dropout=case.dropout,
+        tma=case.tma,
         config=" ".join(f"{name}={value}" for name, value in launch.constexprs.items() if name.isupper()),
         num_warps=metadata.num_warps,
         shared=metadata.shared,
@@ -100,6 +101,8 @@ def _loop_figures(case: Case, launch: Launch, graph, loops: list[sass.Loop]) -> 
         hmmas = loop.hmmas(launch)
         if not hmmas:
             continue
+        if not loop.tiles(launch):
+            figures["note"] = f"the {wanted} loop has fewer tensor-core products than its tile needs"
         figures[wanted] = round(loop.size / hmmas, 3)
         rates = GPUS[case.target].rates
         if wanted == "interior" and rates:

@@ -66,7 +66,7 @@ def compile_rows(cases: Sequence[Case], jobs: int) -> tuple[list[Row], list[str]
             try:
                 rows += future.result()
             except (TritonError, RuntimeError) as error:  # a failed pass is a RuntimeError
-                failed.append(f"{futures[future]}: {error}")
+                failed.append(f"{futures[future]}: {str(error).strip().splitlines()[-1]}")
     return sorted(rows, key=lambda row: row.key), failed
 
 

@@ -32,7 +32,7 @@ class Row:
         tensor_share: predicted by the cycle model for the interior loop.
         executed: instructions that the whole forward executes per HMMA that the exact band needs.
         traffic: bytes that the forward moves by the model of L2, over those of q, k, v and out.
-        note: why figures are missing.
+        note: why figures are missing, or what is wrong with the loops.
     """
 
     op: str
@@ -41,6 +41,7 @@ class Row:
     dtype: str
     head_dim: int
     dropout: bool
+    tma: bool
     config: str
     num_warps: int
     registers: int
@@ -60,12 +61,13 @@ class Row:
     triton: str = ""
 
     @property
-    def key(self) -> tuple[str, str, str, str, int, bool]:
-        return (self.op, self.kernel, self.target, self.dtype, self.head_dim, self.dropout)
+    def key(self) -> tuple[str, str, str, str, int, bool, bool]:
+        """What it is the figures of. Kernels of two calls may have the same name."""
+        return (self.op, self.kernel, self.target, self.dtype, self.head_dim, self.dropout, self.tma)
 
     def __str__(self) -> str:
-        dropout = ", dropout" if self.dropout else ""
-        return f"{self.kernel} {self.target} {self.dtype} head_dim {self.head_dim}{dropout}"
+        variant = ", dropout" * self.dropout + ", tma" * self.tma
+        return f"{self.op} {self.kernel} {self.target} {self.dtype} head_dim {self.head_dim}{variant}"
 
 
 def violations(row: Row) -> list[str]:
@@ -77,6 +79,8 @@ def violations(row: Row) -> list[str]:
         found.append(f"{row}: {row.spills} registers spilled")
     if row.shared > row.shared_limit:
         found.append(f"{row}: {row.shared} B of shared memory, the target has {row.shared_limit}")
+    if row.note:
+        found.append(f"{row}: {row.note}")
     return found
 
 

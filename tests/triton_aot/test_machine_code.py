@@ -26,7 +26,7 @@ kernel:
         /*0080*/                   BRA `(.L_x_1) ;
 .L_x_0:
         /*0090*/                   HMMA.1688.F32.TF32 R4, R8, R10, R4 ;
-        /*00a0*/                   FSEL R3, R3, -INF , P3 ;
+        /*00a0*/                   FSEL R3, R3, R4, P3 ;
         /*00b0*/                   MUFU.EX2 R2, R2 ;
         /*00c0*/              @!P0 BRA `(.L_x_3) ;
 .L_x_2:
@@ -61,6 +61,7 @@ def test_loops_of_machine_code():
         "BRA",
     ]
     assert second.tensor_macs == 16 * 8 * 8
+    assert second.mask_instructions == 0  # its select moves data
 
 
 @pytest.mark.parametrize(
