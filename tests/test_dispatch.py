@@ -60,6 +60,35 @@ class TestCanRun:
         with pytest.raises(BackendUnavailable, match=reason):
             dispatch.can_run(backend, CPU, raise_error=True)
 
+    @pytest.mark.parametrize("capability", [(7, 5), (8, 0), (9, 0)])
+    def test_triton_refuses_turing(self, capability, monkeypatch):
+        pytest.importorskip("triton")
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "this GPU")
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+        if capability >= (8, 0):
+            assert dispatch.can_run_triton(CUDA, torch.bfloat16, raise_error=True)
+        else:
+            with pytest.raises(
+                BackendUnavailable, match="no tensor cores on this GPU, .*; use backend='cuda'"
+            ):
+                dispatch.can_run_triton(CUDA, raise_error=True)
+
+    def test_triton_refuses_old_releases(self, monkeypatch):
+        triton = pytest.importorskip("triton")
+        monkeypatch.setattr(triton, "__version__", "3.5.1")
+        monkeypatch.setattr(dispatch, "_triton_refusal", dispatch._triton_refusal.__wrapped__)
+        with pytest.raises(
+            BackendUnavailable, match=r"Triton is 3\.5\.1, the kernels need 3\.6 or newer; upgrade"
+        ):
+            dispatch.can_run_triton(CUDA, raise_error=True)
+
+    def test_triton_missing(self, monkeypatch):
+        monkeypatch.setitem(sys.modules, "triton", None)
+        monkeypatch.setattr(dispatch, "_triton_refusal", dispatch._triton_refusal.__wrapped__)
+        with pytest.raises(BackendUnavailable, match=r"Triton cannot be imported .*led-kernels\[triton\]"):
+            dispatch.can_run_triton(CUDA, raise_error=True)
+
     @pytest.mark.skipif(HAS_GPU, reason="torch sees a GPU")
     @pytest.mark.parametrize("backend", ["triton", "cuda"])
     def test_gpu_backends_need_a_gpu(self, backend):
