@@ -95,7 +95,8 @@ def captured_launches(
 
 @contextlib.contextmanager
 def compilation_keys(target: str) -> Iterator[dict[str, set[str]]]:
-    """Within the context nothing is compiled: it gives, by kernel, the compilations that its launches would need.
+    """Within the context nothing is compiled: it gives, by the kernel's module and name, the compilations that
+    its launches would need.
 
     Raises:
         RuntimeError: Triton's interpreter is on.
@@ -104,7 +105,7 @@ def compilation_keys(target: str) -> Iterator[dict[str, set[str]]]:
     run, runtime = JITFunction.run, triton.knobs.runtime
 
     def keep_key(*, key, fn, **_) -> bool:
-        keys.setdefault(fn.jit_function.__name__, set()).add(str(key))
+        keys.setdefault(f"{fn.module}.{fn.jit_function.__name__}", set()).add(str(key))
         return True  # nothing more to do
 
     def look_up_only(self, *args, grid, warmup, **kwargs):

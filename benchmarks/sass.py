@@ -35,10 +35,10 @@ PRODUCTS = {
     "_banded_dkdv_kernel": 4,
     "_banded_dkdv_globals_kernel": 4,
     "_global_forward_kernel": 2,
-    "_global_backward_kernel": 4,
     "_global_dq_kernel": 3,
+    "_global_dkdv_kernel": 4,
 }
-"""Matrix products of BLOCK_M x BLOCK_N x BLOCK_D that a tile of each kernel needs."""
+"""Matrix products of BLOCK_M x BLOCK_N x BLOCK_D that a tile of each kernel needs; two more with ``WRITE_DKDV``."""
 
 _BINARIES = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 _LABEL = re.compile(r"^(\.L_\w+):")
@@ -113,7 +113,8 @@ class Loop:
 def tile_macs(launch: Launch) -> int:
     """One warp's multiply-adds for the products of a tile, of a kernel in :data:`PRODUCTS`."""
     tile = math.prod(launch.constexprs[name] for name in ("BLOCK_M", "BLOCK_N", "BLOCK_D"))
-    return tile * PRODUCTS[launch.name] // launch.kernel.metadata.num_warps
+    products = PRODUCTS[launch.name] + 2 * launch.constexprs.get("WRITE_DKDV", False)
+    return tile * products // launch.kernel.metadata.num_warps
 
 
 def resources(cubin: bytes) -> Resources:

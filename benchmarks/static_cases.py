@@ -1,11 +1,13 @@
 """Which calls of the Triton backend are compiled, and the launches that they make.
 
-Every case is one call of the backend at the reference shape: 16,384 tokens, window 512, one global token, two heads.
+Every case is one call of the backend at the reference shape: 16,384 tokens, window 512, two heads, one global token or
+so many that other configurations serve them.
 """
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -23,6 +25,7 @@ DTYPES = ("bfloat16", "float16", "float32", "tf32")
 TMA_TARGETS = ("sm_90", "sm_100", "sm_120")
 HEAD_DIMS = (16, 32, 64, 128, 256)
 SEQLEN, HEADS, WINDOW = 16384, 2, 512
+MANY_GLOBALS = 200
 
 
 @dataclass(frozen=True)
@@ -32,6 +35,7 @@ class Case:
     Attributes:
         dtype: ``bfloat16``, ``float16``, ``float32`` or ``tf32``, which is float32 with tf32 products allowed.
         tma: tiles are loaded by tensor descriptors, which users ask for by ``LED_KERNELS_TRITON_TMA=1``.
+        num_globals: global tokens, the first ones of the sequence.
     """
 
     op: str
@@ -40,14 +44,18 @@ class Case:
     head_dim: int = 64
     dropout: bool = False
     tma: bool = False
+    num_globals: int = 1
 
     def __str__(self) -> str:
         variant = ", dropout" * self.dropout + ", tma" * self.tma
+        if self.num_globals > 1:
+            variant += f", {self.num_globals} globals"
         return f"{self.op} {self.target} {self.dtype} head_dim {self.head_dim}{variant}"
 
     @property
     def shape(self) -> Shape:
-        return Shape(seqlen=SEQLEN, heads=HEADS, head_dim=self.head_dim, window=WINDOW)
+        index = tuple(range(self.num_globals))
+        return Shape(seqlen=SEQLEN, heads=HEADS, head_dim=self.head_dim, window=WINDOW, global_index=index)
 
 
 def short_list() -> list[Case]:
@@ -64,6 +72,7 @@ def short_list() -> list[Case]:
         Case("banded_forward", "sm_80", "float32"),
         Case("banded_forward", "sm_80", dropout=True),
         Case("banded_forward", "sm_90", tma=True),
+        Case("global_backward", "sm_80", num_globals=MANY_GLOBALS),
     ]
 
 
@@ -75,15 +84,16 @@ def everything() -> list[Case]:
         for head_dim in HEAD_DIMS
         for dropout in (False, True)
     ]
-    variants += [("float16", 64, False), ("bfloat16", 80, False)]
-    cases = [Case(op, target, *variant) for target in TARGETS for variant in variants for op in OPS]
+    others = [("float16", 64, False), ("bfloat16", 80, False)]
+    cases = [Case(op, target, *variant) for target in TARGETS for variant in variants + others for op in OPS]
+    many = [dataclasses.replace(case, num_globals=MANY_GLOBALS) for case in cases if case.dtype != "tf32"]
     tma = [
         Case("banded_forward", target, dtype, head_dim, tma=True)
         for target in TMA_TARGETS
         for dtype in ("bfloat16", "float32")
         for head_dim in HEAD_DIMS
     ]
-    return cases + tma
+    return cases + many + tma
 
 
 def launches(case: Case) -> list[Launch]:
@@ -94,7 +104,8 @@ def launches(case: Case) -> list[Launch]:
     """
     from led_kernels.backends import triton as backend
 
-    mask = reference_mask()
+    index = torch.arange(case.num_globals)
+    mask = LongformerMask.from_lengths(torch.tensor([SEQLEN]), SEQLEN, global_index=index)
     dropout = (0.1 if case.dropout else 0.0, torch.zeros((), dtype=torch.int64) if case.dropout else None)
     scale = case.head_dim**-0.5
     dtype = torch.float32 if case.dtype == "tf32" else getattr(torch, case.dtype)
@@ -112,10 +123,6 @@ def launches(case: Case) -> list[Launch]:
     with _settings(case), captured_launches(case.target) as found:
         getattr(backend, case.op)(*arguments)
     return list({launch.kernel.hash: launch for launch in found}.values())
-
-
-def reference_mask() -> LongformerMask:
-    return LongformerMask.from_lengths(torch.tensor([SEQLEN]), SEQLEN, global_index=torch.tensor([[0]]))
 
 
 @contextlib.contextmanager

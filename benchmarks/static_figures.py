@@ -36,6 +36,7 @@ def row_of(case: Case, launch: Launch) -> Row:
         head_dim=case.head_dim,
         dropout=case.dropout,
         tma=case.tma,
+        num_globals=case.num_globals,
         config=" ".join(f"{name}={value}" for name, value in launch.constexprs.items() if name.isupper()),
         num_warps=metadata.num_warps,
         shared=metadata.shared,

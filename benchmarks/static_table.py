@@ -42,6 +42,7 @@ class Row:
     head_dim: int
     dropout: bool
     tma: bool
+    num_globals: int
     config: str
     num_warps: int
     registers: int
@@ -61,12 +62,15 @@ class Row:
     triton: str = ""
 
     @property
-    def key(self) -> tuple[str, str, str, str, int, bool, bool]:
+    def key(self) -> tuple[str, str, str, str, int, bool, bool, int]:
         """What it is the figures of. Kernels of two calls may have the same name."""
-        return (self.op, self.kernel, self.target, self.dtype, self.head_dim, self.dropout, self.tma)
+        variant = (self.dropout, self.tma, self.num_globals)
+        return (self.op, self.kernel, self.target, self.dtype, self.head_dim, *variant)
 
     def __str__(self) -> str:
         variant = ", dropout" * self.dropout + ", tma" * self.tma
+        if self.num_globals > 1:
+            variant += f", {self.num_globals} globals"
         return f"{self.op} {self.kernel} {self.target} {self.dtype} head_dim {self.head_dim}{variant}"
 
 

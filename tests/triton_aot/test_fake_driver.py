@@ -87,4 +87,4 @@ def test_compilation_keys_tell_specialisations_apart_and_compile_nothing():
     with compilation_keys("sm_80") as keys:
         for size in (1000, 999, 998, 992):  # 16 divides only the last
             assert add_one_kernel[(4,)](x, out, size, 2, BLOCK=256) is None
-    assert {name: len(found) for name, found in keys.items()} == {"add_one_kernel": 2}
+    assert {name: len(found) for name, found in keys.items()} == {"aot_toys.add_one_kernel": 2}

@@ -71,10 +71,7 @@ def test_the_forward_uses_only_warpgroup_products_on_hopper(rows):
 @pytest.mark.parametrize(("kernel", "arch", "column", "sign", "reach"), FIGURES)
 def test_figures(rows, kernel, arch, column, sign, reach):
     (row,) = (
-        row
-        for row in rows
-        if (row.kernel, row.target, row.dtype, row.head_dim, row.dropout, row.tma)
-        == (kernel, arch, "bfloat16", 64, False, False)
+        row for row in rows if (row.kernel, *row.key[2:]) == (kernel, arch, "bfloat16", 64, False, False, 1)
     )
     seen = getattr(row, column)
     assert seen is not None, row.note
@@ -107,7 +104,7 @@ CALLS = [  # batch, seqlen, window, global tokens
     (4, 1024, (256, 256), 16), (1, 1000, (100, 100), 3), (1, 1, (1, 1), 1), (1, 17, (16, 16), 1),
     (8, 512, (1, 0), 8), (2, 8192, (512, 0), 4), (1, 2048, (0, 128), 15), (1, 2049, (2048, 2048), 1),
     (16, 256, (32, 32), 2), (1, 4096, (512, 512), 0), (5, 333, (7, 9), 0), (1, 64, (64, 64), 5),
-    (2, 128, (16, 1), 12), (1, 16384, (256, 256), 7), (32, 48, (24, 24), 1), (1, 31, (3, 3), 10),
+    (2, 128, (16, 1), 12), (1, 16384, (256, 256), 7), (32, 48, (24, 24), 1), (1, 2000, (3, 3), 150),
 ]  # fmt: skip
 
 
@@ -131,5 +128,5 @@ def test_few_compilations_serve_all_calls(dropout_p):
                 backend.global_forward(q_global, k, v, *settings)
                 backend.global_backward(out, None, q_global, k, v, out, lse, *settings)
     assert len(CALLS) == 20
-    assert set(keys) >= set(sass.PRODUCTS)
+    assert {name.rpartition(".")[2] for name in keys} >= set(sass.PRODUCTS)
     assert {name: len(found) for name, found in keys.items() if len(found) > 4} == {}

@@ -17,6 +17,7 @@ ROW = Row(
     head_dim=64,
     dropout=False,
     tma=False,
+    num_globals=1,
     config="BLOCK_M=128",
     num_warps=8,
     registers=200,
