@@ -70,7 +70,7 @@ class TestCanRun:
             assert dispatch.can_run_triton(CUDA, torch.bfloat16, raise_error=True)
         else:
             with pytest.raises(
-                BackendUnavailable, match="no tensor cores on this GPU, .*; use backend='cuda'"
+                BackendUnavailable, match=r"no tensor cores on this GPU, .*; use backend='cuda'"
             ):
                 dispatch.can_run_triton(CUDA, raise_error=True)
 
