@@ -4,6 +4,9 @@ Here a short list; ``pytest -m slow tests/triton_aot`` compiles everything that 
 """
 
 import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -97,6 +100,17 @@ def test_everything_shipped():
     rows, failed = compile_rows(everything(), os.cpu_count())
     problems = failed + [problem for row in rows for problem in violations(row)]
     assert problems + compare(rows, static_table.read()) == []
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("version", ["3.6.0", "3.7.0", "3.8.0"])
+def test_short_list_with_an_older_triton(version, tmp_path):
+    """All of this folder's tests but those of figures, which are the newest Triton's. Needs a package index."""
+    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(tmp_path)]
+    subprocess.run([*pip, f"triton=={version}"], check=True)
+    tests = [sys.executable, "-m", "pytest", "-q", "-k", "not figure", str(Path(__file__).parent)]
+    subprocess.run(tests, env=os.environ | {"PYTHONPATH": str(tmp_path)}, check=True)
 
 
 CALLS = [  # batch, seqlen, window, global tokens
