@@ -193,7 +193,7 @@ def print_loops(launch: Launch) -> None:
     )
     found = loops(graph)
     print(f"{'loop':9}{'instr':>6}{'tensor':>7}{'HMMA':>6}{'/HMMA':>6}{'EX2':>5}{'mask':>6}  others")
-    for kind, loop in zip(kinds(found), found, strict=True):
+    for kind, loop in zip(kinds(found, launch.constexprs.get("DROPOUT", False)), found, strict=True):
         others = Counter(i.name for i in loop.instructions if not is_mask(i) and not is_tensor(i))
         hmmas = loop.hmmas(launch)
         per_hmma = f"{loop.size / hmmas:.2f}" if hmmas else "-"

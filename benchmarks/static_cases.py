@@ -128,12 +128,11 @@ def launches(case: Case) -> list[Launch]:
 @contextlib.contextmanager
 def _settings(case: Case) -> Iterator[None]:
     """What a user sets for tf32 products and for tensor descriptors."""
-    matmul, environment = torch.backends.cuda.matmul, mock.patch.dict(os.environ)
+    matmul = torch.backends.cuda.matmul
     precision = matmul.fp32_precision
     matmul.fp32_precision = "tf32" if case.dtype == "tf32" else "ieee"
     try:
-        with environment:
-            os.environ["LED_KERNELS_TRITON_TMA"] = str(int(case.tma))
+        with mock.patch.dict(os.environ, {"LED_KERNELS_TRITON_TMA": str(int(case.tma))}):
             yield
     finally:
         matmul.fp32_precision = precision

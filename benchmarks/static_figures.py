@@ -8,6 +8,7 @@ from collections import Counter
 import triton
 
 from benchmarks import amdgcn, executed, l2_model, sass
+from benchmarks.control_flow import FlowGraph
 from benchmarks.cycle_model import tensor_share
 from benchmarks.fake_driver import Launch
 from benchmarks.gpus import GPUS
@@ -78,7 +79,7 @@ def _cuda_figures(case: Case, launch: Launch) -> dict[str, object]:
     return figures
 
 
-def _loop_figures(case: Case, launch: Launch, graph, loops: list[sass.Loop]) -> dict[str, object]:
+def _loop_figures(case: Case, launch: Launch, graph: FlowGraph, loops: list[sass.Loop]) -> dict[str, object]:
     figures: dict[str, object] = {}
     kinds = sass.kinds(loops, case.dropout)
     try:
@@ -95,19 +96,22 @@ def _loop_figures(case: Case, launch: Launch, graph, loops: list[sass.Loop]) -> 
         for kind, loop, n in zip(kinds, loops, runs, strict=True)
     )
     for wanted in ("interior", "masked"):
-        found = [(n, loop) for kind, loop, n in zip(kinds, loops, runs, strict=True) if kind == wanted]
+        # before loops over other tiles, such as those of the global keys
+        found = [
+            (loop.tiles(launch) > 0, n, loop)
+            for kind, loop, n in zip(kinds, loops, runs, strict=True)
+            if kind == wanted and loop.tensor_macs
+        ]
         if not found:
             continue
-        _, loop = max(found, key=lambda pair: pair[0])
+        is_whole, _, loop = max(found, key=lambda candidate: candidate[:2])
         hmmas = loop.hmmas(launch)
-        if not hmmas:
-            continue
-        if not loop.tiles(launch):
-            figures["note"] = f"the {wanted} loop has fewer tensor-core products than its tile needs"
         figures[wanted] = round(loop.size / hmmas, 3)
-        rates = GPUS[case.target].rates
-        if wanted == "interior" and rates:
-            figures["tensor_share"] = round(tensor_share(loop, hmmas, rates), 3)
+        if wanted == "interior":
+            if not is_whole:
+                figures["note"] = "the interior loop has fewer tensor-core products than its tile needs"
+            if rates := GPUS[case.target].rates:
+                figures["tensor_share"] = round(tensor_share(loop, hmmas, rates), 3)
     return figures
 
 
