@@ -39,6 +39,9 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     if arguments.loops:
         for case in cases:
+            if case.target.startswith("gfx"):
+                print(f"\n{case}: no reader for the loops of AMD's machine code")
+                continue
             for launch in launches(case):
                 print(f"\n{case}")
                 sass.print_loops(launch)
