@@ -63,9 +63,9 @@ def _bind_operation(instruction: Instruction, binder: Binder) -> Step:
 
 def _bind_setp(instruction: Instruction, binder: Binder) -> Step:
     """``setp.lt{.and|.or|.xor}.type p{|q}, a, b{, c}``: ``q`` gets the negated comparison, combined alike."""
-    compare_name, *combine_name, type_name = [x for x in instruction.modifiers if x != "ftz"]
+    compare_name, *combine_name, type_name = instruction.modifiers
     compare = comparison(compare_name, type_name)
-    if compare is None or len(combine_name) > 1 or "ftz" in instruction.modifiers:
+    if compare is None or combine_name not in ([], ["and"], ["or"], ["xor"]):
         raise UnknownInstruction(f"unknown comparison {instruction.opcode}")
     destination, a, b, *other = instruction.operands
     writes = [binder.writer(x, "pred", instruction) for x in items(destination)]
@@ -133,10 +133,7 @@ def _bind_cvt(instruction: Instruction, binder: Binder) -> Step:
         ties_away = modifiers == ["rna"]
         return lambda wave: write(wave, fp32_to_tf32(read(wave), ties_away=ties_away))
     if kinds == (False, True) and len(modifiers) == 1 and modifiers[0] in _FLOAT_TO_INTEGER:
-        rounded, limits = (
-            _FLOAT_TO_INTEGER[modifiers[0]],
-            np.iinfo(TYPES[target].decode(read_zero(target)).dtype),
-        )
+        rounded, limits = _FLOAT_TO_INTEGER[modifiers[0]], np.iinfo(_value_dtype(target))
 
         def to_integer(wave: Wave) -> None:
             values = rounded(read(wave).astype(np.float64))
@@ -147,12 +144,12 @@ def _bind_cvt(instruction: Instruction, binder: Binder) -> Step:
     to_nearest = modifiers == ["rn"] and kinds != (False, False)
     if not to_nearest and modifiers:
         raise UnknownInstruction(f"unknown conversion {instruction.opcode}")
-    dtype = TYPES[target].decode(read_zero(target)).dtype
+    dtype = _value_dtype(target)
     return lambda wave: write(wave, read(wave).astype(dtype))
 
 
-def read_zero(type_name: str) -> np.ndarray:
-    return np.zeros(1, TYPES[type_name].storage)
+def _value_dtype(type_name: str) -> np.dtype:
+    return TYPES[type_name].decode(np.zeros(1, TYPES[type_name].storage)).dtype
 
 
 def _bind_ld(instruction: Instruction, binder: Binder) -> Step:
@@ -186,7 +183,7 @@ def _bind_ld(instruction: Instruction, binder: Binder) -> Step:
 def _bind_st(instruction: Instruction, binder: Binder) -> Step:
     space, count, type_name = _memory_access(instruction)
     destination, source = instruction.operands
-    reads = [binder.reader(x, type_name.replace(type_name[0], "b", 1)) for x in items(source)]
+    reads = [binder.reader(x, f"b{TYPES[type_name].storage.itemsize * 8}") for x in items(source)]
     if len(reads) != count or space == "param":
         raise UnknownInstruction(f"{count} sources expected")
     active = binder.active(instruction)

@@ -33,6 +33,7 @@ class Program:
         blocks: its basic blocks.
         steps: for every block, its instructions with the functions that execute them.
         conditions: for every block, which lanes take the branch at its end.
+        executed: the blocks that some lane has run.
     """
 
     def __init__(self, ptx: str) -> None:
@@ -43,6 +44,7 @@ class Program:
             [(x, _bind_with_place(x, binder)) for x in block.body] for block in self.blocks
         ]
         self.conditions = [block.branch and binder.active(block.branch) for block in self.blocks]
+        self.executed: set[int] = set()
         self.granule = min(
             [_smallest_access(x) for x in self.entry.instructions if "shared" in x.opcode], default=16
         )
@@ -105,6 +107,7 @@ class Group:
     def _run_until(self, stop: int, at: int, wave: Wave) -> Wave:
         """From the block ``at`` to the entry of the block ``stop`` -> the same lanes"""
         while at != stop:
+            self.program.executed.add(at)
             for instruction, step in self.program.steps[at]:
                 try:
                     step(wave)

@@ -133,7 +133,7 @@ def parse(ptx: str) -> Entry:
         parameters[declaration[-1]] = declaration[1].removeprefix(".")
     entry = Entry(head[1], parameters, int(threads[1]))
     # positions of debug information, one a line and without a semicolon
-    body = re.sub(r"^\s*\.(?:loc|file)\b.*$", "", text[head.end() :], flags=re.MULTILINE)
+    body = re.sub(r"^[ \t]*\.(?:loc|file)\b.*$", "", text[head.end() :], flags=re.MULTILINE)
     first_line = text.count("\n", 0, head.end()) + 1
     _parse_body(entry, body, first_line)
     return entry

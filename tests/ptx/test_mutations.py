@@ -1,0 +1,85 @@
+"""Tests of the tests: faults planted in the compiled kernels must not go unnoticed.
+
+A mutant is caught when the interpreter raises or the results miss the error bound. Some mutants are the same program in
+effect: a last wait that nothing in flight needs, a load that is off in all lanes, ``row > last`` for ``row >= last``
+where a mask follows. So a share of each kind must be caught, about what was seen with six of each kind a kernel.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from led_kernels.testing import AttentionCase, assert_matches_reference
+from tests.ptx.faults import PtxFault
+from tests.ptx.launch import executed_launches
+from tests.ptx.mutations import KINDS, Mutation, mutations
+
+# Left padding: tiles with padding and interior tiles; the globals lie inside and outside of the bands.
+CASE = AttentionCase(
+    batch=1, heads=1, head_dim=64, seqlen=300, window_size=(100, 90), padding="left", globals_per_row=((110, 120, 290),)
+)  # fmt: skip
+OPS = {
+    "_banded_forward_kernel": "banded",
+    "_banded_dq_kernel": "banded",
+    "_banded_dkdv_kernel": "banded",
+    "_global_forward_kernel": "global",
+    "_global_dq_kernel": "global",
+}
+EXPECTED_SHARE = {
+    "compare": 0.5,
+    "wait": 0.6,
+    "operator": 0.6,
+    "shared address": 0.8,
+    "global address": 0.5,
+    "barrier": 0.5,
+}
+
+
+def compiled_ptx(kernel: str) -> str:
+    """PTX of a kernel that was just executed on the case, correctly."""
+    with executed_launches() as launches:
+        assert_matches_reference(OPS[kernel], CASE, "triton", dtype=torch.bfloat16)
+    return next(x.kernel.asm["ptx"] for x in launches if x.name == kernel)
+
+
+def is_caught(kernel: str, mutation: Mutation) -> bool:
+    def edit(name: str, ptx: str) -> str:
+        return mutation.apply(ptx) if name == kernel else ptx
+
+    try:
+        with executed_launches(edit):
+            assert_matches_reference(OPS[kernel], CASE, "triton", dtype=torch.bfloat16)
+    except (PtxFault, AssertionError):
+        return True
+    return False
+
+
+def spread(candidates: list, count: int) -> list:
+    """Up to ``count``, evenly."""
+    if len(candidates) <= count:
+        return candidates
+    return [candidates[(2 * i + 1) * len(candidates) // (2 * count)] for i in range(count)]
+
+
+def check(kernel: str, kind: str, count: int) -> None:
+    planted = spread(mutations(compiled_ptx(kernel), kind), count)
+    survivors = [mutation for mutation in planted if not is_caught(kernel, mutation)]
+    assert planted, f"no {kind} in {kernel}"
+    caught = len(planted) - len(survivors)
+    print(f"{kernel}, {kind}: {caught} of {len(planted)} caught", *survivors, sep="\n  ")
+    assert caught >= EXPECTED_SHARE[kind] * len(planted)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kernel", ["_banded_forward_kernel", "_banded_dkdv_kernel"])
+def test_planted_faults_are_caught(kernel, kind):
+    check(kernel, kind, count=3)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kernel", OPS)
+def test_many_planted_faults_are_caught(kernel, kind):
+    check(kernel, kind, count=6)
