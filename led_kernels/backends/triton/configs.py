@@ -45,6 +45,9 @@ KERNELS = (
     "global_backward",
 )
 TARGETS = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942")
+_ALL = TARGETS
+_WGMMA = ("sm_90", "sm_100")  # products of whole warp groups, 228 KB of shared memory
+_CDNA = ("gfx942",)  # 64 KB of shared memory
 _OVERRIDE = re.compile(r"(?:(\w+)=)?(\d+)x(\d+)x(\d+)x(\d+)")
 
 
@@ -110,10 +113,98 @@ def _choose(
 
 
 TABLE: dict[str, tuple[Row, ...]] = {
-    kernel: (
-        Row(TARGETS, 32, 256, True, TileConfig(*map(int, os.environ.get("CFG", "64,64,4,2").split(","))), ""),
-    )
-    for kernel in KERNELS
+    "banded_forward": (
+        Row(
+            _CDNA,
+            16,
+            128,
+            False,
+            TileConfig(64, 64, 4, 1),
+            "64 KB of shared memory; 64 rows leave registers for two blocks",
+        ),
+        Row(_CDNA, 16, 256, True, TileConfig(32, 32, 4, 1), "64 KB of shared memory"),
+        Row(
+            _ALL,
+            16,
+            64,
+            False,
+            TileConfig(128, 128, 8, 2),
+            "fewest instructions per product; 64 keys cost a tenth more, 4 warps spill",
+        ),
+        Row(_ALL, 16, 128, False, TileConfig(128, 64, 8, 2), "128 keys spill"),
+        Row(_WGMMA, 16, 256, False, TileConfig(128, 32, 8, 2), "widest tile without spills"),
+        Row(_ALL, 16, 256, False, TileConfig(64, 32, 8, 2), "128 rows spill"),
+        Row(_ALL, 16, 16, True, TileConfig(128, 128, 8, 2), "widest tile without spills"),
+        Row(_ALL, 16, 64, True, TileConfig(128, 64, 8, 2), "the draws of 128 keys spill"),
+        Row(_ALL, 16, 128, True, TileConfig(128, 32, 8, 2), "widest tile without spills"),
+        Row(_ALL, 16, 256, True, TileConfig(32, 32, 4, 2), "wider tiles spill"),
+        Row(_ALL, 32, 32, False, TileConfig(64, 64, 8, 2), "widest tile without spills; products are FMAs"),
+        Row(_ALL, 32, 16, True, TileConfig(32, 32, 4, 2), "wider tiles spill"),
+        Row(_ALL, 32, 64, True, TileConfig(64, 32, 8, 2), "wider tiles spill"),
+        Row(_ALL, 32, 128, True, TileConfig(64, 16, 8, 2), "wider tiles spill"),
+        Row(_ALL, 32, 256, False, TileConfig(16, 16, 4, 2), "wider tiles spill"),
+        Row(_ALL, 32, 256, True, TileConfig(32, 16, 8, 2), "wider tiles spill"),
+    ),
+    "banded_dq": (
+        Row(_ALL, 16, 64, True, TileConfig(64, 64, 4, 2), ""),
+        Row(_ALL, 32, 256, True, TileConfig(32, 32, 4, 2), ""),
+    ),
+    "banded_dkdv": (
+        Row(_ALL, 16, 64, True, TileConfig(64, 64, 4, 2), ""),
+        Row(_ALL, 32, 256, True, TileConfig(32, 32, 4, 2), ""),
+    ),
+    "banded_dkdv_globals": (
+        Row(_ALL, 16, 64, True, TileConfig(64, 16, 4, 2), ""),
+        Row(_ALL, 32, 256, True, TileConfig(32, 16, 4, 2), ""),
+    ),
+    "global_forward": (
+        Row(_ALL, 16, 32, True, TileConfig(16, 128, 4, 2), "no spills; longest loads in flight"),
+        Row(_ALL, 16, 64, True, TileConfig(16, 64, 4, 3), "128 keys spill on sm_90 and sm_100"),
+        Row(_ALL, 16, 128, True, TileConfig(16, 64, 4, 2), "no spills"),
+        Row(_ALL, 16, 256, True, TileConfig(16, 32, 4, 2), "64 keys spill"),
+        Row(_ALL, 32, 64, True, TileConfig(16, 64, 4, 2), "no spills"),
+        Row(_ALL, 32, 128, True, TileConfig(16, 32, 4, 2), "64 keys spill"),
+        Row(_ALL, 32, 256, True, TileConfig(16, 16, 4, 2), "32 keys spill"),
+    ),
+    "global_forward_many": (
+        Row(_ALL, 16, 64, True, TileConfig(64, 64, 4, 2), "no spills"),
+        Row(_ALL, 16, 128, True, TileConfig(64, 64, 8, 2), "4 warps spill"),
+        Row(_ALL, 16, 256, True, TileConfig(64, 32, 8, 2), "64 keys spill"),
+        Row(_ALL, 32, 64, True, TileConfig(16, 64, 4, 2), "no spills"),
+        Row(_ALL, 32, 128, True, TileConfig(16, 32, 4, 2), "64 keys spill"),
+        Row(_ALL, 32, 256, True, TileConfig(16, 16, 4, 2), "32 keys spill"),
+    ),
+    "global_dq": (
+        Row(
+            _ALL,
+            16,
+            64,
+            True,
+            TileConfig(16, 32, 4, 3),
+            "16 queries: more keys than head_dim would make each warp compute every product",
+        ),
+        Row(_ALL, 16, 128, True, TileConfig(16, 32, 4, 2), "64 keys spill"),
+        Row(_ALL, 16, 256, True, TileConfig(16, 32, 8, 2), "4 warps spill"),
+        Row(_ALL, 32, 64, True, TileConfig(16, 32, 4, 2), "no spills"),
+        Row(_ALL, 32, 128, True, TileConfig(16, 32, 8, 2), "4 warps spill"),
+        Row(_ALL, 32, 256, True, TileConfig(16, 16, 8, 2), "32 keys spill"),
+    ),
+    "global_dq_many": (
+        Row(_ALL, 16, 64, True, TileConfig(64, 32, 4, 2), "no spills"),
+        Row(_ALL, 16, 128, True, TileConfig(64, 32, 8, 2), "4 warps spill"),
+        Row(_ALL, 16, 256, True, TileConfig(32, 16, 8, 2), "wider tiles spill"),
+        Row(_ALL, 32, 64, True, TileConfig(32, 32, 4, 2), "no spills"),
+        Row(_ALL, 32, 128, True, TileConfig(16, 32, 4, 2), "wider tiles spill"),
+        Row(_ALL, 32, 256, True, TileConfig(16, 16, 8, 2), "wider tiles spill"),
+    ),
+    "global_dkdv_many": (
+        Row(_ALL, 16, 64, True, TileConfig(32, 64, 4, 2), "64 queries spill on sm_90"),
+        Row(_ALL, 16, 128, True, TileConfig(32, 64, 8, 1), "two stages spill"),
+        Row(_ALL, 16, 256, True, TileConfig(32, 32, 8, 1), "wider tiles spill"),
+        Row(_ALL, 32, 64, True, TileConfig(16, 32, 4, 1), "wider tiles spill"),
+        Row(_ALL, 32, 128, True, TileConfig(16, 32, 8, 1), "4 warps spill"),
+        Row(_ALL, 32, 256, True, TileConfig(16, 16, 8, 1), "wider tiles spill"),
+    ),
 }
 
 
