@@ -22,6 +22,7 @@ from led_kernels.backends.triton import configs
 from led_kernels.backends.triton.configs import KERNELS, Row, TileConfig
 from led_kernels.mask import LongformerMask
 
+_MANY = 64  # global tokens, where a kernel is for many
 BLOCKS, WARPS, STAGES = (16, 32, 64, 128), (4, 8), (1, 2, 3)
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 _OPS = {
@@ -30,7 +31,10 @@ _OPS = {
     "banded_dkdv": "banded_backward",
     "banded_dkdv_globals": "banded_backward",
     "global_forward": "global_forward",
-    "global_backward": "global_backward",
+    "global_forward_many": "global_forward",
+    "global_dq": "global_backward",
+    "global_dq_many": "global_backward",
+    "global_dkdv_many": "global_backward",
 }
 
 
@@ -44,10 +48,9 @@ def calls(kernel: str, shape: Shape, dropout_p: float) -> Callable[[], object]:
     from led_kernels.backends import triton as backend
 
     op, device, dtype = _OPS[kernel], shape.device, shape.dtype
+    tokens = range(_MANY if kernel.endswith("_many") else 1)
     lengths = torch.tensor([shape.seqlen])
-    mask = LongformerMask.from_lengths(lengths, shape.seqlen, global_index=list(shape.global_index)).to(
-        device
-    )
+    mask = LongformerMask.from_lengths(lengths, shape.seqlen, global_index=list(tokens)).to(device)
     qkv = torch.randn(1, shape.seqlen, 3, shape.heads, shape.head_dim, dtype=dtype, device=device)
     q, k, v = qkv.unbind(2)
     window = (shape.window, shape.window) if op.startswith("banded") else ()
