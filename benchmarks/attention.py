@@ -50,9 +50,12 @@ def make_inputs(shape: Shape) -> Inputs:
     """The same random numbers for every provider."""
     generator = torch.Generator().manual_seed(0)
     size = (1, shape.seqlen, shape.heads, shape.head_dim)
-    tensors = {name: torch.randn(size, generator=generator) for name in LEAVES["core"]}
+    tensors = {
+        name: torch.randn(size, generator=generator).to(shape.device, shape.torch_dtype)
+        for name in (*LEAVES["core"], "d_out")
+    }
     mask = LongformerMask.from_lengths([shape.seqlen], shape.seqlen, list(shape.global_index))
-    return Inputs(shape, tensors, torch.randn(size, generator=generator), mask)
+    return Inputs(shape, tensors, tensors.pop("d_out"), mask.to(shape.device))
 
 
 def forward(provider: Provider, inputs: Inputs, leaves: tuple[str, ...]) -> Callable[[], dict[str, Tensor]]:
@@ -70,18 +73,23 @@ def forward_backward(
     provider: Provider, inputs: Inputs, leaves: tuple[str, ...]
 ) -> Callable[[], dict[str, Tensor]]:
     """Forward and, through autograd, the gradients of all leaves."""
-    attend = provider.build(inputs)
+    attend, d_out = provider.build(inputs), inputs.d_out
+    if leaves == LEAVES["banded"]:  # peers compute the global tokens' rows as if local: they are not to count
+        d_out = d_out.clone()
+        d_out[:, list(inputs.shape.global_index)] = 0
     tensors = [inputs.tensors[name].detach().requires_grad_() for name in leaves]
 
     def call() -> dict[str, Tensor]:
         out = attend(*tensors)
-        gradients = torch.autograd.grad(out, tensors, inputs.d_out)
+        gradients = torch.autograd.grad(out, tensors, d_out)
         return {"out": out.detach(), **{f"d{name}": g for name, g in zip(leaves, gradients, strict=True)}}
 
     return call
 
 
-def led_kernels_provider(function: Callable[..., Tensor], backend: str) -> Provider:
+def led_kernels_provider(
+    function: Callable[..., Tensor], backend: str, device: str = "cpu", dtype: torch.dtype = torch.float32
+) -> Provider:
     """One of the public functions on a named backend."""
 
     def build(inputs: Inputs) -> Attend:
@@ -89,7 +97,7 @@ def led_kernels_provider(function: Callable[..., Tensor], backend: str) -> Provi
 
     def refusal() -> str | None:
         try:
-            can_run(backend, torch.device("cpu"), torch.float32, raise_error=True)
+            can_run(backend, torch.device(device), dtype, raise_error=True)
         except BackendUnavailable as error:
             return str(error)
         return None
@@ -97,15 +105,13 @@ def led_kernels_provider(function: Callable[..., Tensor], backend: str) -> Provi
     return Provider(build, refusal=refusal)
 
 
-def _build_flex(inputs: Inputs) -> Attend:
-    """``torch.compile(flex_attention)`` with the block mask made beforehand, on its own contiguous layout.
+def allowed_pairs(shape: Shape) -> Callable[..., Tensor]:
+    """Band and global columns as flex_attention's ``mask_mod`` (batch, head, query, key).
 
-    The mask is a comparison with the global positions: a lookup in a table of flags was slower here. The
-    global tokens' own rows are computed as if local and not looked at.
+    A comparison with the global positions: a lookup in a table of flags was slower. The global tokens' own
+    rows are allowed what local ones are, and not looked at.
     """
-    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
-
-    window, global_index, seqlen = inputs.shape.window, inputs.shape.global_index, inputs.shape.seqlen
+    window, global_index = shape.window, shape.global_index
 
     def allowed(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         result = (query - key).abs() <= window
@@ -113,7 +119,15 @@ def _build_flex(inputs: Inputs) -> Attend:
             result = result | (key == position)
         return result
 
-    block_mask = create_block_mask(allowed, 1, 1, seqlen, seqlen, device="cpu")
+    return allowed
+
+
+def _build_flex(inputs: Inputs) -> Attend:
+    """``torch.compile(flex_attention)`` with the block mask made beforehand, on its own contiguous layout."""
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    seqlen = inputs.shape.seqlen
+    block_mask = create_block_mask(allowed_pairs(inputs.shape), 1, 1, seqlen, seqlen, device="cpu")
     # a fresh compilation per shape: never the slower code for sizes known only at run time
     compiled = torch.compile(flex_attention, dynamic=False)
     # [1, heads, seqlen, head_dim]
@@ -142,7 +156,7 @@ class _Given(nn.Module):
         return self.projected.clone() if self.copies else self.projected
 
 
-def _build_transformers(inputs: Inputs) -> Attend:
+def build_transformers(inputs: Inputs) -> Attend:
     """The stock ``LEDEncoderSelfAttention.forward`` itself, its six projections replaced by given tensors.
 
     So everything else runs as released (chunked scores, masks, softmax, chunked products with v, global
@@ -159,9 +173,9 @@ def _build_transformers(inputs: Inputs) -> Attend:
     module = LEDEncoderSelfAttention(config, layer_id=0).eval()
     for name in ("query", "key", "value", "query_global", "key_global", "value_global"):
         setattr(module, name, _Given(copies=name == "query"))
-    hidden = torch.zeros(1, shape.seqlen, shape.d_model)
+    hidden = torch.zeros(1, shape.seqlen, shape.d_model, dtype=shape.torch_dtype, device=shape.device)
     rows = list(shape.global_index)
-    is_global = torch.zeros(1, shape.seqlen, dtype=torch.bool)
+    is_global = torch.zeros(1, shape.seqlen, dtype=torch.bool, device=shape.device)
     is_global[:, rows] = True
     masks = {
         "attention_mask": torch.where(is_global, 10000.0, 0.0),
@@ -192,5 +206,5 @@ BANDED = {
 }
 CORE = {
     CPU: led_kernels_provider(longformer_attention, "cpu"),
-    STOCK: Provider(_build_transformers),
+    STOCK: Provider(build_transformers),
 }

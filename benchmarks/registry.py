@@ -48,6 +48,10 @@ class Case:
     def name(self) -> str:
         return f"{self.what}, {self.provider}, {self.direction}"
 
+    @property
+    def is_ours(self) -> bool:
+        return "led_kernels" in self.provider or "led_model" in self.provider
+
 
 @dataclass(frozen=True)
 class Group:
@@ -65,25 +69,35 @@ def groups(smoke: bool = False) -> list[Group]:
     longer = replace(shape, seqlen=4 * shape.seqlen)
     # each is a fresh process that imports transformers, which is most of what a smoke run spends
     memory = (encoder.OWN, encoder.STOCK) if smoke else tuple(encoder.PROVIDERS)
+    sizes = (128, 2**16) if smoke else (2048, 2**26)
+    providers = {"banded": attention.BANDED, "core": attention.CORE}
     return [
-        Group(f"attention_{shape.seqlen}", shape, _yardsticks(smoke) + _attention(shape)),
-        Group(f"attention_{longer.seqlen}", longer, _yardsticks(smoke) + _attention(longer)),
-        Group(f"encoder_{shape.seqlen}", shape, _yardsticks(smoke) + _encoders(), memory),
+        *(
+            Group(f"attention_{s.seqlen}", s, yardstick_cases(s, *sizes) + attention_cases(s, providers))
+            for s in (shape, longer)
+        ),
+        Group(f"encoder_{shape.seqlen}", shape, yardstick_cases(shape, *sizes) + _encoders(), memory),
     ]
 
 
-def _yardsticks(smoke: bool) -> tuple[Case, ...]:
-    size, elements = (128, 2**16) if smoke else (2048, 2**26)
+def yardstick_cases(shape: Shape, size: int, elements: int) -> tuple[Case, ...]:
+    """Product of square matrices and copy, in the shape's dtype and on its device."""
+    new = {"dtype": shape.torch_dtype, "device": shape.device}
+    itemsize = shape.torch_dtype.itemsize
     return (
         Case(
-            "mm", "torch.mm", FORWARD, lambda _: yardsticks.matrix_product(size), flop=2 * size**3,
-            bytes=3 * 4 * size**2,
+            "mm", "torch.mm", FORWARD, lambda _: yardsticks.matrix_product(size, **new), flop=2 * size**3,
+            bytes=3 * itemsize * size**2,
         ),
-        Case("copy", "torch.copy", FORWARD, lambda _: yardsticks.copy(elements), bytes=2 * 4 * elements),
+        Case(
+            "copy", "torch.copy", FORWARD, lambda _: yardsticks.copy(elements, **new),
+            bytes=2 * itemsize * elements,
+        ),
     )  # fmt: skip
 
 
-def _attention(shape: Shape) -> tuple[Case, ...]:
+def attention_cases(shape: Shape, providers: dict[str, dict[str, attention.Provider]]) -> tuple[Case, ...]:
+    """Each direction of each provider of ``banded`` and ``core``."""
     flop, tensor = attention_flop(shape), attention_bytes(shape)
     # forward: q, k, v in, out back; with the backward also q, k, v, out, d_out in, dq, dk, dv back
     work = {
@@ -91,8 +105,8 @@ def _attention(shape: Shape) -> tuple[Case, ...]:
         FORWARD_BACKWARD: (int((1 + BACKWARD_FLOP) * flop), 12 * tensor),
     }
     cases = []
-    for what, providers in (("banded", attention.BANDED), ("core", attention.CORE)):
-        for name, provider in providers.items():
+    for what, named in providers.items():
+        for name, provider in named.items():
             for direction in (FORWARD, FORWARD_BACKWARD):
                 if direction == FORWARD or provider.has_backward:
                     prepare = _prepare(what, provider, direction)

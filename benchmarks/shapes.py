@@ -9,7 +9,7 @@ import torch
 
 @dataclass(frozen=True)
 class Shape:
-    """Sizes of one attention layer and of the encoder built from it (batch 1, fp32, no padding).
+    """Sizes of one attention layer and of the encoder built from it (batch 1, no padding), its dtype and device.
 
     ``window`` is one-sided and inclusive: a query sees ``2 * window + 1`` keys and every token of
     ``global_index``.
@@ -22,6 +22,12 @@ class Shape:
     global_index: tuple[int, ...] = (0,)
     layers: int = 6
     ffn_dim: int = 3072
+    dtype: str = "float32"
+    device: str = "cpu"
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        return getattr(torch, self.dtype)
 
     @property
     def d_model(self) -> int:
@@ -45,4 +51,4 @@ def attention_flop(shape: Shape) -> int:
 
 def attention_bytes(shape: Shape) -> int:
     """Size of one of q, k, v, out."""
-    return 4 * shape.seqlen * shape.d_model
+    return shape.torch_dtype.itemsize * shape.seqlen * shape.d_model

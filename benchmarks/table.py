@@ -40,6 +40,8 @@ class Row:
     cpu: str = ""
     torch: str = ""
     transformers: str = ""
+    gpu: str = ""
+    triton: str = ""
 
 
 def environment(threads: int) -> dict[str, str | int]:

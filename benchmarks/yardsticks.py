@@ -10,16 +10,21 @@ from torch import Tensor, nn
 from benchmarks.shapes import Shape
 
 
-def matrix_product(size: int) -> Callable[[], dict[str, Tensor]]:
-    """fp32 ``torch.mm`` of two ``[size, size]`` matrices: the rate of operations for comparison."""
+def matrix_product(
+    size: int, dtype: torch.dtype = torch.float32, device: str = "cpu"
+) -> Callable[[], dict[str, Tensor]]:
+    """``torch.mm`` of two ``[size, size]`` matrices: the rate of operations for comparison."""
     generator = torch.Generator().manual_seed(0)
-    a, b = (torch.randn(size, size, generator=generator) for _ in range(2))
+    a, b = (torch.randn(size, size, generator=generator).to(device, dtype) for _ in range(2))
     return lambda: {"out": torch.mm(a, b)}
 
 
-def copy(elements: int) -> Callable[[], dict[str, Tensor]]:
-    """fp32 copy between existing buffers, each element read once and written once: the rate of bytes."""
-    source, target = torch.ones(elements), torch.zeros(elements)
+def copy(
+    elements: int, dtype: torch.dtype = torch.float32, device: str = "cpu"
+) -> Callable[[], dict[str, Tensor]]:
+    """Copy between existing buffers, each element read once and written once: the rate of bytes."""
+    source = torch.ones(elements, dtype=dtype, device=device)
+    target = torch.zeros_like(source)
     return lambda: {"out": target.copy_(source)}
 
 

@@ -1,0 +1,124 @@
+"""torch.compile, CUDA graphs, streams, devices: the kernels take part as torch's own do."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from led_kernels import LongformerMask, longformer_attention
+
+pytestmark = pytest.mark.gpu
+
+BACKEND, DEVICE = "triton", "cuda"
+BATCH, SEQLEN, HEADS, HEAD_DIM, MAX_GLOBALS = 2, 700, 4, 64, 3
+
+
+def inputs(seed: int, device: str = DEVICE) -> list[Tensor]:
+    """q, k, v, q_global, k_global, v_global; attention_mask, global_attention_mask."""
+    generator = torch.Generator().manual_seed(seed)
+    qkv = torch.randn(6, BATCH, SEQLEN, HEADS, HEAD_DIM, generator=generator).bfloat16()
+    lengths = torch.randint(SEQLEN // 2, SEQLEN, (BATCH, 1), generator=generator)
+    attention_mask = (torch.arange(SEQLEN) < lengths).long()
+    global_attention_mask = torch.zeros_like(attention_mask)
+    global_attention_mask[:, torch.randint(0, SEQLEN // 2, (MAX_GLOBALS,), generator=generator)] = 1
+    return [x.to(device) for x in (*qkv, attention_mask, global_attention_mask)]
+
+
+def attend(*tensors: Tensor, dropout_p: float = 0.0) -> Tensor:
+    """A mask of fixed capacity, made of the last two, and the attention."""
+    *qkv, attention_mask, global_attention_mask = tensors
+    mask = LongformerMask.from_padding(attention_mask, global_attention_mask, max_globals=MAX_GLOBALS)
+    return longformer_attention(*qkv, mask, window_size=(100, 64), dropout_p=dropout_p, backend=BACKEND)
+
+
+def run(tensors: list[Tensor], function: Callable[..., Tensor] = attend, **settings) -> list[Tensor]:
+    """out, and the gradients of q … v_global."""
+    leaves = [x.detach().requires_grad_() for x in tensors[:6]]
+    out = function(*leaves, *tensors[6:], **settings)
+    return [out.detach(), *torch.autograd.grad(out, leaves, torch.ones_like(out))]
+
+
+def assert_same(actual: list[Tensor], expected: list[Tensor]) -> None:
+    """Bit for bit: the kernels are deterministic."""
+    for x, y in zip(actual, expected, strict=True):
+        assert not y.isnan().any()
+        assert torch.equal(x, y)
+
+
+@pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
+def test_compile_without_graph_breaks(mode):
+    torch._dynamo.reset()
+    compiled = torch.compile(attend, fullgraph=True, mode=mode)
+    for seed in range(3):
+        assert_same([x.clone() for x in run(inputs(seed), compiled)], run(inputs(seed)))
+
+
+def capture(static: list[Tensor], **settings) -> tuple[torch.cuda.CUDAGraph, list[Tensor]]:
+    """A graph of forward and backward on ``static``, and the tensors that its replay writes."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        run(static, **settings)  # compiles the kernels
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        results = run(static, **settings)
+    return graph, results
+
+
+def test_graph_replay_with_new_inputs():
+    """Other values, lengths and global tokens; the mask is made within the graph."""
+    static = inputs(0)
+    graph, results = capture(static)
+    for seed in (1, 2, 0):
+        for x, new in zip(static, inputs(seed), strict=True):
+            x.copy_(new)
+        graph.replay()
+        assert_same(results, run(inputs(seed)))
+
+
+def test_graph_replay_draws_new_dropout():
+    graph, (out, *_) = capture(inputs(0), dropout_p=0.3)
+    graph.replay()
+    first = out.clone()
+    graph.replay()
+    assert not torch.equal(first, out)
+
+
+def test_two_streams_at_once():
+    expected = [run(inputs(seed)) for seed in range(2)]
+    streams = [torch.cuda.Stream() for _ in range(2)]
+    tensors = [inputs(seed) for seed in range(2)]
+    torch.cuda.synchronize()
+    results = [[], []]
+    for _ in range(10):
+        for i, stream in enumerate(streams):
+            with torch.cuda.stream(stream):
+                results[i].append(run(tensors[i]))
+    torch.cuda.synchronize()
+    for i in range(2):
+        for result in results[i]:
+            assert_same(result, expected[i])
+
+
+@pytest.mark.parametrize("dropout_p", [0.0, 0.1])
+def test_no_host_sync(dropout_p):
+    tensors = inputs(0)
+    run(tensors, dropout_p=dropout_p)  # compiles the kernels
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        run(tensors, dropout_p=dropout_p)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_device_that_is_not_the_current_one():
+    expected = run(inputs(0))
+    with torch.cuda.device(0):
+        actual = run(inputs(0, "cuda:1"))
+    assert {x.device for x in actual} == {torch.device("cuda:1")}
+    assert_same([x.to(expected[0].device) for x in actual], expected)
