@@ -2,10 +2,12 @@
 
 A mutant is caught when the interpreter raises or the results miss the error bound. Some mutants are the same program in
 effect: a last wait that nothing in flight needs, a load that is off in all lanes, ``row > last`` for ``row >= last``
-where a mask follows. So a share of each kind must be caught, about what was seen with six of each kind a kernel.
+where a mask follows. So a share of each kind must be caught, somewhat less than was seen.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -15,10 +17,17 @@ from tests.ptx.faults import PtxFault
 from tests.ptx.launch import executed_launches
 from tests.ptx.mutations import KINDS, Mutation, mutations
 
-# Left padding: tiles with padding and interior tiles; the globals lie inside and outside of the bands.
-CASE = AttentionCase(
-    batch=1, heads=1, head_dim=64, seqlen=300, window_size=(100, 90), padding="left", globals_per_row=((110, 120, 290),)
-)  # fmt: skip
+SIZES = dict(heads=1, head_dim=64, seqlen=300)
+CASES = (
+    # tiles with padding and interior tiles; global tokens inside and outside of the bands
+    AttentionCase(
+        **SIZES, batch=1, window_size=(100, 90), padding="left", globals_per_row=((110, 120, 290),)
+    ),
+    # a full tile of global tokens, sequences that end elsewhere in a tile
+    AttentionCase(
+        **SIZES, batch=2, window_size=(60, 70), packed=True, globals_per_row=(tuple(range(3, 300, 19)), (5,))
+    ),
+)
 OPS = {
     "_banded_forward_kernel": "banded",
     "_banded_dq_kernel": "banded",
@@ -36,20 +45,17 @@ EXPECTED_SHARE = {
 }
 
 
-def compiled_ptx(kernel: str) -> str:
-    """PTX of a kernel that was just executed on the case, correctly."""
-    with executed_launches() as launches:
-        assert_matches_reference(OPS[kernel], CASE, "triton", dtype=torch.bfloat16)
+def execute(kernel: str, edit_ptx: Callable[[str, str], str] | None = None) -> str:
+    """Runs the kernel's op on the cases and checks the results -> its PTX as compiled"""
+    for case in CASES:
+        with executed_launches(edit_ptx) as launches:
+            assert_matches_reference(OPS[kernel], case, "triton", dtype=torch.bfloat16)
     return next(x.kernel.asm["ptx"] for x in launches if x.name == kernel)
 
 
 def is_caught(kernel: str, mutation: Mutation) -> bool:
-    def edit(name: str, ptx: str) -> str:
-        return mutation.apply(ptx) if name == kernel else ptx
-
     try:
-        with executed_launches(edit):
-            assert_matches_reference(OPS[kernel], CASE, "triton", dtype=torch.bfloat16)
+        execute(kernel, lambda name, ptx: mutation.apply(ptx) if name == kernel else ptx)
     except (PtxFault, AssertionError):
         return True
     return False
@@ -62,24 +68,24 @@ def spread(candidates: list, count: int) -> list:
     return [candidates[(2 * i + 1) * len(candidates) // (2 * count)] for i in range(count)]
 
 
-def check(kernel: str, kind: str, count: int) -> None:
-    planted = spread(mutations(compiled_ptx(kernel), kind), count)
+def check(kernel: str, kind: str, count: int, expected_share: float) -> None:
+    planted = spread(mutations(execute(kernel), kind), count)
     survivors = [mutation for mutation in planted if not is_caught(kernel, mutation)]
     assert planted, f"no {kind} in {kernel}"
     caught = len(planted) - len(survivors)
     print(f"{kernel}, {kind}: {caught} of {len(planted)} caught", *survivors, sep="\n  ")
-    assert caught >= EXPECTED_SHARE[kind] * len(planted)
+    assert caught >= expected_share * len(planted)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("kernel", ["_banded_forward_kernel", "_banded_dkdv_kernel"])
 def test_planted_faults_are_caught(kernel, kind):
-    check(kernel, kind, count=3)
+    check(kernel, kind, count=2, expected_share=0.5)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("kernel", OPS)
-def test_many_planted_faults_are_caught(kernel, kind):
-    check(kernel, kind, count=6)
+def test_most_planted_faults_are_caught(kernel, kind):
+    check(kernel, kind, count=12, expected_share=EXPECTED_SHARE[kind])
