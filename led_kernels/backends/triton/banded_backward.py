@@ -393,9 +393,9 @@ def _banded_dkdv_globals_kernel(
     slot = global_tile * BLOCK_N + tl.arange(0, BLOCK_N)
     exists = slot < num_globals
     key = tl.load(global_index_ptr + batch * max_globals + slot, mask=exists, other=0)  # [BLOCK_N]
-    row = key.to(tl.int64)[:, None]
-    k = load_rows(k_ptr, row * k_stride_s + offs_d[None, :], exists, HEAD_DIM, BLOCK_D, True)
-    v = load_rows(v_ptr, row * v_stride_s + offs_d[None, :], exists, HEAD_DIM, BLOCK_D, True)
+    key_row = key.to(tl.int64)[:, None]
+    k = load_rows(k_ptr, key_row * k_stride_s + offs_d[None, :], exists, HEAD_DIM, BLOCK_D, True)
+    v = load_rows(v_ptr, key_row * v_stride_s + offs_d[None, :], exists, HEAD_DIM, BLOCK_D, True)
     qk_scale = softmax_scale * LOG2_E
     batch_head = batch * heads + head
     seed = 0
@@ -426,8 +426,8 @@ def _banded_dkdv_globals_kernel(
         dk = tl.dot(d_scores.to(q.dtype), q, dk, input_precision=PRECISION)
 
     # [splits, batch, max_globals, heads, HEAD_DIM]
-    row = ((split * tl.num_programs(2) + batch).to(tl.int64) * max_globals + slot) * heads + head
-    offsets = row[:, None] * HEAD_DIM + offs_d[None, :]
+    partial_row = ((split * tl.num_programs(2) + batch).to(tl.int64) * max_globals + slot) * heads + head
+    offsets = partial_row[:, None] * HEAD_DIM + offs_d[None, :]
     store_rows(partial_dk_ptr, offsets, dk, exists, HEAD_DIM, BLOCK_D)
     store_rows(partial_dv_ptr, offsets, dv, exists, HEAD_DIM, BLOCK_D)
 
