@@ -492,12 +492,12 @@ def launch_banded_backward(
         "window_left": window_left,
         "window_right": window_right,
     }
-    config = configs.choose("banded_dq", q.dtype, head_dim)
+    config = configs.choose("banded_dq", q.dtype, head_dim, dropout_p)
     arguments |= block_arguments(config, q) | {"BLOCK_G": global_block(mask.max_globals)}
     grid = (triton.cdiv(mask.max_seqlen, config.block_m), heads, mask.batch)
     _banded_dq_kernel[grid](**_taken_by(_banded_dq_kernel, arguments))
 
-    config = configs.choose("banded_dkdv", q.dtype, head_dim)
+    config = configs.choose("banded_dkdv", q.dtype, head_dim, dropout_p)
     arguments |= block_arguments(config, q)
     grid = (triton.cdiv(mask.max_seqlen, config.block_n), heads, mask.batch)
     _banded_dkdv_kernel[grid](**_taken_by(_banded_dkdv_kernel, arguments))

@@ -47,6 +47,9 @@ KERNELS = (
 TARGETS = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942")
 _ALL = TARGETS
 _WGMMA = ("sm_90", "sm_100")  # products of whole warp groups, 228 KB of shared memory
+_WGMMA_90 = ("sm_90",)
+_A100 = ("sm_80", "sm_100")
+_CONSUMER = ("sm_86", "sm_89", "sm_120")  # 100 KB of shared memory
 _CDNA = ("gfx942",)  # 64 KB of shared memory
 _OVERRIDE = re.compile(r"(?:(\w+)=)?(\d+)x(\d+)x(\d+)x(\d+)")
 
@@ -146,16 +149,56 @@ TABLE: dict[str, tuple[Row, ...]] = {
         Row(_ALL, 32, 256, True, TileConfig(32, 16, 8, 2), "wider tiles spill"),
     ),
     "banded_dq": (
-        Row(_ALL, 16, 64, True, TileConfig(64, 64, 4, 2), ""),
-        Row(_ALL, 32, 256, True, TileConfig(32, 32, 4, 2), ""),
+        Row(_CDNA, 16, 64, False, TileConfig(128, 32, 4, 2), "no spills, 64 KB of shared memory"),
+        Row(_CDNA, 16, 256, True, TileConfig(32, 32, 4, 1), "64 KB of shared memory"),
+        Row(_ALL, 16, 32, False, TileConfig(128, 64, 4, 3), "fewest instructions per product"),
+        Row(_WGMMA_90, 16, 64, False, TileConfig(128, 64, 8, 3), "whole warp groups, 173 registers"),
+        Row(_ALL, 16, 64, False, TileConfig(128, 32, 4, 3), "32 rows a warp; 64 keys spill"),
+        Row(
+            _ALL, 16, 128, False, TileConfig(128, 64, 8, 2), "fewest instructions per product without spills"
+        ),
+        Row(_A100, 16, 256, False, TileConfig(64, 32, 8, 2), "128 rows spill"),
+        Row(_ALL, 16, 256, False, TileConfig(32, 32, 4, 2), "shared memory, and wider tiles spill"),
+        Row(_ALL, 16, 64, True, TileConfig(64, 32, 4, 3), "the draws of wider tiles spill"),
+        Row(_ALL, 16, 256, True, TileConfig(32, 32, 4, 2), "wider tiles spill"),
+        Row(_ALL, 32, 32, True, TileConfig(64, 32, 4, 2), "wider tiles spill"),
+        Row(_ALL, 32, 64, True, TileConfig(32, 32, 4, 2), "wider tiles spill"),
+        Row(_ALL, 32, 128, True, TileConfig(16, 32, 4, 2), "wider tiles spill"),
+        Row(_ALL, 32, 256, True, TileConfig(16, 16, 4, 2), "wider tiles spill"),
     ),
     "banded_dkdv": (
-        Row(_ALL, 16, 64, True, TileConfig(64, 64, 4, 2), ""),
-        Row(_ALL, 32, 256, True, TileConfig(32, 32, 4, 2), ""),
+        Row(_CDNA, 16, 64, False, TileConfig(32, 128, 4, 2), "no spills, 64 KB of shared memory"),
+        Row(_CDNA, 16, 256, True, TileConfig(32, 32, 4, 1), "64 KB of shared memory"),
+        Row(_ALL, 16, 16, False, TileConfig(64, 128, 4, 3), "fewest instructions per product"),
+        Row(_WGMMA_90, 16, 32, False, TileConfig(64, 64, 4, 3), "128 keys spill"),
+        Row(_WGMMA_90, 16, 64, False, TileConfig(64, 64, 4, 3), "fewest instructions per product"),
+        Row(_CONSUMER, 16, 64, False, TileConfig(32, 64, 4, 3), "128 keys spill"),
+        Row(
+            _ALL,
+            16,
+            64,
+            False,
+            TileConfig(32, 128, 4, 2),
+            "fewest instructions per product; 64 queries spill",
+        ),
+        Row(_ALL, 16, 128, False, TileConfig(32, 64, 4, 3), "128 keys spill"),
+        Row(
+            _A100, 16, 256, False, TileConfig(32, 64, 8, 2), "fewest instructions per product without spills"
+        ),
+        Row(_ALL, 16, 256, False, TileConfig(16, 64, 8, 2), "shared memory"),
+        Row(_ALL, 16, 64, True, TileConfig(32, 64, 8, 2), "the draws of wider tiles spill"),
+        Row(_ALL, 16, 128, True, TileConfig(32, 32, 4, 2), "wider tiles spill"),
+        Row(_ALL, 16, 256, True, TileConfig(16, 32, 8, 2), "wider tiles spill"),
+        Row(_ALL, 32, 32, True, TileConfig(32, 64, 4, 2), "wider tiles spill"),
+        Row(_ALL, 32, 64, True, TileConfig(32, 32, 4, 2), "wider tiles spill"),
+        Row(_ALL, 32, 128, True, TileConfig(16, 32, 4, 2), "wider tiles spill"),
+        Row(_ALL, 32, 256, True, TileConfig(16, 16, 4, 2), "wider tiles spill"),
     ),
     "banded_dkdv_globals": (
-        Row(_ALL, 16, 64, True, TileConfig(64, 16, 4, 2), ""),
-        Row(_ALL, 32, 256, True, TileConfig(32, 16, 4, 2), ""),
+        Row(_ALL, 16, 128, True, TileConfig(64, 16, 4, 2), "block_n comes from the number of global tokens"),
+        Row(_ALL, 16, 256, True, TileConfig(32, 16, 4, 1), "wider tiles spill"),
+        Row(_ALL, 32, 64, True, TileConfig(32, 16, 4, 1), "wider tiles spill"),
+        Row(_ALL, 32, 256, True, TileConfig(16, 16, 4, 1), "wider tiles spill"),
     ),
     "global_forward": (
         Row(_ALL, 16, 32, True, TileConfig(16, 128, 4, 2), "no spills; longest loads in flight"),
