@@ -501,7 +501,7 @@ def launch_banded_backward(
     arguments |= block_arguments(config, q)
     grid = (triton.cdiv(mask.max_seqlen, config.block_n), heads, mask.batch)
     _banded_dkdv_kernel[grid](**_taken_by(_banded_dkdv_kernel, arguments))
-    if mask.max_globals > 0:
+    if mask.max_globals > 0 and q.numel() > 0:
         _launch_dkdv_of_globals(arguments, q, mask)
     return dq, dk, dv
 
