@@ -18,6 +18,7 @@ from triton.runtime.interpreter import InterpretedFunction
 
 from tests.interpreter.guards import guarded_launches
 from tests.interpreter.numerics import exact_numerics
+from tests.interpreter.speed import language_patched_once
 
 _FOLDER = Path(__file__).parent
 _ALONE = "tests/interpreter needs a process of its own (TRITON_INTERPRET=1): run `pytest tests/interpreter`"
@@ -32,9 +33,17 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     others = sorted({str(item.path) for item in items if _FOLDER not in item.path.parents})
     if others:
         raise pytest.UsageError(f"{_ALONE}, without {others[0]}.")
+    items[:] = [item for item in items if _backend(item) in (None, "triton")]
+
+
+def _backend(item: pytest.Item) -> str | None:
+    """Of a test that runs on every backend."""
+    parameters = getattr(item, "callspec", None) and item.callspec.params
+    return parameters["target"].backend if parameters and "target" in parameters else None
 
 
 @pytest.fixture(autouse=True, scope="session")
-def _interpreter() -> Iterator[None]:
-    with exact_numerics(), guarded_launches():
-        yield
+def launches() -> Iterator[list[InterpretedFunction]]:
+    """The kernels launched so far; all of them are guarded and compute in bf16 and tf32 as a GPU does."""
+    with language_patched_once(), exact_numerics(), guarded_launches() as launched:
+        yield launched

@@ -9,12 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 from triton.runtime.interpreter import InterpretedFunction, InterpreterBuilder, TensorHandle
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 GUARD = 4096  # bytes before and behind, at least
 ALIGNMENT = 64  # of torch's allocations in bytes; a view's address keeps its remainder
@@ -78,21 +80,21 @@ class GuardedTensor:
 
 
 @contextmanager
-def guarded_launches() -> Iterator[list[str]]:
-    """Within the context, launches are guarded; gives the list of the kernels launched, by name.
+def guarded_launches() -> Iterator[list[InterpretedFunction]]:
+    """Within the context, launches are guarded; gives the list of the kernels launched.
 
     Raises:
         triton.runtime.errors.InterpreterError: caused by :class:`OutOfBounds`, for a load or store outside the tensors.
         OutOfBounds: after the launch, when something beside the elements was written.
     """
-    launched: list[str] = []
+    launched: list[InterpretedFunction] = []
     tensors: list[GuardedTensor] = []  # of the launch under way
     run = InterpretedFunction.run
     load, store = InterpreterBuilder.create_masked_load, InterpreterBuilder.create_masked_store
 
     def guarded_run(self, *args, grid, warmup, **kwargs):
         arguments = dict(zip(self.arg_names, args, strict=False)) | kwargs
-        launched.append(self.__name__)
+        launched.append(self)
         tensors[:] = _guard(arguments)
         result = run(self, grid=grid, warmup=warmup, **arguments)
         for tensor in tensors:
@@ -117,13 +119,14 @@ def guarded_launches() -> Iterator[list[str]]:
 
 
 def _guard(arguments: dict[str, object]) -> list[GuardedTensor]:
-    """Replaces the tensors among the arguments; the same tensor given twice is one copy."""
+    """Replaces the tensors among the arguments, those of descriptors too; a tensor given twice is one copy."""
     copies: dict[tuple, GuardedTensor] = {}
-    for name, x in arguments.items():
+    for name, argument in arguments.items():
+        x = argument.base if isinstance(argument, TensorDescriptor) else argument
         if isinstance(x, Tensor):
             key = (x.data_ptr(), x.dtype, x.shape, x.stride())
-            copies.setdefault(key, GuardedTensor(name, x))
-            arguments[name] = copies[key].tensor
+            copy = copies.setdefault(key, GuardedTensor(name, x)).tensor
+            arguments[name] = copy if x is argument else replace(argument, base=copy)
     return list(copies.values())
 
 
