@@ -18,7 +18,9 @@ FAST, SLOW = TileConfig(32, 16, 2, 3), TileConfig(16, 16, 4, 1)
 
 def test_dry_run_lists_what_would_be_timed(capsys):
     assert tune.main(["--dry-run", "--kernel", "banded_dq", "--head-dim", "64"]) == 0
-    assert capsys.readouterr().out == f"banded_dq, head_dim 64, bfloat16: {len(tune.candidates())} candidates\n"
+    assert (
+        capsys.readouterr().out == f"banded_dq, head_dim 64, bfloat16: {len(tune.candidates())} candidates\n"
+    )
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="would measure on this machine's GPU")

@@ -532,5 +532,5 @@ def _launch_dkdv_of_globals(arguments: dict[str, object], q: Tensor, mask: Longf
 
 def _taken_by(kernel: triton.JITFunction, arguments: dict[str, object]) -> dict[str, object]:
     """Those of the arguments that the kernel has parameters for, and its launch options."""
-    names = {*kernel.arg_names, "num_warps"}
+    names = {*kernel.arg_names, "num_warps", "enable_fp_fusion"}
     return {name: x for name, x in arguments.items() if name in names}

@@ -63,6 +63,7 @@ def block_arguments(config: TileConfig, q: Tensor) -> dict[str, object]:
         "NUM_STAGES": config.num_stages,
         "PRECISION": "tf32" if q.dtype == torch.float32 and _allows_tf32() else "ieee",
         "num_warps": config.num_warps,
+        "enable_fp_fusion": True,  # off by default from Triton 3.10: the scale shall fold into the exponential's FMA
     }
 
 
