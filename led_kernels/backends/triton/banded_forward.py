@@ -218,7 +218,8 @@ def _banded_forward_kernel(
             HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, True, False, DROPOUT, SUM_BY_DOT, PRECISION, NUM_STAGES,
         )  # fmt: skip
         acc, row_sum, row_max = _attend_band(
-            acc, row_sum, row_max, q, query, k_ptr, v_ptr, k_stride_s, v_stride_s, k_desc, v_desc, batch,
+            acc, row_sum, row_max, q, query, k_ptr, v_ptr, k_stride_s, v_stride_s, k_desc, v_desc,
+            tl.where(mask_stride_b == 0, 0, batch),  # packed sequences are one batch entry
             first_row.to(tl.int32), head, padding_before_ptr + mask_row, length,
             start + num_left * BLOCK_N, num_interior, 0, 0, lower, upper,
             qk_scale, seed, batch_head, last_dropped,
