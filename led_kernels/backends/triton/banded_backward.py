@@ -21,6 +21,7 @@ from torch import Tensor
 from led_kernels.backends.triton import configs
 from led_kernels.backends.triton.launch import (
     block_arguments,
+    compiler_arguments,
     global_block,
     lse_arguments,
     sequence_arguments,
@@ -532,5 +533,5 @@ def _launch_dkdv_of_globals(arguments: dict[str, object], q: Tensor, mask: Longf
 
 def _taken_by(kernel: triton.JITFunction, arguments: dict[str, object]) -> dict[str, object]:
     """Those of the arguments that the kernel has parameters for, and its launch options."""
-    names = {*kernel.arg_names, "num_warps", "enable_fp_fusion"}
+    names = {*kernel.arg_names, "num_warps", *compiler_arguments()}
     return {name: x for name, x in arguments.items() if name in names}

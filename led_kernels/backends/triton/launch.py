@@ -7,6 +7,7 @@ import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from led_kernels.backends.triton import configs
 from led_kernels.backends.triton.configs import TileConfig
 from led_kernels.mask import LongformerMask
 from led_kernels.philox import dropout_threshold
@@ -63,8 +64,17 @@ def block_arguments(config: TileConfig, q: Tensor) -> dict[str, object]:
         "NUM_STAGES": config.num_stages,
         "PRECISION": "tf32" if q.dtype == torch.float32 and _allows_tf32() else "ieee",
         "num_warps": config.num_warps,
-        "enable_fp_fusion": True,  # off by default from Triton 3.10: the scale shall fold into the exponential's FMA
+        **compiler_arguments(),
     }
+
+
+def compiler_arguments() -> dict[str, object]:
+    """Options of Triton's compiler."""
+    # off by default from Triton 3.10: the scale shall fold into the exponential's FMA
+    options: dict[str, object] = {"enable_fp_fusion": True}
+    if configs.current_target().startswith("sm_"):
+        options["maxnreg"] = 255  # left alone, ptxas spills a few registers to fit one more block
+    return options
 
 
 def _allows_tf32() -> bool:
