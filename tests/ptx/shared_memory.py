@@ -115,12 +115,15 @@ class SharedMemory:
         self._put(copy.cta, copy.warp, copy.where, copy.rows)
 
     def _put(self, cta: np.ndarray, warp: np.ndarray, where: np.ndarray, rows: np.ndarray) -> None:
-        data, values = _words(self._data, rows.shape[1]), _words(rows, rows.shape[1])
-        data[where] = values
-        if (data[where] != values).any():
-            raise RaceFault("two lanes of one instruction store different values in the same place")
-        stamp = self._barriers[cta] * _MAX_WARPS + warp
-        self._granules(self._written, rows.shape[1])[where] = stamp[:, None]
+        """Among lanes of one warp the last one's value stays: PTX leaves open which, and Triton stores sums that the
+        lanes hold in common, but for the last bit."""
+        nbytes = rows.shape[1]
+        data, values = _words(self._data, nbytes), _words(rows, nbytes)
+        written, stamp = self._granules(self._written, nbytes), self._barriers[cta] * _MAX_WARPS + warp
+        data[where], written[where] = values, stamp[:, None]
+        lost = written[where, 0] != stamp
+        if lost.any() and (data[where[lost]] != values[lost]).any():
+            raise RaceFault("two warps store different values in the same place")
 
     def _race(self, cta: np.ndarray, warp: np.ndarray, where: np.ndarray, nbytes: int) -> np.ndarray:
         """-> [lanes], whether the place was touched by another warp since the last barrier

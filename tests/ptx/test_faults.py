@@ -102,10 +102,11 @@ class TestSharedMemory:
         with pytest.raises(RaceFault, match="no barrier"):
             run_ptx(body.format(barrier=""), words(64), threads=64, shared_bytes=256)
 
-    def test_lanes_that_store_different_values_in_one_place(self):
-        run_ptx("st.shared.b32 [global_smem], 5;", shared_bytes=16)
-        with pytest.raises(RaceFault, match="two lanes"):
-            run_ptx("st.shared.b32 [global_smem], %r0;", shared_bytes=16)
+    def test_warps_that_store_different_values_in_one_place(self):
+        run_ptx("st.shared.b32 [global_smem], 5;", threads=64, shared_bytes=16)
+        run_ptx("st.shared.b32 [global_smem], %r0;", threads=32, shared_bytes=16)  # one of them stays
+        with pytest.raises(RaceFault, match="two warps"):
+            run_ptx("st.shared.b32 [global_smem], %r0;", threads=64, shared_bytes=16)
 
 
 class TestAsyncCopies:
