@@ -2,7 +2,6 @@
 
 from tests.test_attention import (  # noqa: F401
     test_against_loops,
-    test_capacity_larger_than_used,
     test_d_out_of_any_strides,
     test_dropout_drops_the_same_elements,
     test_empty_batch_and_no_tokens,
