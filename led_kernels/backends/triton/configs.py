@@ -3,6 +3,10 @@
 No GPU has timed them. A row was chosen from what its compilation shows (``benchmarks/results/static_gpu.csv``), and
 says which of the figures decided; ``python -m benchmarks.tune`` ranks candidates on a real GPU and prints a new table.
 
+Stages: with two, Triton keeps one buffer of each tile, so that copies start at an iteration's end and are waited for at
+the next one's start; three give two buffers. That costs the forward on sm_80 a few instructions (6.5 instead of 6.2 for
+each product that the band needs) and hides the latency of the copies, which one resident block cannot.
+
 ``LED_KERNELS_TRITON_CONFIG`` overrides it: ``64x64x4x2`` (BLOCK_M x BLOCK_N x warps x stages) for every kernel, or
 ``banded_forward=128x64x8x2,banded_dq=64x64x4x2`` for some.
 """
@@ -42,7 +46,10 @@ KERNELS = (
     "banded_dkdv",
     "banded_dkdv_globals",
     "global_forward",
-    "global_backward",
+    "global_forward_many",  # more global tokens than a tile of 16 queries holds
+    "global_dq",
+    "global_dq_many",
+    "global_dkdv_many",
 )
 TARGETS = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942")
 _ALL = TARGETS
@@ -117,26 +124,19 @@ def _choose(
 
 TABLE: dict[str, tuple[Row, ...]] = {
     "banded_forward": (
-        Row(
-            _CDNA,
-            16,
-            128,
-            False,
-            TileConfig(64, 64, 4, 1),
-            "64 KB of shared memory; 64 rows leave registers for two blocks",
-        ),
+        Row(_CDNA, 16, 128, False, TileConfig(64, 64, 4, 1), "64 KB of shared memory"),
         Row(_CDNA, 16, 256, True, TileConfig(32, 32, 4, 1), "64 KB of shared memory"),
         Row(
             _ALL,
             16,
             64,
             False,
-            TileConfig(128, 128, 8, 2),
-            "fewest instructions per product; 64 keys cost a tenth more, 4 warps spill",
+            TileConfig(128, 128, 8, 3),
+            "fewest instructions per product; two stages: see above",
         ),
-        Row(_ALL, 16, 128, False, TileConfig(128, 64, 8, 2), "128 keys spill"),
-        Row(_WGMMA, 16, 256, False, TileConfig(128, 32, 8, 2), "widest tile without spills"),
-        Row(_ALL, 16, 256, False, TileConfig(64, 32, 8, 2), "128 rows spill"),
+        Row(_ALL, 16, 128, False, TileConfig(128, 64, 8, 3), "128 keys spill"),
+        Row(_WGMMA, 16, 256, False, TileConfig(128, 32, 8, 3), "widest tile without spills"),
+        Row(_ALL, 16, 256, False, TileConfig(64, 32, 8, 2), "128 rows spill, shared memory"),
         Row(_ALL, 16, 16, True, TileConfig(128, 128, 8, 2), "widest tile without spills"),
         Row(_ALL, 16, 64, True, TileConfig(128, 64, 8, 2), "the draws of 128 keys spill"),
         Row(_ALL, 16, 128, True, TileConfig(128, 32, 8, 2), "widest tile without spills"),
@@ -171,6 +171,7 @@ TABLE: dict[str, tuple[Row, ...]] = {
         Row(_CDNA, 16, 256, True, TileConfig(32, 32, 4, 1), "64 KB of shared memory"),
         Row(_ALL, 16, 16, False, TileConfig(64, 128, 4, 3), "fewest instructions per product"),
         Row(_WGMMA_90, 16, 32, False, TileConfig(64, 64, 4, 3), "128 keys spill"),
+        Row(_ALL, 16, 32, False, TileConfig(32, 128, 4, 3), "64 queries spill"),
         Row(_WGMMA_90, 16, 64, False, TileConfig(64, 64, 4, 3), "fewest instructions per product"),
         Row(_CONSUMER, 16, 64, False, TileConfig(32, 64, 4, 3), "128 keys spill"),
         Row(
@@ -186,7 +187,8 @@ TABLE: dict[str, tuple[Row, ...]] = {
             _A100, 16, 256, False, TileConfig(32, 64, 8, 2), "fewest instructions per product without spills"
         ),
         Row(_ALL, 16, 256, False, TileConfig(16, 64, 8, 2), "shared memory"),
-        Row(_ALL, 16, 64, True, TileConfig(32, 64, 8, 2), "the draws of wider tiles spill"),
+        Row(_WGMMA_90, 16, 64, True, TileConfig(64, 64, 4, 3), "no spills"),
+        Row(_ALL, 16, 64, True, TileConfig(16, 64, 4, 3), "the draws of wider tiles spill"),
         Row(_ALL, 16, 128, True, TileConfig(32, 32, 4, 2), "wider tiles spill"),
         Row(_ALL, 16, 256, True, TileConfig(16, 32, 8, 2), "wider tiles spill"),
         Row(_ALL, 32, 32, True, TileConfig(32, 64, 4, 2), "wider tiles spill"),
@@ -194,11 +196,12 @@ TABLE: dict[str, tuple[Row, ...]] = {
         Row(_ALL, 32, 128, True, TileConfig(16, 32, 4, 2), "wider tiles spill"),
         Row(_ALL, 32, 256, True, TileConfig(16, 16, 4, 2), "wider tiles spill"),
     ),
-    "banded_dkdv_globals": (
-        Row(_ALL, 16, 128, True, TileConfig(64, 16, 4, 2), "block_n comes from the number of global tokens"),
-        Row(_ALL, 16, 256, True, TileConfig(32, 16, 4, 1), "wider tiles spill"),
-        Row(_ALL, 32, 64, True, TileConfig(32, 16, 4, 1), "wider tiles spill"),
-        Row(_ALL, 32, 256, True, TileConfig(16, 16, 4, 1), "wider tiles spill"),
+    "banded_dkdv_globals": (  # block_n is the number of global keys in a tile, 16 or 64
+        Row(_ALL, 16, 64, True, TileConfig(32, 64, 4, 2), "64 queries spill"),
+        Row(_ALL, 16, 128, True, TileConfig(16, 64, 4, 2), "32 queries spill"),
+        Row(_ALL, 16, 256, True, TileConfig(16, 64, 8, 2), "4 warps spill"),
+        Row(_ALL, 32, 64, True, TileConfig(16, 64, 4, 2), "32 queries spill"),
+        Row(_ALL, 32, 256, True, TileConfig(16, 64, 8, 1), "4 warps spill"),
     ),
     "global_forward": (
         Row(_ALL, 16, 32, True, TileConfig(16, 128, 4, 2), "no spills; longest loads in flight"),
