@@ -1,7 +1,7 @@
 """Every Triton kernel, forward and backward, against the fp64 reference, in small tiles: several of each kind at once.
 
 What a value of one parameter is tried with (dtype, tiles, the op) takes turns, so that the group stays short; the
-drawn cases mix all, and ``-m slow`` runs the whole product.
+drawn cases mix all, and ``-m slow`` runs a larger grid.
 """
 
 from __future__ import annotations
@@ -185,11 +185,13 @@ def test_drawn_cases(op, case, dtype, tiles):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("op", [*OPS, "longformer"])
-@pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
-@pytest.mark.parametrize("tiles", [*TILES, (128, 64), (64, 128)], ids=name_of)
 @pytest.mark.parametrize("window_size", [0, 31, 64, (200, 1), (1, 200), -1], ids=name_of)
-@pytest.mark.parametrize("head_dim", [7, 16, 64, 96])
+@pytest.mark.parametrize(
+    ("head_dim", "dtype", "tiles"),
+    in_turns((7, 16, 64, 96), DTYPES, (*TILES, (128, 64), (64, 128))),
+    ids=name_of,
+)
 @pytest.mark.parametrize("seqlen", [63, 129, 300])
-def test_larger_grid(op, dtype, tiles, window_size, head_dim, seqlen):
+def test_larger_grid(op, seqlen, head_dim, dtype, tiles, window_size):
     padding = PADDINGS[(seqlen + head_dim) % len(PADDINGS)]
     check(op, at_seqlen(seqlen, head_dim=head_dim, window_size=window_size, padding=padding), dtype, tiles)
