@@ -115,5 +115,4 @@ def _positive_scale(q: Tensor, softmax_scale: float) -> tuple[Tensor, float, flo
     if softmax_scale > 0:
         return q, 1.0, softmax_scale
     sign = math.copysign(1.0, softmax_scale) if softmax_scale else 0.0
-    # the strides of q matter to no one, its padding rows may hold NaN as before
     return q * sign, sign, abs(softmax_scale) or 1.0
