@@ -31,6 +31,7 @@ from led_kernels.backends.triton.primitives import (
     LOG2_E,
     SIZES,
     band_tiles,
+    count_globals,
     count_padding,
     is_between,
     is_token,
@@ -302,7 +303,7 @@ def _banded_dkdv_kernel(
     dv_stride_b, dv_stride_s, dv_stride_h, lse_stride_b, lse_stride_h, mask_stride_b,
     heads, max_globals, window_left, window_right, softmax_scale, keep_scale, last_dropped: tl.uint32,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    DROPOUT: tl.constexpr, PRECISION: tl.constexpr, NUM_STAGES: tl.constexpr,
+    BLOCK_G: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr, NUM_STAGES: tl.constexpr,
 ):  # fmt: skip
     key_start = tl.program_id(0) * BLOCK_N
     head, batch = tl.program_id(1), tl.program_id(2)
@@ -335,7 +336,11 @@ def _banded_dkdv_kernel(
         start, stop, num_tiles, num_left, num_interior = band_tiles(
             key_start, length, window_right, window_left, BLOCK_N, BLOCK_M
         )
-        if count_padding(token_kind_ptr, padding_before_ptr, mask_row, start, stop) == 0:
+        # p is 0 on rows without a result, but what their d_out holds need not be finite
+        no_result = count_padding(token_kind_ptr, padding_before_ptr, mask_row, start, stop) + count_globals(
+            global_index_ptr + batch * max_globals, tl.load(num_globals_ptr + batch), start, stop, BLOCK_G
+        )
+        if no_result == 0:
             dk, dv = _dkdv_of_band(
                 dk, dv, k, v, key_start, q_ptr, d_out_ptr, q_stride_s, d_out_stride_s, lse_ptr, delta_ptr, length,
                 start, num_tiles - num_interior, num_left, num_interior, lower, upper,

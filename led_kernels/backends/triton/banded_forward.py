@@ -5,9 +5,12 @@ keeps them. Of the band's tiles only those that a band edge or the sequence's en
 keys hold padding, all its tiles are masked.
 
 Floors at 16,384 tokens, window 512, head_dim 64 on sm_80: a warp's products with 128 keys keep a tensor core busy for
-1,024 cycles; its interior tile issues 553 instructions, 66 of them exponentials of 8 cycles; q, k, v and out cross
-memory 1.008 times where a head's k and v fit into half of the L2. So the products are the floor, and a tensor share of
-0.94 is what the model of ``benchmarks/cycle_model.py`` leaves (the sums by product are the rest).
+1,024 cycles; its interior tile issues 610 instructions, 66 of them exponentials of 8 cycles; q, k, v and out cross
+memory 1.008 times where a head's k and v fit into half of the L2. So the products are the floor; what is above it are
+the masked tiles, which the band needs half of, latencies and barriers.
+
+Row sums stay in fp32: a product with ones would save a tenth of the instructions, but sums rounded probabilities, and
+lse then misses the error bound where they are nearly equal (1.0e-3 instead of 1.9e-4 in bf16).
 """
 
 from __future__ import annotations
@@ -39,31 +42,19 @@ from led_kernels.backends.triton.primitives import (
     keep_of_keys,
     load_rows,
     locate_sequence,
-    softmax_step,
+    online_softmax_update,
     store_rows,
 )
 from led_kernels.mask import LongformerMask
 
 
 @triton.jit
-def _attend_tile(
-    acc, row_sum, row_max, scores, v, keep, qk_scale, SUM_BY_DOT: tl.constexpr, PRECISION: tl.constexpr
-):
-    """The keys of ``scores`` (-inf where not allowed), of which dropout keeps ``keep`` (None for all).
-
-    With ``SUM_BY_DOT`` row_sum is ``[BLOCK_M, 8]``, all columns alike, and a product with ones adds to it what the
-    product with v sees: tensor cores have room for it where instructions are short. out is then normalised by the very
-    weights it was summed with, and lse carries their rounding, 2**-9 of the sum at worst in bf16.
-    """
-    p, rescale, row_max = softmax_step(scores, row_max, qk_scale)
-    p_kept = p if keep is None else tl.where(keep, p, 0.0)
-    if SUM_BY_DOT:
-        ones = tl.full([p.shape[1], 8], 1.0, v.dtype)
-        row_sum = tl.dot(p.to(v.dtype), ones, row_sum * rescale[:, None])
-    else:
-        row_sum = row_sum * rescale + tl.sum(p, 1)
-    acc = tl.dot(p_kept.to(v.dtype), v, acc * rescale[:, None], input_precision=PRECISION)
-    return acc, row_sum, row_max
+def _attend_tile(acc, row_sum, row_max, scores, v, keep, qk_scale, PRECISION: tl.constexpr):
+    """The keys of ``scores`` (-inf where not allowed), of which dropout keeps ``keep`` (None for all)."""
+    p, acc, row_sum, row_max = online_softmax_update(scores, acc, row_sum, row_max, qk_scale)
+    if keep is not None:
+        p = tl.where(keep, p, 0.0)
+    return tl.dot(p.to(v.dtype), v, acc, input_precision=PRECISION), row_sum, row_max
 
 
 @triton.jit
@@ -71,7 +62,7 @@ def _attend_globals(
     acc, row_sum, row_max, q, query, k_ptr, v_ptr, k_stride_s, v_stride_s,
     global_index_ptr, num_globals, lower, upper, qk_scale, seed, batch_head, last_dropped,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_G: tl.constexpr,
-    DROPOUT: tl.constexpr, SUM_BY_DOT: tl.constexpr, PRECISION: tl.constexpr,
+    DROPOUT: tl.constexpr,  PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The global keys outside each query's band."""
     slot = tl.arange(0, BLOCK_G)
@@ -88,9 +79,7 @@ def _attend_globals(
         keep = None
         if DROPOUT:
             keep = keep_of_keys(seed, query, key, batch_head, 0, last_dropped, BLOCK_M, BLOCK_G)
-        acc, row_sum, row_max = _attend_tile(
-            acc, row_sum, row_max, scores, v, keep, qk_scale, SUM_BY_DOT, PRECISION
-        )
+        acc, row_sum, row_max = _attend_tile(acc, row_sum, row_max, scores, v, keep, qk_scale, PRECISION)
     return acc, row_sum, row_max
 
 
@@ -100,7 +89,7 @@ def _attend_band(
     desc_head, padding_before_ptr, length, start, num_tiles, gap_at, gap, lower, upper,
     qk_scale, seed, batch_head, last_dropped,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    CHECK_EDGES: tl.constexpr, CHECK_PADDING: tl.constexpr, DROPOUT: tl.constexpr, SUM_BY_DOT: tl.constexpr,
+    CHECK_EDGES: tl.constexpr, CHECK_PADDING: tl.constexpr, DROPOUT: tl.constexpr,
     PRECISION: tl.constexpr, NUM_STAGES: tl.constexpr,
 ):  # fmt: skip
     """``num_tiles`` tiles of neighbouring keys from ``start`` on; tile ``gap_at`` follows a gap of ``gap`` tiles.
@@ -139,9 +128,7 @@ def _attend_band(
             v = load_rows(v_ptr, v_offsets, exists, HEAD_DIM, BLOCK_D, CHECK_EDGES)
         else:
             v = v_desc.load([desc_batch, desc_row + key_start, desc_head, 0]).reshape(BLOCK_N, BLOCK_D)
-        acc, row_sum, row_max = _attend_tile(
-            acc, row_sum, row_max, scores, v, keep, qk_scale, SUM_BY_DOT, PRECISION
-        )
+        acc, row_sum, row_max = _attend_tile(acc, row_sum, row_max, scores, v, keep, qk_scale, PRECISION)
         key_start += BLOCK_N
         k_ptr += BLOCK_N * k_stride_s
         v_ptr += BLOCK_N * v_stride_s
@@ -161,7 +148,7 @@ def _banded_forward_kernel(
     out_stride_b, out_stride_s, out_stride_h, lse_stride_b, lse_stride_h, mask_stride_b,
     heads, max_globals, window_left, window_right, softmax_scale, keep_scale, last_dropped: tl.uint32,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_G: tl.constexpr, PADDED_BLOCK_N: tl.constexpr, DROPOUT: tl.constexpr, SUM_BY_DOT: tl.constexpr,
+    BLOCK_G: tl.constexpr, PADDED_BLOCK_N: tl.constexpr, DROPOUT: tl.constexpr,
     PRECISION: tl.constexpr, NUM_STAGES: tl.constexpr,
 ):  # fmt: skip
     row_start = tl.program_id(0) * BLOCK_M
@@ -203,17 +190,14 @@ def _banded_forward_kernel(
     if DROPOUT:
         seed = tl.load(seed_ptr)
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    if SUM_BY_DOT:
-        row_sum = tl.zeros([BLOCK_M, 8], tl.float32)
-    else:
-        row_sum = tl.zeros([BLOCK_M], tl.float32)
+    row_sum = tl.zeros([BLOCK_M], tl.float32)
     row_max = tl.full([BLOCK_M], NO_KEY, tl.float32)
 
     acc, row_sum, row_max = _attend_globals(
         acc, row_sum, row_max, q, query, k_ptr, v_ptr, k_stride_s, v_stride_s,
         global_index_ptr + batch * max_globals, tl.load(num_globals_ptr + batch), lower, query + window_right,
         qk_scale, seed, batch_head, last_dropped,
-        HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_G, DROPOUT, SUM_BY_DOT, PRECISION,
+        HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_G, DROPOUT, PRECISION,
     )  # fmt: skip
     if not has_padding:
         acc, row_sum, row_max = _attend_band(
@@ -221,7 +205,7 @@ def _banded_forward_kernel(
             first_row.to(tl.int32), head, padding_before_ptr + mask_row, length,
             start, num_tiles - num_interior, num_left, num_interior, lower, upper,
             qk_scale, seed, batch_head, last_dropped,
-            HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, True, False, DROPOUT, SUM_BY_DOT, PRECISION, NUM_STAGES,
+            HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, True, False, DROPOUT, PRECISION, NUM_STAGES,
         )  # fmt: skip
         acc, row_sum, row_max = _attend_band(
             acc, row_sum, row_max, q, query, k_ptr, v_ptr, k_stride_s, v_stride_s, k_desc, v_desc,
@@ -229,7 +213,7 @@ def _banded_forward_kernel(
             first_row.to(tl.int32), head, padding_before_ptr + mask_row, length,
             start + num_left * BLOCK_N, num_interior, 0, 0, lower, upper,
             qk_scale, seed, batch_head, last_dropped,
-            HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, False, False, DROPOUT, SUM_BY_DOT, PRECISION, NUM_STAGES,
+            HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, False, False, DROPOUT, PRECISION, NUM_STAGES,
         )  # fmt: skip
     else:
         acc, row_sum, row_max = _attend_band(
@@ -237,11 +221,9 @@ def _banded_forward_kernel(
             first_row.to(tl.int32), head, padding_before_ptr + mask_row, length,
             start, tl.cdiv(stop - start, PADDED_BLOCK_N), 0, 0, lower, upper,
             qk_scale, seed, batch_head, last_dropped,
-            HEAD_DIM, BLOCK_D, BLOCK_M, PADDED_BLOCK_N, True, True, DROPOUT, SUM_BY_DOT, PRECISION, 1,
+            HEAD_DIM, BLOCK_D, BLOCK_M, PADDED_BLOCK_N, True, True, DROPOUT, PRECISION, 1,
         )  # fmt: skip
 
-    if SUM_BY_DOT:
-        row_sum = tl.max(row_sum, 1)
     is_local = tl.load(token_kind_ptr + mask_row + query, mask=query < length, other=0) == 1
     acc *= tl.where(is_local, keep_scale / row_sum, 0.0)[:, None]
     store_rows(out_ptr, out_offsets, acc, is_written, HEAD_DIM, BLOCK_D)
@@ -281,6 +263,5 @@ def launch_banded_forward(
         **block_arguments(config, q),
         BLOCK_G=global_block(mask.max_globals),
         PADDED_BLOCK_N=max(16, config.block_n // 4),
-        SUM_BY_DOT=configs.sums_by_dot(q.dtype),
     )
     return out, lse

@@ -4,7 +4,7 @@ No GPU has timed them. A row was chosen from what its compilation shows (``bench
 says which of the figures decided; ``python -m benchmarks.tune`` ranks candidates on a real GPU and prints a new table.
 
 Stages: with two, Triton keeps one buffer of each tile, so that copies start at an iteration's end and are waited for at
-the next one's start; three give two buffers. That costs the forward on sm_80 a few instructions (6.5 instead of 6.2 for
+the next one's start; three give two buffers. That costs the forward on sm_80 a few instructions (7.0 instead of 6.7 for
 each product that the band needs) and hides the latency of the copies, which one resident block cannot.
 
 ``LED_KERNELS_TRITON_CONFIG`` overrides it: ``64x64x4x2`` (BLOCK_M x BLOCK_N x warps x stages) for every kernel, or
@@ -68,15 +68,6 @@ def choose(kernel: str, dtype: torch.dtype, head_dim: int, dropout_p: float = 0.
     """
     override = os.environ.get("LED_KERNELS_TRITON_CONFIG")
     return _choose(kernel, dtype.itemsize * 8, head_dim, dropout_p > 0, current_target(), override)
-
-
-def sums_by_dot(dtype: torch.dtype) -> bool:
-    """Whether the forward sums its probabilities on the tensor cores.
-
-    Where one warp issues its own products (mma.sync) the forward is short of instructions, and this saves a tenth of
-    them; Hopper, datacentre Blackwell and CDNA wait for the exponentials instead.
-    """
-    return dtype != torch.float32 and current_target() in ("sm_80", "sm_86", "sm_89", "sm_120")
 
 
 def loads_by_descriptor() -> bool:

@@ -17,7 +17,13 @@ MAX_SPLITS = 512
 
 
 def sequence_arguments(mask: LongformerMask, **tensors: Tensor) -> dict[str, object]:
-    """Pointers and strides of ``[batch, rows, heads, head_dim]`` or ``[rows, heads, head_dim]``, and the mask's."""
+    """Pointers and strides of ``[batch, rows, heads, head_dim]`` or ``[rows, heads, head_dim]``, and the mask's.
+
+    Raises:
+        ValueError: more sequences than a grid's third dimension holds.
+    """
+    if mask.batch > 65535:
+        raise ValueError(f"mask has {mask.batch} sequences, a launch serves at most 65,535; split the batch.")
     arguments: dict[str, object] = {
         f"{name}_ptr": getattr(mask, name)
         for name in ("seq_start", "seq_len", "token_kind", "padding_before", "global_index", "num_globals")

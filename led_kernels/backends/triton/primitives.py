@@ -98,6 +98,17 @@ def count_padding(token_kind_ptr, padding_before_ptr, mask_row, start, stop):
 
 
 @triton.jit
+def count_globals(global_index_ptr, num_globals, start, stop, BLOCK_G: tl.constexpr):
+    """How many of the sequence's global tokens lie at ``start … stop - 1``."""
+    count = 0
+    for first in tl.range(0, num_globals, BLOCK_G, num_stages=1):
+        slot = first + tl.arange(0, BLOCK_G)
+        position = tl.load(global_index_ptr + slot, mask=slot < num_globals, other=-1)
+        count += tl.sum(((position >= start) & (position < stop)).to(tl.int32), 0)
+    return count
+
+
+@triton.jit
 def load_rows(
     ptr, offsets, rows_exist, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, CHECK_ROWS: tl.constexpr
 ):
@@ -126,23 +137,18 @@ def store_rows(ptr, offsets, x, rows_exist, HEAD_DIM: tl.constexpr, BLOCK_D: tl.
 
 
 @triton.jit
-def softmax_step(scores, row_max, qk_scale):
-    """The columns of ``scores`` (-inf where not allowed) join the running maximum.
+def online_softmax_update(scores, acc, row_sum, row_max, qk_scale):
+    """One step of the online softmax over the columns of ``scores`` (-inf where not allowed).
 
     Source: Milakov and Gimelshein, "Online normalizer calculation for softmax", 2018.
 
     Returns:
-        probabilities relative to the new maximum, the factor for all sums up to here, and the new maximum.
+        probabilities (relative to the new maximum), and acc, row_sum, row_max brought up to date.
     """
     new_max = tl.maximum(row_max, tl.max(scores, 1) * qk_scale)
-    return tl.math.exp2(scores * qk_scale - new_max[:, None]), tl.math.exp2(row_max - new_max), new_max
-
-
-@triton.jit
-def online_softmax_update(scores, acc, row_sum, row_max, qk_scale):
-    """:func:`softmax_step` -> probabilities, and acc, row_sum, row_max brought up to date."""
-    p, rescale, row_max = softmax_step(scores, row_max, qk_scale)
-    return p, acc * rescale[:, None], row_sum * rescale + tl.sum(p, 1), row_max
+    p = tl.math.exp2(scores * qk_scale - new_max[:, None])
+    rescale = tl.math.exp2(row_max - new_max)
+    return p, acc * rescale[:, None], row_sum * rescale + tl.sum(p, 1), new_max
 
 
 @triton.jit
