@@ -11,7 +11,10 @@ from benchmarks import summary, table
 
 ROOT = Path(__file__).parents[2]
 TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
-TEST_COMMAND = "python -m venv .venv && . .venv/bin/activate && pip install -e '.[test]' && pytest && pytest tests/interpreter"
+TEST_COMMAND = (
+    "python -m venv .venv && . .venv/bin/activate && pip install -e '.[test]' "
+    "&& pytest && pytest tests/interpreter"
+)
 
 
 @pytest.fixture
