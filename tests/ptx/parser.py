@@ -125,7 +125,7 @@ def parse(ptx: str) -> Entry:
     if len(heads) != 1:
         raise UnknownInstruction(f"expected one kernel in the module, found {len(heads)}")
     head = heads[0]
-    threads = re.search(r"\.reqntid\s+(\d+)\s*(?:,\s*1\s*)*$", head[3].strip())
+    threads = re.search(r"\.reqntid\s+(\d+)(?:\s*,\s*1)*\s*(?=\.|$)", head[3].strip())
     if threads is None:
         raise UnknownInstruction(f"expected a one-dimensional .reqntid, found {head[3].strip()!r}")
     parameters = {}

@@ -40,7 +40,7 @@ EXPECTED_SHARE = {
     "wait": 0.6,
     "operator": 0.6,
     "shared address": 0.8,
-    "global address": 0.5,
+    "global address": 0.4,
     "barrier": 0.5,
 }
 
