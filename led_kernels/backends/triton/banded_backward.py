@@ -31,8 +31,8 @@ from led_kernels.backends.triton.primitives import (
     LOG2_E,
     SIZES,
     band_tiles,
-    count_globals,
     count_padding,
+    has_global,
     is_between,
     is_token,
     keep_of_block,
@@ -303,7 +303,7 @@ def _banded_dkdv_kernel(
     dv_stride_b, dv_stride_s, dv_stride_h, lse_stride_b, lse_stride_h, mask_stride_b,
     heads, max_globals, window_left, window_right, softmax_scale, keep_scale, last_dropped: tl.uint32,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_G: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr, NUM_STAGES: tl.constexpr,
+    DROPOUT: tl.constexpr, PRECISION: tl.constexpr, NUM_STAGES: tl.constexpr,
 ):  # fmt: skip
     key_start = tl.program_id(0) * BLOCK_N
     head, batch = tl.program_id(1), tl.program_id(2)
@@ -337,10 +337,9 @@ def _banded_dkdv_kernel(
             key_start, length, window_right, window_left, BLOCK_N, BLOCK_M
         )
         # p is 0 on rows without a result, but what their d_out holds need not be finite
-        no_result = count_padding(token_kind_ptr, padding_before_ptr, mask_row, start, stop) + count_globals(
-            global_index_ptr + batch * max_globals, tl.load(num_globals_ptr + batch), start, stop, BLOCK_G
-        )
-        if no_result == 0:
+        has_padding = count_padding(token_kind_ptr, padding_before_ptr, mask_row, start, stop) > 0
+        globals_ptr = global_index_ptr + batch * max_globals
+        if not (has_padding | has_global(globals_ptr, tl.load(num_globals_ptr + batch), start, stop)):
             dk, dv = _dkdv_of_band(
                 dk, dv, k, v, key_start, q_ptr, d_out_ptr, q_stride_s, d_out_stride_s, lse_ptr, delta_ptr, length,
                 start, num_tiles - num_interior, num_left, num_interior, lower, upper,

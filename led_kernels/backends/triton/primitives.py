@@ -98,14 +98,15 @@ def count_padding(token_kind_ptr, padding_before_ptr, mask_row, start, stop):
 
 
 @triton.jit
-def count_globals(global_index_ptr, num_globals, start, stop, BLOCK_G: tl.constexpr):
-    """How many of the sequence's global tokens lie at ``start … stop - 1``."""
-    count = 0
-    for first in tl.range(0, num_globals, BLOCK_G, num_stages=1):
-        slot = first + tl.arange(0, BLOCK_G)
-        position = tl.load(global_index_ptr + slot, mask=slot < num_globals, other=-1)
-        count += tl.sum(((position >= start) & (position < stop)).to(tl.int32), 0)
-    return count
+def has_global(global_index_ptr, num_globals, start, stop):
+    """Whether one of the sequence's global tokens, which ascend, lies at ``start … stop - 1``."""
+    low, high = num_globals * 0, num_globals
+    while low < high:  # low: the first that does not lie before start
+        middle = (low + high) // 2
+        is_before = tl.load(global_index_ptr + middle) < start
+        low = tl.where(is_before, middle + 1, low)
+        high = tl.where(is_before, high, middle)
+    return tl.load(global_index_ptr + low, mask=low < num_globals, other=stop) < stop
 
 
 @triton.jit
