@@ -28,3 +28,7 @@ class RaceFault(PtxFault):
 
 class DivergenceFault(PtxFault):
     """A barrier or a warp-wide instruction that not all of its lanes reach."""
+
+
+class EndlessLoop(PtxFault):
+    """More basic blocks than a kernel on small tensors has reason to run."""

@@ -13,7 +13,7 @@ from collections.abc import Callable
 import numpy as np
 
 from .control_flow import Block, basic_blocks
-from .faults import DivergenceFault, PtxFault
+from .faults import DivergenceFault, EndlessLoop, PtxFault
 from .instructions import Step, bind
 from .memory import GlobalMemory
 from .operands import Binder
@@ -23,6 +23,8 @@ from .warp import WARP
 
 # Lanes of a group: enough to hide numpy's overhead, few enough to stay in the cache.
 MAX_LANES = 4096
+# Basic blocks that a group may run; attention over a few hundred tokens takes hundreds.
+MAX_BLOCKS = 20_000
 
 
 class Program:
@@ -99,6 +101,7 @@ class Group:
         self.parameters = parameters
         self.memory = memory
         self.shared = SharedMemory(len(numbers), shared_bytes, self.threads, program.granule)
+        self._blocks_left = MAX_BLOCKS
 
     def run(self) -> None:
         lanes = np.arange(len(self.numbers) * self.threads)
@@ -108,6 +111,9 @@ class Group:
         """From the block ``at`` to the entry of the block ``stop`` -> the same lanes"""
         while at != stop:
             self.program.executed.add(at)
+            self._blocks_left -= 1
+            if self._blocks_left < 0:
+                raise EndlessLoop(f"a group of CTAs has run {MAX_BLOCKS} basic blocks")
             for instruction, step in self.program.steps[at]:
                 try:
                     step(wave)

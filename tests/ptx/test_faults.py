@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tests.ptx.assembly import run_ptx
-from tests.ptx.faults import DivergenceFault, MemoryFault, PtxFault, RaceFault, UnwrittenRead
+from tests.ptx.faults import DivergenceFault, EndlessLoop, MemoryFault, PtxFault, RaceFault, UnwrittenRead
 
 ADDRESS = "mad.wide.u32 %rd10, %r0, 4, %rd0;"
 
@@ -217,6 +217,10 @@ class TestControlFlow:
         run_ptx(body.format(""), threads=64)
         with pytest.raises(DivergenceFault, match="barrier"):
             run_ptx(body.format("bar.sync 0;"), threads=64)
+
+    def test_a_loop_without_end(self):
+        with pytest.raises(EndlessLoop):
+            run_ptx("$LOOP: setp.eq.s32 %p1, %r0, 99; @%p1 bra $DONE; bra.uni $LOOP; $DONE: mov.b32 %r1, 0;")
 
     def test_a_register_that_was_never_written(self):
         with pytest.raises(PtxFault, match="%r9 is read before"):

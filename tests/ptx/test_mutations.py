@@ -7,6 +7,7 @@ where a mask follows. So a share of each kind must be caught, somewhat less than
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import pytest
@@ -53,6 +54,12 @@ def execute(kernel: str, edit_ptx: Callable[[str, str], str] | None = None) -> s
     return next(x.kernel.asm["ptx"] for x in launches if x.name == kernel)
 
 
+@functools.cache
+def executed_ptx(kernel: str) -> str:
+    """PTX of a kernel that was executed, correctly."""
+    return execute(kernel)
+
+
 def is_caught(kernel: str, mutation: Mutation) -> bool:
     try:
         execute(kernel, lambda name, ptx: mutation.apply(ptx) if name == kernel else ptx)
@@ -69,7 +76,7 @@ def spread(candidates: list, count: int) -> list:
 
 
 def check(kernel: str, kind: str, count: int, expected_share: float) -> None:
-    planted = spread(mutations(execute(kernel), kind), count)
+    planted = spread(mutations(executed_ptx(kernel), kind), count)
     survivors = [mutation for mutation in planted if not is_caught(kernel, mutation)]
     assert planted, f"no {kind} in {kernel}"
     caught = len(planted) - len(survivors)
