@@ -24,7 +24,7 @@ from led_kernels.mask import LongformerMask
 
 _MANY = 64  # global tokens, where a kernel is for many
 BLOCKS, WARPS, STAGES = (16, 32, 64, 128), (4, 8), (1, 2, 3)
-DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
+DTYPES = ("float16", "bfloat16", "float32")
 _OPS = {
     "banded_forward": "banded_forward",
     "banded_dq": "banded_backward",
@@ -47,7 +47,7 @@ def calls(kernel: str, shape: Shape, dropout_p: float) -> Callable[[], object]:
     """The backend's op that launches ``kernel``, on random inputs of one layer."""
     from led_kernels.backends import triton as backend
 
-    op, device, dtype = _OPS[kernel], shape.device, shape.dtype
+    op, device, dtype = _OPS[kernel], shape.device, getattr(torch, shape.dtype)
     tokens = range(_MANY if kernel.endswith("_many") else 1)
     lengths = torch.tensor([shape.seqlen])
     mask = LongformerMask.from_lengths(lengths, shape.seqlen, global_index=list(tokens)).to(device)
@@ -99,7 +99,8 @@ def format_row(target: str, shape: Shape, dropout_p: float, ranking: list[tuple[
     time, config = ranking[0]
     runner_up = f", {ranking[1][0] / time:.2f} x faster than {tuple(ranking[1][1])}" if ranking[1:] else ""
     reason = f"fastest of {len(ranking)} on {torch.cuda.get_device_name()}{runner_up}"
-    row = Row((target,), shape.dtype.itemsize * 8, shape.head_dim, dropout_p > 0, config, reason)
+    bits = getattr(torch, shape.dtype).itemsize * 8
+    row = Row((target,), bits, shape.head_dim, dropout_p > 0, config, reason)
     return f"{row!r},"
 
 
@@ -137,9 +138,7 @@ def main(argv: list[str] | None = None) -> int:
     from triton.testing import do_bench
 
     for kernel, head_dim in itertools.product(args.kernel, args.head_dim):
-        shape = Shape(
-            args.seqlen, head_dim=head_dim, window=args.window, dtype=DTYPES[args.dtype], device="cuda"
-        )
+        shape = Shape(args.seqlen, head_dim=head_dim, window=args.window, dtype=args.dtype, device="cuda")
         ranking = rank(kernel, shape, args.dropout, lambda run: do_bench(run, return_mode="median"))
         print(f"# {kernel}")
         for time, config in ranking[: args.show]:
