@@ -47,7 +47,7 @@ def calls(kernel: str, shape: Shape, dropout_p: float) -> Callable[[], object]:
     """The backend's op that launches ``kernel``, on random inputs of one layer."""
     from led_kernels.backends import triton as backend
 
-    op, device, dtype = _OPS[kernel], shape.device, getattr(torch, shape.dtype)
+    op, device, dtype = _OPS[kernel], shape.device, shape.torch_dtype
     tokens = range(_MANY if kernel.endswith("_many") else 1)
     lengths = torch.tensor([shape.seqlen])
     mask = LongformerMask.from_lengths(lengths, shape.seqlen, global_index=list(tokens)).to(device)
@@ -99,7 +99,7 @@ def format_row(target: str, shape: Shape, dropout_p: float, ranking: list[tuple[
     time, config = ranking[0]
     runner_up = f", {ranking[1][0] / time:.2f} x faster than {tuple(ranking[1][1])}" if ranking[1:] else ""
     reason = f"fastest of {len(ranking)} on {torch.cuda.get_device_name()}{runner_up}"
-    bits = getattr(torch, shape.dtype).itemsize * 8
+    bits = shape.torch_dtype.itemsize * 8
     row = Row((target,), bits, shape.head_dim, dropout_p > 0, config, reason)
     return f"{row!r},"
 
