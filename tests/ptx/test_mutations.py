@@ -55,9 +55,10 @@ def execute(kernel: str, edit_ptx: Callable[[str, str], str] | None = None) -> s
 
 
 @functools.cache
-def executed_ptx(kernel: str) -> str:
-    """PTX of a kernel that was executed, correctly."""
-    return execute(kernel)
+def mutations_of(kernel: str) -> dict[str, list[Mutation]]:
+    """By kind, in what the cases execute of the kernel."""
+    ptx = execute(kernel)
+    return {kind: mutations(ptx, kind) for kind in KINDS}
 
 
 def is_caught(kernel: str, mutation: Mutation) -> bool:
@@ -76,7 +77,7 @@ def spread(candidates: list, count: int) -> list:
 
 
 def check(kernel: str, kind: str, count: int, expected_share: float) -> None:
-    planted = spread(mutations(executed_ptx(kernel), kind), count)
+    planted = spread(mutations_of(kernel)[kind], count)
     survivors = [mutation for mutation in planted if not is_caught(kernel, mutation)]
     assert planted, f"no {kind} in {kernel}"
     caught = len(planted) - len(survivors)
