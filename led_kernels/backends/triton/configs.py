@@ -211,7 +211,7 @@ TABLE: dict[str, tuple[Row, ...]] = {
         Row(_ALL, 32, 256, True, TileConfig(16, 16, 8, 2), "no spills"),
     ),
     "global_dkdv_many": (
-        Row(_ALL, 16, 64, True, TileConfig(32, 64, 4, 2), "64 queries spill on sm_90"),
+        Row(_ALL, 16, 64, True, TileConfig(32, 32, 4, 2), "64 keys spill"),
         Row(_ALL, 16, 128, True, TileConfig(32, 64, 8, 1), "no spills"),
         Row(_ALL, 16, 256, True, TileConfig(32, 32, 8, 1), "no spills"),
         Row(_ALL, 32, 64, True, TileConfig(16, 32, 4, 1), "32 queries spill"),

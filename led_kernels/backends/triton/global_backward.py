@@ -29,6 +29,7 @@ from led_kernels.backends.triton.primitives import (
     LOG2_E,
     SIZES,
     count_padding,
+    is_token,
     keep_of_block,
     load_rows,
     locate_sequence,
@@ -91,7 +92,7 @@ def _tile_gradients(
 @triton.jit
 def _attend_keys(
     dq, q, d_out, lse, delta, slot, num_globals, k_ptr, v_ptr, dk_ptr, dv_ptr,
-    k_stride_s, v_stride_s, dk_stride_s, dv_stride_s, kind_ptr, global_index_ptr, length, num_rows,
+    k_stride_s, v_stride_s, dk_stride_s, dv_stride_s, padding_before_ptr, global_index_ptr, length, num_rows,
     start, num_tiles, softmax_scale, keep_scale, seed, batch_head, last_dropped,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     CHECK_KEYS: tl.constexpr, WRITE_DKDV: tl.constexpr,
@@ -106,7 +107,7 @@ def _attend_keys(
         key = key_start + offs_n  # [BLOCK_N]
         exists = key < length
         if CHECK_KEYS:
-            exists = tl.load(kind_ptr + key, mask=exists, other=0) != 0
+            exists = is_token(padding_before_ptr, key, length)
         row = key_start.to(tl.int64)
         k = load_rows(k_ptr + row * k_stride_s, k_offsets, exists, HEAD_DIM, BLOCK_D, CHECK_KEYS)
         v = load_rows(v_ptr + row * v_stride_s, v_offsets, exists, HEAD_DIM, BLOCK_D, CHECK_KEYS)
@@ -185,16 +186,16 @@ def _global_dq_kernel(
     has_padding = count_padding(token_kind_ptr, padding_before_ptr, mask_row, start, counted_stop) > 0
     num_plain = tl.where(has_padding, 0, tl.maximum(key_stop - start, 0) // BLOCK_N)
     num_checked = tl.cdiv(stop - start, BLOCK_N) - num_plain
-    kind_ptr = token_kind_ptr + mask_row
+    padding_before_ptr += mask_row
     dq = _attend_keys(
         dq, q, d_out, lse, delta, slot, num_globals, k_ptr, v_ptr, dk_ptr, dv_ptr,
-        k_stride_s, v_stride_s, dk_stride_s, dv_stride_s, kind_ptr, global_index_ptr, length, num_rows,
+        k_stride_s, v_stride_s, dk_stride_s, dv_stride_s, padding_before_ptr, global_index_ptr, length, num_rows,
         start, num_plain, softmax_scale, keep_scale, seed, batch_head, last_dropped,
         HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, False, WRITE_DKDV, DROPOUT, PRECISION, NUM_STAGES,
     )  # fmt: skip
     dq = _attend_keys(
         dq, q, d_out, lse, delta, slot, num_globals, k_ptr, v_ptr, dk_ptr, dv_ptr,
-        k_stride_s, v_stride_s, dk_stride_s, dv_stride_s, kind_ptr, global_index_ptr, length, num_rows,
+        k_stride_s, v_stride_s, dk_stride_s, dv_stride_s, padding_before_ptr, global_index_ptr, length, num_rows,
         start + num_plain * BLOCK_N, num_checked, softmax_scale, keep_scale, seed, batch_head, last_dropped,
         HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, True, WRITE_DKDV, DROPOUT, PRECISION, NUM_STAGES,
     )  # fmt: skip
@@ -269,7 +270,7 @@ def _global_dkdv_kernel(
     is_plain = (key_start + BLOCK_N <= length) & (
         count_padding(token_kind_ptr, padding_before_ptr, mask_row, key_start, stop) == 0
     )
-    exists = tl.load(token_kind_ptr + mask_row + key, mask=key < length, other=0) != 0
+    exists = is_token(padding_before_ptr + mask_row, key, length)
     k = load_rows(k_ptr, offs_n[:, None] * k_stride_s + offs_d[None, :], exists, HEAD_DIM, BLOCK_D, True)
     v = load_rows(v_ptr, offs_n[:, None] * v_stride_s + offs_d[None, :], exists, HEAD_DIM, BLOCK_D, True)
     dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)

@@ -34,6 +34,7 @@ from led_kernels.backends.triton.primitives import (
     NO_KEY,
     SIZES,
     count_padding,
+    is_token,
     keep_of_block,
     load_rows,
     locate_sequence,
@@ -45,7 +46,7 @@ from led_kernels.mask import LongformerMask
 
 @triton.jit
 def _attend_keys(
-    acc, row_sum, row_max, q, query, k_ptr, v_ptr, k_stride_s, v_stride_s, kind_ptr, length,
+    acc, row_sum, row_max, q, query, k_ptr, v_ptr, k_stride_s, v_stride_s, padding_before_ptr, length,
     start, num_tiles, qk_scale, seed, batch_head, last_dropped,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     CHECK_KEYS: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr, NUM_STAGES: tl.constexpr,
@@ -60,7 +61,7 @@ def _attend_keys(
         key = key_start + offs_n  # [BLOCK_N]
         exists = key < length
         if CHECK_KEYS:
-            exists = tl.load(kind_ptr + key, mask=exists, other=0) != 0
+            exists = is_token(padding_before_ptr, key, length)
         row = key_start.to(tl.int64)
         k = load_rows(k_ptr + row * k_stride_s, k_offsets, exists, HEAD_DIM, BLOCK_D, CHECK_KEYS)
         scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # [BLOCK_M, BLOCK_N]
@@ -116,14 +117,14 @@ def _global_forward_kernel(
     has_padding = count_padding(token_kind_ptr, padding_before_ptr, mask_row, start, stop) > 0
     num_plain = tl.where(has_padding, 0, (stop - start) // BLOCK_N)
     num_checked = tl.cdiv(stop - start, BLOCK_N) - num_plain
-    kind_ptr = token_kind_ptr + mask_row
+    padding_before_ptr += mask_row
     acc, row_sum, row_max = _attend_keys(
-        acc, row_sum, row_max, q, query, k_ptr, v_ptr, k_stride_s, v_stride_s, kind_ptr, length,
+        acc, row_sum, row_max, q, query, k_ptr, v_ptr, k_stride_s, v_stride_s, padding_before_ptr, length,
         start, num_plain, qk_scale, seed, batch_head, last_dropped,
         HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, False, DROPOUT, PRECISION, NUM_STAGES,
     )  # fmt: skip
     acc, row_sum, row_max = _attend_keys(
-        acc, row_sum, row_max, q, query, k_ptr, v_ptr, k_stride_s, v_stride_s, kind_ptr, length,
+        acc, row_sum, row_max, q, query, k_ptr, v_ptr, k_stride_s, v_stride_s, padding_before_ptr, length,
         start + num_plain * BLOCK_N, num_checked, qk_scale, seed, batch_head, last_dropped,
         HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, True, DROPOUT, PRECISION, NUM_STAGES,
     )  # fmt: skip
