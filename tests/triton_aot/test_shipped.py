@@ -25,6 +25,10 @@ pytestmark = pytest.mark.timeout(900)  # the first test waits for all compilatio
 FIGURES = [
     ("_banded_forward_kernel", "sm_80", "interior", "<=", 4.8),
     ("_banded_forward_kernel", "sm_80", "masked", "<=", 7.0),
+    pytest.param(
+        *("_banded_forward_kernel", "sm_80", "executed", "<=", 6.2),
+        marks=pytest.mark.xfail(strict=True, reason="not reached: 7.0; 6.7 with two stages, see configs.py"),
+    ),
     ("_banded_forward_kernel", "sm_80", "traffic", "<=", 1.3),
     ("_banded_dkdv_kernel", "sm_80", "interior", "<=", 5.0),
     ("_banded_dq_kernel", "sm_80", "interior", "<=", 5.5),

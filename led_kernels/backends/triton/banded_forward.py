@@ -62,7 +62,7 @@ def _attend_globals(
     acc, row_sum, row_max, q, query, k_ptr, v_ptr, k_stride_s, v_stride_s,
     global_index_ptr, num_globals, lower, upper, qk_scale, seed, batch_head, last_dropped,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_G: tl.constexpr,
-    DROPOUT: tl.constexpr,  PRECISION: tl.constexpr,
+    DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The global keys outside each query's band."""
     slot = tl.arange(0, BLOCK_G)
@@ -74,8 +74,7 @@ def _attend_globals(
         k = load_rows(k_ptr, row * k_stride_s + offs_d[None, :], exists, HEAD_DIM, BLOCK_D, True)
         v = load_rows(v_ptr, row * v_stride_s + offs_d[None, :], exists, HEAD_DIM, BLOCK_D, True)
         scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # [BLOCK_M, BLOCK_G]
-        outside = ~is_between(key, lower, upper)
-        scores = tl.where(exists[None, :] & outside, scores, float("-inf"))
+        scores = tl.where(exists[None, :] & ~is_between(key, lower, upper), scores, float("-inf"))
         keep = None
         if DROPOUT:
             keep = keep_of_keys(seed, query, key, batch_head, 0, last_dropped, BLOCK_M, BLOCK_G)
