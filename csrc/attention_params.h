@@ -25,11 +25,13 @@ struct LseRef {
   int64_t head_stride = 0;
 };
 
+constexpr uint8_t kPadding = 0, kLocal = 1, kGlobal = 2;
+
 // LongformerMask; positions are relative to their sequence.
 struct MaskRef {
   const int32_t* seq_start = nullptr;       // [batch]
   const int32_t* seq_len = nullptr;         // [batch]
-  const uint8_t* token_kind = nullptr;      // [batch, rows] or [total_rows]: 0 padding, 1 local, 2 global
+  const uint8_t* token_kind = nullptr;      // [batch, rows] or [total_rows]
   const int32_t* padding_before = nullptr;  // same shape
   const int32_t* global_index = nullptr;    // [batch, max_globals], ascending, -1 filled
   const int32_t* num_globals = nullptr;     // [batch]
@@ -57,6 +59,12 @@ struct AttentionParams {
   LseRef lse;
   RowsRef d_out, dq, dk, dv;
   LseRef d_lse;  // data is null when lse has no gradient
+
+  // The CUDA kernels' alone; pointers are to memory of the device.
+  int device = 0;
+  uintptr_t stream = 0;                   // a cudaStream_t
+  const int64_t* device_seed = nullptr;   // in place of dropout_seed; null without dropout
+  float* workspace = nullptr;
 };
 
 }  // namespace led

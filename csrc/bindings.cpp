@@ -8,6 +8,9 @@
 
 #include "attention_params.h"
 #include "cpu/kernel_table.h"
+#if defined(LED_KERNELS_WITH_CUDA)
+  #include "cuda/kernels.h"
+#endif
 
 namespace py = pybind11;
 
@@ -46,15 +49,52 @@ const KernelTable& kernels(const std::string& isa) {
   throw py::value_error("no kernels for the instruction set '" + isa + "' in this build on this processor.");
 }
 
-auto launcher(void (*KernelTable::*kernel)(const AttentionParams&)) {
+void check_head_dim(const AttentionParams& params) {
+  if (params.head_dim < 1 || params.head_dim > led::kMaxHeadDim)
+    throw py::value_error("head_dim is not 1 to 256.");
+}
+
+auto cpu_launcher(void (*KernelTable::*kernel)(const AttentionParams&)) {
   return [kernel](const AttentionParams& params, const std::string& isa) {
     const KernelTable& table = kernels(isa);
-    if (params.head_dim < 1 || params.head_dim > led::kMaxHeadDim)
-      throw py::value_error("head_dim is not 1 to 256.");
+    check_head_dim(params);
     py::gil_scoped_release release;
     (table.*kernel)(params);
   };
 }
+
+#if defined(LED_KERNELS_WITH_CUDA)
+auto cuda_launcher(void (*kernel)(const AttentionParams&)) {
+  return [kernel](const AttentionParams& params) {
+    check_head_dim(params);
+    if (params.dtype == led::DType::kFloat64) throw py::value_error("dtype is float64.");
+    py::gil_scoped_release release;
+    kernel(params);
+  };
+}
+
+void define_cuda(py::module_& m) {
+  namespace cuda = led::cuda;
+  m.def("cuda_banded_forward", cuda_launcher(cuda::banded_forward));
+  m.def("cuda_banded_backward", cuda_launcher(cuda::banded_backward));
+  m.def("cuda_global_forward", cuda_launcher(cuda::global_forward));
+  m.def("cuda_global_backward", cuda_launcher(cuda::global_backward));
+  m.def("cuda_banded_forward_workspace", &cuda::banded_forward_workspace);
+  m.def("cuda_banded_backward_workspace", &cuda::banded_backward_workspace);
+  m.def("cuda_global_forward_workspace", &cuda::global_forward_workspace);
+  m.def("cuda_global_backward_workspace", &cuda::global_backward_workspace);
+  m.def(
+      "cuda_architectures",
+      [] {
+        const cuda::Architectures built = cuda::architectures();
+        return std::make_pair(built.compiled, built.ptx);
+      },
+      "Compute capabilities with machine code in this build (75, 80, ...), and the one whose PTX it holds "
+      "(0: none).");
+  m.def("cuda_device_type", &cuda::device_type,
+        "Where the tensors are: 'cuda'; 'cpu' where tests execute the kernels.");
+}
+#endif
 
 }  // namespace
 
@@ -80,6 +120,12 @@ PYBIND11_MODULE(_C, m) {
       .def_readwrite("dropout_p", &AttentionParams::dropout_p)
       .def_readwrite("dropout_seed", &AttentionParams::dropout_seed)
       .def_readwrite("num_threads", &AttentionParams::num_threads)
+      .def_readwrite("device", &AttentionParams::device)
+      .def_readwrite("stream", &AttentionParams::stream)
+      .def("set_device_seed",
+           [](AttentionParams& p, uintptr_t address) { p.device_seed = pointer<int64_t>(address); })
+      .def("set_workspace",
+           [](AttentionParams& p, uintptr_t address) { p.workspace = reinterpret_cast<float*>(address); })
       .def("set_mask",
            [](AttentionParams& p, uintptr_t seq_start, uintptr_t seq_len, uintptr_t token_kind,
               uintptr_t padding_before, uintptr_t global_index, uintptr_t num_globals, int64_t batch_stride,
@@ -108,8 +154,11 @@ PYBIND11_MODULE(_C, m) {
   }
 
   m.def("cpu_isas", &cpu_isas, "Instruction sets that this build holds and this processor runs, best first.");
-  m.def("cpu_banded_forward", launcher(&KernelTable::banded_forward));
-  m.def("cpu_banded_backward", launcher(&KernelTable::banded_backward));
-  m.def("cpu_global_forward", launcher(&KernelTable::global_forward));
-  m.def("cpu_global_backward", launcher(&KernelTable::global_backward));
+  m.def("cpu_banded_forward", cpu_launcher(&KernelTable::banded_forward));
+  m.def("cpu_banded_backward", cpu_launcher(&KernelTable::banded_backward));
+  m.def("cpu_global_forward", cpu_launcher(&KernelTable::global_forward));
+  m.def("cpu_global_backward", cpu_launcher(&KernelTable::global_backward));
+#if defined(LED_KERNELS_WITH_CUDA)
+  define_cuda(m);
+#endif
 }

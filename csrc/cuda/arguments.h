@@ -1,0 +1,86 @@
+// What the kernels are launched with, and what their blocks derive from it.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <cstdint>
+
+#include "../attention_params.h"
+
+namespace led::cuda {
+
+constexpr float kLog2E = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
+
+// The one parameter of every kernel. Scores are kept in units of log2, so that the exponential is one instruction.
+struct Arguments {
+  AttentionParams p;
+  float qk_scale = 0;  // softmax_scale * log2(e)
+  float softmax_scale = 0;
+  float keep_scale = 1;       // 1 / (1 - dropout_p)
+  uint32_t last_dropped = 0;  // draws up to this one are dropped
+  float* delta = nullptr;     // as lse: sum(out * d_out) - d_lse, over keep_scale
+  float* partials = nullptr;  // results of splits
+  int num_splits = 1;
+  int split_size = 0;  // columns of a split
+};
+
+// The rows of one head of one sequence.
+struct Source {
+  const void* data;
+  int64_t row_stride;
+  DType dtype;
+  int head_dim;
+};
+struct Target {
+  void* data;
+  int64_t row_stride;
+  DType dtype;
+  int head_dim;
+};
+
+struct Sequence {
+  int batch, head;
+  int64_t first_row;  // in its batch entry
+  int length;         // positions from here on are padding
+  int num_rows;       // positions that exist; results of all of them are this sequence's to write
+  int num_globals;
+  const int32_t* global_index;    // ascending
+  const uint8_t* token_kind;      // by position, as padding_before
+  const int32_t* padding_before;  // counts up to `length`
+
+  __device__ __forceinline__ Sequence(const AttentionParams& p, int batch, int head) : batch(batch), head(head) {
+    first_row = p.mask.seq_start[batch];
+    length = p.mask.seq_len[batch];
+    num_rows = p.mask.packed ? length : static_cast<int>(p.max_seqlen);
+    num_globals = p.mask.max_globals > 0 ? p.mask.num_globals[batch] : 0;
+    global_index = p.mask.global_index + batch * p.mask.max_globals;
+    const int64_t mask_row = batch * p.mask.batch_stride + first_row;
+    token_kind = p.mask.token_kind + mask_row;
+    padding_before = p.mask.padding_before + mask_row;
+  }
+
+  // Whether one of the positions start ... stop - 1, of which there is one or more below length, is padding.
+  __device__ __forceinline__ bool has_padding(int start, int stop) const {
+    return padding_before[stop - 1] + (token_kind[stop - 1] == kPadding) > padding_before[start];
+  }
+
+  // Row 0 of the result is row `first` of the tensor's batch entry.
+  __device__ __forceinline__ Source source(const RowsRef& x, const AttentionParams& p, int64_t first) const {
+    return {address(x, p, first), x.row_stride, p.dtype, static_cast<int>(p.head_dim)};
+  }
+  __device__ __forceinline__ Target target(const RowsRef& x, const AttentionParams& p, int64_t first) const {
+    return {address(x, p, first), x.row_stride, p.dtype, static_cast<int>(p.head_dim)};
+  }
+  // Of lse and what is laid out like it.
+  __device__ __forceinline__ int64_t lse_offset(const LseRef& x, int64_t first) const {
+    return batch * x.batch_stride + head * x.head_stride + first;
+  }
+
+ private:
+  __device__ __forceinline__ char* address(const RowsRef& x, const AttentionParams& p, int64_t first) const {
+    const int64_t element = batch * x.batch_stride + first * x.row_stride + head * x.head_stride;
+    return static_cast<char*>(x.data) + element * (p.dtype == DType::kFloat32 ? 4 : 2);
+  }
+};
+
+}  // namespace led::cuda

@@ -1,0 +1,51 @@
+// A matrix that a warp holds in registers, laid out as the results of tensor-core products are.
+#pragma once
+
+#include "primitives.cuh"
+
+namespace led::cuda {
+
+// Lane 4 g + t of the warp, as the fragments count.
+__device__ __forceinline__ int lane_id() {
+  return static_cast<int>(threadIdx.x) % kWarpSize;
+}
+__device__ __forceinline__ int lane_group() {
+  return lane_id() / 4;
+}
+__device__ __forceinline__ int lane_in_group() {
+  return lane_id() % 4;
+}
+__device__ __forceinline__ int warp_id() {
+  return static_cast<int>(threadIdx.x) / kWarpSize;
+}
+
+// [8 kRowsPerLane, kColumns]: lane (g, t) holds rows g + 8 r at columns 8 n + 2 t + e, e = 0, 1.
+template <int kColumns, int kRowsPerLane>
+struct Fragment {
+  static constexpr int kBlocks = kColumns / 8;
+  // block n, pair of rows m: (2m, 0), (2m, 1), (2m + 1, 0), (2m + 1, 1), one result of a tensor core
+  float x[kBlocks][(kRowsPerLane + 1) / 2][kRowsPerLane == 1 ? 2 : 4];
+
+  __device__ __forceinline__ float& at(int n, int r, int e) { return x[n][r / 2][r % 2 * 2 + e]; }
+  __device__ __forceinline__ float at(int n, int r, int e) const { return x[n][r / 2][r % 2 * 2 + e]; }
+
+  __device__ __forceinline__ void clear() {
+#pragma unroll
+    for (int n = 0; n < kBlocks; ++n) {
+#pragma unroll
+      for (int r = 0; r < kRowsPerLane; ++r) at(n, r, 0) = at(n, r, 1) = 0;
+    }
+  }
+};
+
+// Over the four lanes that hold a row.
+__device__ __forceinline__ float row_max_of(float x) {
+  x = fmaxf(x, __shfl_xor_sync(kAllLanes, x, 1));
+  return fmaxf(x, __shfl_xor_sync(kAllLanes, x, 2));
+}
+__device__ __forceinline__ float row_sum_of(float x) {
+  x += __shfl_xor_sync(kAllLanes, x, 1);
+  return x + __shfl_xor_sync(kAllLanes, x, 2);
+}
+
+}  // namespace led::cuda
