@@ -2,16 +2,21 @@
 
 Environment variables:
     LED_KERNELS_REQUIRE_EXT=1       fail when the extension cannot be built, instead of installing without it
-    LED_KERNELS_SANITIZE=LIST       instrument with -fsanitize=LIST, for instance address,undefined
+    LED_KERNELS_CUDA=0|1            without the CUDA kernels, or fail when they cannot be built; unset: built where
+                                    nvcc is found, in CUDA_HOME, CUDA_PATH or PATH
+    LED_KERNELS_CUDA_ARCHS=LIST     compute capabilities to build for, default 75;80;90+PTX
+    LED_KERNELS_SANITIZE=LIST       instrument with -fsanitize=LIST, for instance address,undefined; without CUDA
+    CC, CXX                         C and C++ compiler; nvcc compiles host code with CXX too
     DEBUG=1                         debug symbols and assertions
 """
 
 import hashlib
 import os
 import re
+import shlex
 import sys
 import tempfile
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from glob import glob
 from pathlib import Path
@@ -19,8 +24,13 @@ from pathlib import Path
 import pybind11
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
-from setuptools.errors import BaseError, CCompilerError, CompileError, LinkError
+from setuptools.errors import BaseError, CCompilerError, CompileError, LinkError, OptionError
 
+sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), "csrc", "cuda"))
+from nvcc import DEFAULT_ARCHITECTURES, Architectures, Nvcc, NvccError, find_nvcc
+
+CUDA = os.environ.get("LED_KERNELS_CUDA", "")
+CUDA_ARCHITECTURES = os.environ.get("LED_KERNELS_CUDA_ARCHS") or DEFAULT_ARCHITECTURES
 DEBUG = os.environ.get("DEBUG") == "1"
 SANITIZE = os.environ.get("LED_KERNELS_SANITIZE", "")
 
@@ -77,34 +87,55 @@ def with_headers(path, seen=()):
     return files
 
 
+def results(futures: list[Future]) -> list[str]:
+    """Theirs, once all are done; after a failure, the others are not begun."""
+    try:
+        return [future.result() for future in futures]
+    except BaseException:
+        for future in futures:
+            future.cancel()
+        raise
+
+
 class BuildExt(build_ext):
     """Compiles each file with its own flags, several at a time, and only those that changed.
 
-    If that fails, the reason goes to `_build_error.txt`, where the extension would be; `led info` shows it.
+    If that fails, the reason goes to `_build_error.txt`, where the extension would be, or to
+    `_cuda_build_error.txt` if only the CUDA kernels are missing; `led info` shows it.
     """
+
+    def finalize_options(self):
+        super().finalize_options()
+        if self.editable_mode:  # whose temporary folder would make every build one from scratch
+            self.build_temp = os.path.join("build", f"temp.{self.plat_name}-{sys.implementation.cache_tag}")
 
     def build_extension(self, ext):
         output = Path(self.get_ext_fullpath(ext.name))
         error_file = output.with_name("_build_error.txt")
+        cuda_error_file = output.with_name("_cuda_build_error.txt")
         output.parent.mkdir(parents=True, exist_ok=True)
-        for stale in (output, error_file):
+        for stale in (output, error_file, cuda_error_file):
             stale.unlink(missing_ok=True)
+        failure = no_cuda = None
         with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as log:
-            failure = None
             try:
                 with output_to(log):
-                    self.compile_and_link(ext, output)
+                    no_cuda = self.compile_and_link(ext, output)
             except (CCompilerError, BaseError) as exc:
                 failure = exc
             log.seek(0)
             printed = log.read()
         print(printed, end="")
         if failure is None:
+            if no_cuda:
+                cuda_error_file.write_text(f"{no_cuda}\n", encoding="utf-8")
+                self.warn(f"led-kernels is installed without its CUDA kernels: {no_cuda}")
             return
         compiler_error = re.search(r".*\berror( [A-Z]+\d+)?:.*", printed)
-        reason = compiler_error.group(0) if compiler_error else str(failure)
+        is_nvcc = isinstance(failure, NvccError)
+        reason = compiler_error[0] if compiler_error and not is_nvcc else str(failure)
         error_file.write_text(reason + "\n", encoding="utf-8")
-        if not ext.optional:
+        if not ext.optional or CUDA == "1" or isinstance(failure, OptionError):
             raise failure
         self.warn(
             f"led-kernels is installed without its compiled kernels, as building them failed: {reason}\n"
@@ -113,37 +144,99 @@ class BuildExt(build_ext):
         )
 
     def compile_and_link(self, ext, output):
+        """Builds the extension; why it holds no CUDA kernels, or None if it does."""
+        nvcc, no_cuda = self.find_cuda()
         compile_flags, link_flags = self.common_flags()
         file_flags = self.file_flags()
 
-        def compile_source(source):
-            flags = compile_flags + file_flags.get(Path(source).stem, [])
-            # Objects of different commands live in different folders, so that a change of flags recompiles.
-            command = repr((getattr(self.compiler, "compiler_so_cxx", None), flags))
-            folder = os.path.join(self.build_temp, hashlib.sha256(command.encode()).hexdigest()[:8])
+        def compile_source(source, *definitions):
+            flags = [*compile_flags, *file_flags.get(Path(source).stem, []), *definitions]
+            folder = self.object_folder(getattr(self.compiler, "compiler_so_cxx", None), flags)
             (obj,) = self.compiler.object_filenames([source], strip_dir=False, output_dir=folder)
-            newest_input = max(file.stat().st_mtime for file in with_headers(Path(source)))
-            if self.force or not os.path.exists(obj) or os.path.getmtime(obj) < newest_input:
+            if self.is_stale(obj, source):
                 self.compiler.compile(
                     [source], output_dir=folder, include_dirs=ext.include_dirs, extra_postargs=flags
                 )
             return obj
 
+        def compile_bindings(with_cuda):
+            return compile_source("csrc/bindings.cpp", *(["-DLED_KERNELS_WITH_CUDA"] if with_cuda else []))
+
         # A linker keeps the first of several copies of an inline function. Portable objects come first, so
         # that no copy which runs on every machine is one compiled for only some.
         sources = sorted(ext.sources, key=lambda source: (Path(source).stem in ISA_FLAGS["unix"], source))
+        sources.remove("csrc/bindings.cpp")
         with ThreadPoolExecutor(self.parallel or os.cpu_count()) as pool:
-            objects = list(pool.map(compile_source, sources))
+            cuda = [pool.submit(self.compile_cuda, nvcc, *args) for args in nvcc.objects()] if nvcc else []
+            bindings = pool.submit(compile_bindings, with_cuda=nvcc is not None)
+            objects = [pool.submit(compile_source, source) for source in sources]
+            try:
+                cuda_objects = results(cuda)
+                library_dirs = nvcc.library_dirs() if nvcc else []
+            except NvccError as error:
+                if CUDA == "1":
+                    pool.shutdown(cancel_futures=True)
+                    raise
+                nvcc, no_cuda, cuda_objects, library_dirs = None, error, [], []
+                bindings = pool.submit(compile_bindings, with_cuda=False)
+            objects = results([bindings, *objects]) + cuda_objects
         self.compiler.link_shared_object(
             objects,
             str(output),
-            libraries=self.get_libraries(ext),
-            library_dirs=ext.library_dirs,
+            libraries=self.get_libraries(ext) + (nvcc.libraries() if nvcc else []),
+            library_dirs=ext.library_dirs + library_dirs,
             export_symbols=self.get_export_symbols(ext),
             extra_postargs=link_flags,
             build_temp=self.build_temp,
             target_lang="c++",
         )
+        return no_cuda
+
+    def find_cuda(self):
+        """nvcc, or None and why the CUDA kernels are not built."""
+        if CUDA not in ("", "0", "1"):
+            raise OptionError(f"LED_KERNELS_CUDA is {CUDA!r}; give 0 or 1, or unset it.")
+        if CUDA == "0":
+            return None, "LED_KERNELS_CUDA was 0"
+        architectures = Architectures.parse(CUDA_ARCHITECTURES)
+        try:
+            if SANITIZE:
+                raise NvccError("LED_KERNELS_SANITIZE instruments the CPU kernels alone")
+            if not os.path.exists("csrc/cuda/dispatch.cu"):
+                raise NvccError("csrc/cuda holds no kernels")
+            path = find_nvcc()
+        except NvccError as error:
+            if CUDA == "1":
+                raise
+            return None, error
+        msvc = self.compiler_family() == "msvc"
+        return Nvcc(path, architectures, self.host_compiler(), msvc, debug=DEBUG), None
+
+    def host_compiler(self):
+        """What nvcc compiles host code with: the compiler of everything else, if one is named."""
+        if self.compiler_family() == "msvc":
+            self.compiler.initialize()
+            return os.path.dirname(self.compiler.cc)
+        # without a launcher such as ccache, and without flags
+        words = [word for word in shlex.split(os.environ.get("CXX", "")) if not word.startswith("-")]
+        return words[-1] if words else None
+
+    def compile_cuda(self, nvcc, source, name, definitions):
+        folder = self.object_folder(nvcc.version, nvcc.command, definitions)
+        obj = Path(folder, name + self.compiler.obj_extension)
+        if self.is_stale(obj, source):
+            obj.parent.mkdir(parents=True, exist_ok=True)
+            nvcc.compile(source, definitions, obj)
+        return str(obj)
+
+    def object_folder(self, *command):
+        """Objects of different commands live in different folders, so that a change of flags recompiles."""
+        return os.path.join(self.build_temp, hashlib.sha256(repr(command).encode()).hexdigest()[:8])
+
+    def is_stale(self, obj, source):
+        """Whether an object is missing or older than its source or a header of that."""
+        newest_input = max(file.stat().st_mtime for file in with_headers(Path(source)))
+        return self.force or not os.path.exists(obj) or os.path.getmtime(obj) < newest_input
 
     def common_flags(self):
         """Flags for compiling any source, and for linking."""
@@ -201,10 +294,11 @@ class BuildExt(build_ext):
         super().copy_extensions_to_source()
         package = Path(self.get_finalized_command("build_py").get_package_dir("led_kernels"))
         built = Path(self.build_lib, "led_kernels")
-        for path in (built / "_build_error.txt", Path(self.get_ext_fullpath("led_kernels._C"))):
-            target = package / path.name
-            if (built / path.name).exists():
-                self.copy_file(str(built / path.name), str(target))
+        extension = Path(self.get_ext_fullpath("led_kernels._C")).name
+        for name in ("_build_error.txt", "_cuda_build_error.txt", extension):
+            target = package / name
+            if (built / name).exists():
+                self.copy_file(str(built / name), str(target))
             else:
                 target.unlink(missing_ok=True)
 
@@ -214,7 +308,10 @@ setup(
         Extension(
             "led_kernels._C",
             sources=sorted(glob("csrc/*.cpp") + glob("csrc/cpu/*.cpp")),
-            depends=sorted(glob("csrc/**/*.h", recursive=True)),  # puts them into the sdist
+            # puts them into the sdist
+            depends=sorted(
+                str(path) for path in Path("csrc").rglob("*") if path.suffix in (".h", ".cuh", ".cu", ".py")
+            ),
             include_dirs=["csrc", pybind11.get_include()],
             optional=os.environ.get("LED_KERNELS_REQUIRE_EXT") != "1",
         )

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib
-import importlib.util
 import os
-from pathlib import Path
 from types import ModuleType
 
 import torch
@@ -39,7 +37,7 @@ def can_run_cpu(
     device: torch.device | None = None, dtype: torch.dtype | None = None, raise_error: bool = False
 ) -> bool:
     """Whether the compiled CPU kernels run here: needs the extension ``led_kernels._C`` and tensors on the CPU."""
-    reason = _device_refusal(device, "cpu") or _extension_refusal() or _dtype_refusal(dtype, _ALL_FLOATS)
+    reason = _device_refusal(device, "cpu") or _import_refusal("cpu") or _dtype_refusal(dtype, _ALL_FLOATS)
     return _answer("cpu", reason, raise_error)
 
 
@@ -60,9 +58,11 @@ def can_run_triton(
 def can_run_cuda(
     device: torch.device | None = None, dtype: torch.dtype | None = None, raise_error: bool = False
 ) -> bool:
-    """Whether the compiled CUDA kernels run here."""
+    """Whether the compiled CUDA kernels run here: an NVIDIA GPU that they were built for, from Turing on."""
     reason = (
-        _module_refusal("cuda") or _device_refusal(device, "cuda") or _dtype_refusal(dtype, _HALF_AND_SINGLE)
+        _import_refusal("cuda")
+        or _cuda_device_refusal(device, dtype)
+        or _dtype_refusal(dtype, _HALF_AND_SINGLE)
     )
     return _answer("cuda", reason, raise_error)
 
@@ -126,16 +126,12 @@ def _answer(backend: str, reason: str | None, raise_error: bool) -> bool:
 
 
 @functools.cache
-def _extension_refusal() -> str | None:
+def _import_refusal(backend: str) -> str | None:
+    """Why a backend cannot be imported, in its own words."""
     try:
-        importlib.import_module("led_kernels._C")
+        backend_module(backend)
     except ImportError as error:
-        build_error = Path(__file__).with_name("_build_error.txt")  # written when setup.py could not build it
-        reason = build_error.read_text(encoding="utf-8").strip() if build_error.exists() else error
-        return (
-            f"the extension led_kernels._C is not there ({reason}); install a C++17 compiler and reinstall "
-            "led-kernels, or use backend='torch'."
-        )
+        return str(error)
     return None
 
 
@@ -164,10 +160,38 @@ def _capability_refusal(device: torch.device | None) -> str | None:
     return None
 
 
-@functools.cache
-def _module_refusal(backend: str) -> str | None:
-    if importlib.util.find_spec(f"led_kernels.backends.{backend}") is None:
-        return "this version of led-kernels does not hold it; use backend='torch' on a GPU."
+def _cuda_device_refusal(device: torch.device | None, dtype: torch.dtype | None) -> str | None:
+    cuda = backend_module("cuda")
+    if cuda.device_type() == "cpu":  # the kernels compiled for the CPU, by tests
+        return _device_refusal(device, "cpu")
+    if torch.version.hip is not None:
+        return "it is for NVIDIA GPUs and this torch is for ROCm; use backend='triton' or backend='torch'."
+    if refusal := _device_refusal(device, "cuda"):
+        return refusal
+    return _architecture_refusal(device, dtype)
+
+
+def _architecture_refusal(device: torch.device | None, dtype: torch.dtype | None) -> str | None:
+    """Machine code runs on devices of its major capability from its minor one on, PTX on all from its own on."""
+    major, minor = torch.cuda.get_device_capability(device)
+    this = f"{torch.cuda.get_device_name(device)} has compute capability {major}.{minor}"
+    if (major, minor) < (7, 5):
+        return f"{this}, the kernels need 7.5 or newer; use backend='torch'."
+    cuda = backend_module("cuda")
+    compiled, ptx = cuda.architectures()
+    serving = [a for a in compiled if divmod(a, 10) <= (major, minor) and a // 10 == major]
+    if not serving and 0 < ptx <= 10 * major + minor:
+        serving = [ptx]
+    if not serving:
+        return (
+            f"{this}, the kernels were built for {cuda.describe_build()}; reinstall led-kernels with "
+            f"LED_KERNELS_CUDA_ARCHS={major}.{minor}, or use another backend."
+        )
+    if dtype == torch.bfloat16 and max(serving) < 80:
+        return (
+            f"{this} and runs the code for sm_{max(serving)}, bfloat16 needs sm_80 or newer; use float16 or float32, "
+            "or backend='torch'."
+        )
     return None
 
 

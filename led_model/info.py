@@ -21,6 +21,7 @@ def run_info() -> None:
         **{package: _version(package) for package in _PACKAGES},
         "processor": f"{platform.machine()}, torch uses {torch.backends.cpu.get_cpu_capability()}",
         "threads": torch.get_num_threads(),
+        "cuda kernels": _cuda_build(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
     }
     devices = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
@@ -39,6 +40,13 @@ def _version(package: str) -> str:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
         return "not installed"
+
+
+def _cuda_build() -> str:
+    try:
+        return f"built for {backend_module('cuda').describe_build()}"
+    except ImportError as reason:
+        return f"none: {reason}"
 
 
 def _usable(backend: str) -> str:

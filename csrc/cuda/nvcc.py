@@ -64,7 +64,8 @@ class Architectures:
 
     def definitions(self) -> list[str]:
         """The same for csrc/cuda/dispatch.cu."""
-        return [f"-DLED_CUDA_ARCHS={','.join(map(str, self.compiled))}", f"-DLED_CUDA_PTX={self.ptx}"]
+        compiled = r"\,".join(map(str, self.compiled))  # a bare comma would begin nvcc's next definition
+        return [f"-DLED_CUDA_ARCHS={compiled}", f"-DLED_CUDA_PTX={self.ptx}"]
 
 
 def find_nvcc() -> str:

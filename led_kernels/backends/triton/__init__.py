@@ -9,11 +9,10 @@ Source of the algorithm: Dao, "FlashAttention-2", 2023; of the pattern: Beltagy 
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
+from led_kernels.backends._gpu import positive_scale
 from led_kernels.mask import LongformerMask
 
 try:
@@ -40,7 +39,7 @@ def banded_forward(
     seed: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """Banded attention -> out like q, lse ``[batch, heads, seqlen]`` (packed ``[heads, total_rows]``)."""
-    q, _, scale = _positive_scale(q, softmax_scale)
+    q, _, scale = positive_scale(q, softmax_scale)
     with torch.cuda.device_of(q):
         return launch_banded_forward(q, k, v, mask, window_left, window_right, scale, dropout_p, seed)
 
@@ -55,7 +54,7 @@ def global_forward(
     seed: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """Global attention -> out ``[batch, max_globals, heads, head_dim]``, lse ``[batch, heads, max_globals]``."""
-    q_global, _, scale = _positive_scale(q_global, softmax_scale)
+    q_global, _, scale = positive_scale(q_global, softmax_scale)
     with torch.cuda.device_of(q_global):
         return launch_global_forward(q_global, k_global, v_global, mask, scale, dropout_p, seed)
 
@@ -76,7 +75,7 @@ def banded_backward(
     seed: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of :func:`banded_forward` -> dq, dk, dv, zeros on padding rows."""
-    q, sign, scale = _positive_scale(q, softmax_scale)
+    q, sign, scale = positive_scale(q, softmax_scale)
     with torch.cuda.device_of(q):
         dq, dk, dv = launch_banded_backward(
             d_out, d_lse, q, k, v, out, lse, mask, window_left, window_right, scale, dropout_p, seed
@@ -98,21 +97,9 @@ def global_backward(
     seed: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of :func:`global_forward` -> d(q_global), d(k_global), d(v_global), zeros on padding rows."""
-    q_global, sign, scale = _positive_scale(q_global, softmax_scale)
+    q_global, sign, scale = positive_scale(q_global, softmax_scale)
     with torch.cuda.device_of(q_global):
         dq, dk, dv = launch_global_backward(
             d_out, d_lse, q_global, k_global, v_global, out, lse, mask, scale, dropout_p, seed
         )
     return (dq if sign == 1 else dq * sign), dk, dv
-
-
-def _positive_scale(q: Tensor, softmax_scale: float) -> tuple[Tensor, float, float]:
-    """``scale * q`` as ``|scale| * (sign * q)``: the kernels take the row maximum before they scale.
-
-    Returns:
-        q with the sign, the sign (0 for a scale of 0, whose q becomes 0), and the scale to use.
-    """
-    if softmax_scale > 0:
-        return q, 1.0, softmax_scale
-    sign = math.copysign(1.0, softmax_scale) if softmax_scale else 0.0
-    return q * sign, sign, abs(softmax_scale) or 1.0

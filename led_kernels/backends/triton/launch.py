@@ -7,6 +7,7 @@ import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from led_kernels.backends._gpu import check_grid
 from led_kernels.backends.triton import configs
 from led_kernels.backends.triton.configs import TileConfig
 from led_kernels.mask import LongformerMask
@@ -20,10 +21,9 @@ def sequence_arguments(mask: LongformerMask, **tensors: Tensor) -> dict[str, obj
     """Pointers and strides of ``[batch, rows, heads, head_dim]`` or ``[rows, heads, head_dim]``, and the mask's.
 
     Raises:
-        ValueError: more sequences than a grid's third dimension holds.
+        ValueError: more sequences or heads than a grid holds.
     """
-    if mask.batch > 65535:
-        raise ValueError(f"mask has {mask.batch} sequences, a launch serves at most 65,535; split the batch.")
+    check_grid(mask, heads=tensors["q"].shape[-2])
     arguments: dict[str, object] = {
         f"{name}_ptr": getattr(mask, name)
         for name in ("seq_start", "seq_len", "token_kind", "padding_before", "global_index", "num_globals")

@@ -1,0 +1,114 @@
+"""The extension ``led_kernels._C``, and torch tensors as parameters of its kernels. Importing this imports it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from led_kernels.mask import LongformerMask
+
+
+def build_error(name: str) -> str | None:
+    """Why setup.py could not build a part of the extension, if it said so in the file ``name``."""
+    path = Path(__file__).parents[1] / name
+    return path.read_text(encoding="utf-8").strip() if path.exists() else None
+
+
+try:
+    from led_kernels import _C
+except ImportError as error:
+    raise ImportError(
+        f"the extension led_kernels._C is not there ({build_error('_build_error.txt') or error}); install a C++17 "
+        "compiler and reinstall led-kernels, or use backend='torch'."
+    ) from error
+
+
+def attention_params(
+    q: Tensor, k: Tensor, v: Tensor, mask: LongformerMask, softmax_scale: float, dropout_p: float
+) -> _C.AttentionParams:
+    """Parameters of a kernel but for its outputs, window, seed and place of execution."""
+    params = _C.AttentionParams()
+    params.dtype = getattr(_C.DType, str(q.dtype).removeprefix("torch."))
+    params.batch, params.max_seqlen = mask.batch, mask.max_seqlen
+    params.heads, params.head_dim = q.shape[-2:]
+    params.softmax_scale = softmax_scale
+    params.dropout_p = dropout_p
+    tensors = (
+        mask.seq_start, mask.seq_len, mask.token_kind, mask.padding_before, mask.global_index, mask.num_globals,
+    )  # fmt: skip
+    batch_stride = 0 if mask.is_packed else mask.max_seqlen
+    params.set_mask(*(x.data_ptr() for x in tensors), batch_stride, mask.max_globals, mask.is_packed)
+    params.set_q(_rows(q))
+    params.set_k(_rows(k))
+    params.set_v(_rows(v))
+    return params
+
+
+def banded_lse_shape(q: Tensor) -> tuple[int, ...]:
+    """``[batch, heads, seqlen]`` or ``[heads, total_rows]`` of q ``[(batch,) rows, heads, head_dim]``."""
+    *lead, rows, heads, _ = q.shape
+    return (*lead, heads, rows)
+
+
+def global_lse_shape(q_global: Tensor) -> tuple[int, int, int]:
+    """``[batch, heads, max_globals]`` of ``[batch, max_globals, heads, head_dim]``."""
+    batch, max_globals, heads, _ = q_global.shape
+    return batch, heads, max_globals
+
+
+def run_forward(
+    kernel: Callable[[_C.AttentionParams], None],
+    params: _C.AttentionParams,
+    q: Tensor,
+    lse_shape: tuple[int, ...],
+) -> tuple[Tensor, Tensor]:
+    """Allocates out and lse, and runs a forward kernel."""
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    lse_dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+    lse = torch.empty(lse_shape, dtype=lse_dtype, device=q.device)
+    params.set_out(_rows(out))
+    params.set_lse(_lse(lse))
+    kernel(params)
+    return out, lse
+
+
+def run_backward(
+    kernel: Callable[[_C.AttentionParams], None],
+    params: _C.AttentionParams,
+    d_out: Tensor,
+    d_lse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Allocates dq, dk and dv, and runs a backward kernel."""
+    d_out = d_out if d_out.stride(-1) == 1 or d_out.shape[-1] == 1 else d_out.contiguous()
+    lse = lse.contiguous()
+    grads = tuple(torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
+    params.set_out(_rows(out))
+    params.set_lse(_lse(lse))
+    params.set_d_out(_rows(d_out))
+    if d_lse is not None:
+        d_lse = d_lse.contiguous()
+        params.set_d_lse(_lse(d_lse))
+    for set_grad, grad in zip((params.set_dq, params.set_dk, params.set_dv), grads, strict=True):
+        set_grad(_rows(grad))
+    kernel(params)
+    return grads
+
+
+def _rows(x: Tensor) -> tuple[int, int, int, int]:
+    """Address and strides (batch, row, head) of ``[batch, rows, heads, head_dim]`` or ``[rows, heads, head_dim]``."""
+    batch_stride = x.stride(0) if x.dim() == 4 else 0
+    return x.data_ptr(), batch_stride, x.stride(-3), x.stride(-2)
+
+
+def _lse(x: Tensor) -> tuple[int, int, int]:
+    """Address and strides (batch, head) of ``[batch, heads, rows]`` or ``[heads, total_rows]``."""
+    batch_stride = x.stride(0) if x.dim() == 3 else 0
+    return x.data_ptr(), batch_stride, x.stride(-2)
