@@ -11,7 +11,8 @@ namespace led::cuda {
 
 constexpr float kLog2E = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
 
-// The one parameter of every kernel. Scores are kept in units of log2, so that the exponential is one instruction.
+// The one parameter of every kernel. Scores are kept in units of log2, so that the exponential is one
+// instruction.
 struct Arguments {
   AttentionParams p;
   float qk_scale = 0;  // softmax_scale * log2(e)
@@ -24,19 +25,18 @@ struct Arguments {
   int split_size = 0;  // columns of a split
 };
 
-// The rows of one head of one sequence.
-struct Source {
-  const void* data;
-  int64_t row_stride;
+// The rows of one head of one sequence: to read, and to write.
+template <class Data>
+struct HeadRows {
+  Data* data;
+  int row_stride;  // in elements
   DType dtype;
   int head_dim;
+
+  __device__ __forceinline__ int64_t offset(int row) const { return static_cast<int64_t>(row) * row_stride; }
 };
-struct Target {
-  void* data;
-  int64_t row_stride;
-  DType dtype;
-  int head_dim;
-};
+using Source = HeadRows<const void>;
+using Target = HeadRows<void>;
 
 struct Sequence {
   int batch, head;
@@ -48,7 +48,8 @@ struct Sequence {
   const uint8_t* token_kind;      // by position, as padding_before
   const int32_t* padding_before;  // counts up to `length`
 
-  __device__ __forceinline__ Sequence(const AttentionParams& p, int batch, int head) : batch(batch), head(head) {
+  __device__ __forceinline__ Sequence(const AttentionParams& p, int batch, int head)
+      : batch(batch), head(head) {
     first_row = p.mask.seq_start[batch];
     length = p.mask.seq_len[batch];
     num_rows = p.mask.packed ? length : static_cast<int>(p.max_seqlen);
@@ -66,10 +67,10 @@ struct Sequence {
 
   // Row 0 of the result is row `first` of the tensor's batch entry.
   __device__ __forceinline__ Source source(const RowsRef& x, const AttentionParams& p, int64_t first) const {
-    return {address(x, p, first), x.row_stride, p.dtype, static_cast<int>(p.head_dim)};
+    return {address(x, p, first), static_cast<int>(x.row_stride), p.dtype, static_cast<int>(p.head_dim)};
   }
   __device__ __forceinline__ Target target(const RowsRef& x, const AttentionParams& p, int64_t first) const {
-    return {address(x, p, first), x.row_stride, p.dtype, static_cast<int>(p.head_dim)};
+    return {address(x, p, first), static_cast<int>(x.row_stride), p.dtype, static_cast<int>(p.head_dim)};
   }
   // Of lse and what is laid out like it.
   __device__ __forceinline__ int64_t lse_offset(const LseRef& x, int64_t first) const {

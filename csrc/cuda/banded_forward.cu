@@ -1,5 +1,5 @@
-// Banded attention, forward: one block per tile of queries, head and sequence. Global keys come first, gathered through
-// global_index; those inside a query's band are skipped, because the band keeps them.
+// Banded attention, forward: one block per tile of queries, head and sequence. Global keys come first,
+// gathered through global_index; those inside a query's band are skipped, because the band keeps them.
 #include "column_tiles.cuh"
 #include "configs.cuh"
 #include "forward.cuh"
@@ -19,7 +19,7 @@ __global__ void __launch_bounds__(P::kThreads) banded_forward_kernel(const Argum
   OnlineSoftmax<P> softmax;
   if (row_start < seq.length) {  // behind that there is only padding
     using Shared = SharedTiles<P, 1>;
-    const Source q = seq.source(p.q, p, seq.first_row + row_start);
+    const Source q = seq.source(p.q, p, seq.first_row);
     const Source k = seq.source(p.k, p, seq.first_row), v = seq.source(p.v, p, seq.first_row);
     const Band band{static_cast<int>(p.window_left), static_cast<int>(p.window_right), seq.length};
     const RowBands<P::kRowsPerLane> bands(band, query);
@@ -27,14 +27,13 @@ __global__ void __launch_bounds__(P::kThreads) banded_forward_kernel(const Argum
     const bool has_padding = seq.has_padding(tiles.start, tiles.stop);
     if (has_padding) tiles.mask_all();
 
-    P::template load<P::kRows>(Shared::rows(0), q, [&](int i) { return row_start + i < seq.length ? i : -1; });
+    P::template load<P::kRows, true>(Shared::rows(0), q, row_start, seq.length);
     typename P::Rows q_rows;
     stream<P::kStages>(
         tiles,
         [&](const Tile& tile, auto is_masked, int stage) {
-          auto row_at = [&](int i) { return key_row<is_masked.value>(tile, i, seq, has_padding); };
-          P::template load<P::kColumns>(Shared::columns(0, stage), k, row_at);
-          P::template load<P::kColumns>(Shared::columns(1, stage), v, row_at);
+          load_keys<P, is_masked.value>(Shared::columns(0, stage), k, tile, seq, has_padding);
+          load_keys<P, is_masked.value>(Shared::columns(1, stage), v, tile, seq, has_padding);
         },
         [&] { q_rows.set(Shared::rows(0)); },
         [&](const Tile& tile, auto is_masked, int stage) {
@@ -42,7 +41,7 @@ __global__ void __launch_bounds__(P::kThreads) banded_forward_kernel(const Argum
           P::multiply_transposed(scores, q_rows, Shared::columns(0, stage));
           if constexpr (is_masked.value) mask_scores(scores, tile, bands, seq, has_padding);
           softmax.update(scores, a.qk_scale);
-          if constexpr (kDropout) drop(scores, keep_of_keys<P>(a, seq, tile, query));
+          if constexpr (kDropout) keep_elements(scores, keep_of_keys<P>(a, seq, tile, query), 0.0f);
           P::accumulate(softmax.acc, scores, Shared::columns(1, stage));
         });
   }

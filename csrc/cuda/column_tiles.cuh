@@ -1,4 +1,5 @@
-// Which columns a tile of rows needs, in tiles; which of them need no mask; and how they stream through shared memory.
+// Which columns a tile of rows needs, in tiles; which of them need no mask; and how they stream through
+// shared memory.
 //
 // Rows and columns are queries and keys, or the other way round where dk and dv are computed.
 #pragma once
@@ -21,8 +22,8 @@ struct Tile {
   bool gathered;
 };
 
-// In the order in which they are attended to: gathered tiles, tiles that an edge of the band or of the sequence
-// crosses (masked), and the interior between those edges.
+// In the order in which they are attended to: gathered tiles, tiles that an edge of the band or of the
+// sequence crosses (masked), and the interior between those edges.
 template <int kColumns>
 class ColumnTiles {
  public:
@@ -70,14 +71,19 @@ class ColumnTiles {
   int num_gathered_, num_tiles_, num_left_, num_interior_;
 };
 
-// The row of memory that holds column i of a tile of keys, -1 if it has none.
-template <bool kIsMasked>
-__device__ __forceinline__ int key_row(const Tile& tile, int i, const Sequence& seq, bool has_padding) {
-  const int column = tile.start + i;
-  if (!kIsMasked) return column;
-  if (tile.gathered) return column < seq.num_globals ? seq.global_index[column] : -1;
-  const bool exists = column < seq.length && !(has_padding && seq.token_kind[column] == kPadding);
-  return exists ? column : -1;
+// Loads a tile of keys or values: zeros where there is none, and in place of padding if has_padding.
+template <class P, bool kIsMasked>
+__device__ __forceinline__ void load_keys(typename P::Element* shared, const Source& x, const Tile& tile,
+                                          const Sequence& seq, bool has_padding) {
+  if (kIsMasked && (tile.gathered || has_padding)) {
+    P::template gather<P::kColumns>(shared, x, [&](int i) {
+      const int column = tile.start + i;
+      if (tile.gathered) return column < seq.num_globals ? seq.global_index[column] : -1;
+      return column < seq.length && seq.token_kind[column] != kPadding ? column : -1;
+    });
+  } else {
+    P::template load<P::kColumns, kIsMasked>(shared, x, tile.start, seq.length);
+  }
 }
 
 // Two tiles of columns in each stage, behind kRowOperands tiles of rows.
@@ -97,11 +103,12 @@ struct SharedTiles {
   }
 };
 
-// Calls begin() when the copies issued so far have arrived, then attend(tile, is_masked, stage) for each tile, which
-// load(tile, is_masked, stage) has fetched before. is_masked is a std::bool_constant, so that interior tiles carry no
-// mask.
+// Calls begin() when the copies issued so far have arrived, then attend(tile, is_masked, stage) for each
+// tile, which load(tile, is_masked, stage) has fetched before. is_masked is a std::bool_constant, so that
+// interior tiles carry no mask.
 template <int kStages, int kColumns, class Load, class Begin, class Attend>
-__device__ __forceinline__ void stream(const ColumnTiles<kColumns>& tiles, Load load, Begin begin, Attend attend) {
+__device__ __forceinline__ void stream(const ColumnTiles<kColumns>& tiles, Load load, Begin begin,
+                                       Attend attend) {
   static_assert(kStages == 1 || kStages == 2, "at most one tile ahead");
   const int num_masked = tiles.num_masked(), count = tiles.count();
   if (kStages == 2 && count > 0) load(tiles[0], std::true_type{}, 0);
@@ -113,9 +120,9 @@ __device__ __forceinline__ void stream(const ColumnTiles<kColumns>& tiles, Load 
     if constexpr (kStages == 2) {
       wait_for_copies<0>();
       __syncthreads();  // the tile is there for all, and all are done with the one before
-      if (i + 1 < count) load(tile_at(i + 1), is_masked, (i + 1) % 2);
+      if (i + 1 < count) load(tile_at(i + 1), is_masked, (i + 1) & 1);
       commit_copies();
-      attend(tile_at(i), is_masked, i % 2);
+      attend(tile_at(i), is_masked, i & 1);
     } else {
       __syncthreads();
       load(tile_at(i), is_masked, 0);
@@ -150,36 +157,55 @@ struct RowBands {
       width[r] = static_cast<unsigned>(min(row(r) + band.after, band.num_columns - 1) - lower[r]);
     }
   }
+
+  __device__ __forceinline__ bool holds(int r, int column) const {
+    return static_cast<unsigned>(column - lower[r]) <= width[r];
+  }
 };
 
-// -inf where a row does not see a column. A gathered column, a global key, counts where it is outside of the row's
-// band, which holds it otherwise. Columns of padding are looked for if has_padding.
+// -inf where a row does not see a column. A gathered column, a global key, counts where it is outside of the
+// row's band, which holds it otherwise. Columns of padding are looked for if has_padding.
 template <int kColumns, int kRowsPerLane>
 __device__ __forceinline__ void mask_scores(Fragment<kColumns, kRowsPerLane>& scores, const Tile& tile,
                                             const RowBands<kRowsPerLane>& bands, const Sequence& seq,
                                             bool has_padding) {
+  const int column = tile.start + 2 * lane_in_group();  // of element (0, 0)
+  if (!tile.gathered && !has_padding) {
 #pragma unroll
-  for (int n = 0; n < kColumns / 8; ++n) {
-#pragma unroll
-    for (int e = 0; e < 2; ++e) {
-      int position = tile.start + 8 * n + 2 * lane_in_group() + e;
-      bool exists = true;
-      if (tile.gathered) {
-        exists = position < seq.num_globals;
-        position = exists ? seq.global_index[position] : 0;
-      } else if (has_padding) {
-        exists = position < seq.length && seq.token_kind[position] != kPadding;
-      }
+    for (int n = 0; n < kColumns / 8; ++n) {
 #pragma unroll
       for (int r = 0; r < kRowsPerLane; ++r) {
-        const bool in_band = static_cast<unsigned>(position - bands.lower[r]) <= bands.width[r];
-        if (!exists || in_band == tile.gathered) scores.at(n, r, e) = -INFINITY;
+#pragma unroll
+        for (int e = 0; e < 2; ++e) {
+          if (!bands.holds(r, column + 8 * n + e)) scores.at(n, r, e) = -INFINITY;
+        }
       }
     }
+    return;
   }
+  ElementBits seen = 0;
+#pragma unroll 1
+  for (int i = 0; i < kColumns / 4; ++i) {  // column 2 i + e of the lane
+    const int n = i / 2, e = i % 2;
+    int position = column + 8 * n + e;
+    bool exists;
+    if (tile.gathered) {
+      exists = position < seq.num_globals;
+      position = exists ? seq.global_index[position] : 0;
+    } else {
+      exists = position < seq.length && seq.token_kind[position] != kPadding;
+    }
+#pragma unroll
+    for (int r = 0; r < kRowsPerLane; ++r) {
+      const bool sees = exists && bands.holds(r, position) != tile.gathered;
+      seen |= static_cast<ElementBits>(sees) << ((n * kRowsPerLane + r) * 2 + e);
+    }
+  }
+  keep_elements(scores, seen, -INFINITY);
 }
 
-// Rows of x times factor(r), zeros where !has_result(r), to the lane's rows i(r) of a tensor; i(r) < num_rows.
+// Rows of x times factor(r), zeros where !has_result(r), to the lane's rows i(r) of a tensor; i(r) <
+// num_rows.
 template <class P, class RowAt, class HasResult, class Factor>
 __device__ __forceinline__ void write_rows(const Target& target, const typename P::Result& x, int num_rows,
                                            RowAt row, HasResult has_result, Factor factor) {

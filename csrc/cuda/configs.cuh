@@ -8,8 +8,8 @@
 
 namespace led::cuda {
 
-// For products with the elements of `T` on tensor cores; float: by multiply-adds, for any dtype. Every choice stays
-// within 64 KB of shared memory, which is what sm_75 has, and 255 registers.
+// For products with the elements of `T` on tensor cores; float: by multiply-adds, for any dtype. Every choice
+// stays within 64 KB of shared memory, which is what sm_75 has, and 255 registers.
 template <class T, int kHeadDim>
 struct Tiles {
   static constexpr int kColumns = kHeadDim <= 64 ? 64 : 32;

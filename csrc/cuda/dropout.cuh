@@ -1,4 +1,5 @@
-// Which probabilities dropout keeps: the bits of led_kernels/philox.py, a lane's share of a fragment at a time.
+// Which probabilities dropout keeps: the bits of led_kernels/philox.py, a lane's share of a fragment at a
+// time.
 #pragma once
 
 #include "../philox.h"
@@ -6,37 +7,22 @@
 
 namespace led::cuda {
 
-// Bit (n * kRowsPerLane + r) * 2 + e belongs to a fragment's element (n, r, e).
-using KeepBits = uint64_t;
-
-template <int kColumns, int kRowsPerLane>
-__device__ __forceinline__ void drop(Fragment<kColumns, kRowsPerLane>& x, KeepBits keep) {
-#pragma unroll
-  for (int n = 0; n < kColumns / 8; ++n) {
-#pragma unroll
-    for (int r = 0; r < kRowsPerLane; ++r) {
-#pragma unroll
-      for (int e = 0; e < 2; ++e) {
-        if ((keep >> ((n * kRowsPerLane + r) * 2 + e) & 1) == 0) x.at(n, r, e) = 0;
-      }
-    }
-  }
-}
-
 class Dropout {
  public:
   __device__ __forceinline__ Dropout(const Arguments& a, const Sequence& seq, uint32_t stream)
-      : last_dropped_(a.last_dropped), head_(static_cast<uint32_t>(seq.batch * a.p.heads + seq.head)), stream_(stream) {
+      : last_dropped_(a.last_dropped),
+        head_(static_cast<uint32_t>(seq.batch * a.p.heads + seq.head)),
+        stream_(stream) {
     const auto seed = static_cast<uint64_t>(*a.p.device_seed);
     k0_ = static_cast<uint32_t>(seed);
     k1_ = static_cast<uint32_t>(seed >> 32);
   }
 
-  // Rows are queries, query(r); columns are the keys from key_start, a multiple of 4, on. Neighbouring lanes see the
-  // two halves of a draw of four keys, so each draws for one of two blocks of columns.
+  // Rows are queries, query(r); columns are the keys from key_start, a multiple of 4, on. Neighbouring lanes
+  // see the two halves of a draw of four keys, so each draws for one of two blocks of columns.
   template <int kColumns, int kRowsPerLane, class QueryAt>
-  __device__ __forceinline__ KeepBits of_keys(int key_start, QueryAt query) const {
-    KeepBits keep = 0;
+  __device__ __forceinline__ ElementBits of_keys(int key_start, QueryAt query) const {
+    ElementBits keep = 0;
     const int t = lane_in_group();
 #pragma unroll 1
     for (int n = 0; n < kColumns / 8; n += 2) {
@@ -44,19 +30,20 @@ class Dropout {
       for (int r = 0; r < kRowsPerLane; ++r) {
         const uint32_t mine = draw((key_start + 8 * (n + t % 2)) / 4 + t / 2, query(r));
         const uint32_t other = __shfl_xor_sync(kAllLanes, mine, 1);
-        const uint32_t first = t % 2 == 0 ? mine & 3 : other >> 2, second = t % 2 == 0 ? other & 3 : mine >> 2;
-        keep |= static_cast<KeepBits>(first) << ((n * kRowsPerLane + r) * 2);
-        keep |= static_cast<KeepBits>(second) << (((n + 1) * kRowsPerLane + r) * 2);
+        const uint32_t first = t % 2 == 0 ? mine & 3 : other >> 2,
+                       second = t % 2 == 0 ? other & 3 : mine >> 2;
+        keep |= static_cast<ElementBits>(first) << ((n * kRowsPerLane + r) * 2);
+        keep |= static_cast<ElementBits>(second) << (((n + 1) * kRowsPerLane + r) * 2);
       }
     }
     return keep;
   }
 
-  // Rows are keys, of which row 0 of the warp is key_start, a multiple of 8; columns are queries, query(column). The
-  // four lanes that see a draw's four keys each draw for one of four columns.
+  // Rows are keys, of which row 0 of the warp is key_start, a multiple of 8; columns are queries,
+  // query(column). The four lanes that see a draw's four keys each draw for one of four columns.
   template <int kColumns, int kRowsPerLane, class QueryAt>
-  __device__ __forceinline__ KeepBits of_queries(int key_start, QueryAt query) const {
-    KeepBits keep = 0;
+  __device__ __forceinline__ ElementBits of_queries(int key_start, QueryAt query) const {
+    ElementBits keep = 0;
     const int key = lane_group() % 4;
 #pragma unroll 1
     for (int n = 0; n < kColumns / 8; n += 2) {
@@ -68,7 +55,7 @@ class Dropout {
         for (int step = 0; step < 4; ++step) {
           const uint32_t draws = step == 0 ? mine : __shfl_xor_sync(kAllLanes, mine, 4 * step);
           const int column = key ^ step;  // of the four: block n + column / 2, element column % 2
-          keep |= static_cast<KeepBits>(draws >> key & 1)
+          keep |= static_cast<ElementBits>(draws >> key & 1)
                   << (((n + column / 2) * kRowsPerLane + r) * 2 + column % 2);
         }
       }
@@ -78,8 +65,8 @@ class Dropout {
 
   // Any keys and queries, key(n, r, e) and query(n, r, e).
   template <int kColumns, int kRowsPerLane, class KeyAt, class QueryAt>
-  __device__ __forceinline__ KeepBits of_pairs(KeyAt key, QueryAt query) const {
-    KeepBits keep = 0;
+  __device__ __forceinline__ ElementBits of_pairs(KeyAt key, QueryAt query) const {
+    ElementBits keep = 0;
 #pragma unroll 1
     for (int n = 0; n < kColumns / 8; ++n) {
 #pragma unroll
@@ -88,7 +75,7 @@ class Dropout {
         for (int e = 0; e < 2; ++e) {
           const int k = key(n, r, e);
           const uint32_t bit = draw(k / 4, query(n, r, e)) >> (k % 4) & 1;
-          keep |= static_cast<KeepBits>(bit) << ((n * kRowsPerLane + r) * 2 + e);
+          keep |= static_cast<ElementBits>(bit) << ((n * kRowsPerLane + r) * 2 + e);
         }
       }
     }
@@ -101,7 +88,8 @@ class Dropout {
     uint32_t c[4] = {static_cast<uint32_t>(group), static_cast<uint32_t>(query), head_, stream_};
     uint32_t k0 = k0_, k1 = k1_;
 #pragma unroll
-    for (int round = 0; round < 10; ++round, philox_next_key(k0, k1)) philox_round(c[0], c[1], c[2], c[3], k0, k1);
+    for (int round = 0; round < 10; ++round, philox_next_key(k0, k1))
+      philox_round(c[0], c[1], c[2], c[3], k0, k1);
     uint32_t keep = 0;
 #pragma unroll
     for (int i = 0; i < 4; ++i) keep |= static_cast<uint32_t>(c[i] > last_dropped_) << i;
@@ -113,8 +101,8 @@ class Dropout {
 
 // Of a tile of keys under the rows query(r), for banded attention.
 template <class P, class QueryAt>
-__device__ __forceinline__ KeepBits keep_of_keys(const Arguments& a, const Sequence& seq, const Tile& tile,
-                                                 QueryAt query) {
+__device__ __forceinline__ ElementBits keep_of_keys(const Arguments& a, const Sequence& seq, const Tile& tile,
+                                                    QueryAt query) {
   const Dropout dropout(a, seq, kBandedStream);
   if (!tile.gathered) return dropout.of_keys<P::kColumns, P::kRowsPerLane>(tile.start, query);
   return dropout.of_pairs<P::kColumns, P::kRowsPerLane>(

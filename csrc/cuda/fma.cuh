@@ -25,18 +25,24 @@ struct FmaProducts {
     return row * kHeadDim + ((d / 4) ^ (row % 8)) * 4 + d % 4;
   }
 
+  template <int kTileRows, bool kHasEnd>
+  static __device__ __forceinline__ void load(float* tile, const Source& x, int first, int stop) {
+    gather<kTileRows>(tile, x, [&](int i) { return kHasEnd && first + i >= stop ? -1 : first + i; });
+  }
   template <int kTileRows, class RowAt>
-  static __device__ __forceinline__ void load(float* tile, const Source& x, RowAt row_at) {
+  static __device__ __forceinline__ void gather(float* tile, const Source& x, RowAt row_at) {
 #pragma unroll 1
     for (int i = static_cast<int>(threadIdx.x); i < kTileRows * kHeadDim; i += kThreads) {
       const int row = row_at(i / kHeadDim), d = i % kHeadDim;
-      tile[offset(i / kHeadDim, d)] = row >= 0 && d < x.head_dim ? read(x, row * x.row_stride + d) : 0.0f;
+      tile[offset(i / kHeadDim, d)] = row >= 0 && d < x.head_dim ? read(x, x.offset(row) + d) : 0.0f;
     }
   }
 
   class Rows {
    public:
-    __device__ __forceinline__ void set(const float* tile) { tile_ = tile + warp_id() * kWarpRows * kHeadDim; }
+    __device__ __forceinline__ void set(const float* tile) {
+      tile_ = tile + warp_id() * kWarpRows * kHeadDim;
+    }
     // Elements d ... d + 3 of this lane's row r; d is a multiple of 4.
     __device__ __forceinline__ float4 get(int r, int d) const {
       return *reinterpret_cast<const float4*>(tile_ + offset(lane_group() + 8 * r, d));
@@ -46,7 +52,8 @@ struct FmaProducts {
     const float* tile_;
   };
 
-  static __device__ __forceinline__ void multiply_transposed(Scores& scores, const Rows& rows, const float* tile) {
+  static __device__ __forceinline__ void multiply_transposed(Scores& scores, const Rows& rows,
+                                                             const float* tile) {
     scores.clear();
 #pragma unroll 2
     for (int d = 0; d < kHeadDim; d += 4) {
@@ -99,12 +106,12 @@ struct FmaProducts {
     }
   }
 
-  static __device__ __forceinline__ float2 read_pair(const Source& x, int64_t row, int d) {
-    const int64_t i = row * x.row_stride + d;
+  static __device__ __forceinline__ float2 read_pair(const Source& x, int row, int d) {
+    const int64_t i = x.offset(row) + d;
     return make_float2(d < x.head_dim ? read(x, i) : 0.0f, d + 1 < x.head_dim ? read(x, i + 1) : 0.0f);
   }
-  static __device__ __forceinline__ void write_pair(const Target& x, int64_t row, int d, float x0, float x1) {
-    const int64_t i = row * x.row_stride + d;
+  static __device__ __forceinline__ void write_pair(const Target& x, int row, int d, float x0, float x1) {
+    const int64_t i = x.offset(row) + d;
     if (d < x.head_dim) write(x, i, x0);
     if (d + 1 < x.head_dim) write(x, i + 1, x1);
   }

@@ -5,18 +5,19 @@
 
 namespace led::cuda {
 
-// Lane 4 g + t of the warp, as the fragments count.
+// Unsigned until the end, so that divisions are shifts.
 __device__ __forceinline__ int lane_id() {
-  return static_cast<int>(threadIdx.x) % kWarpSize;
+  return static_cast<int>(threadIdx.x % kWarpSize);
 }
+// Lane 4 g + t of the warp, as the fragments count: g and t.
 __device__ __forceinline__ int lane_group() {
-  return lane_id() / 4;
+  return static_cast<int>(threadIdx.x % kWarpSize / 4);
 }
 __device__ __forceinline__ int lane_in_group() {
-  return lane_id() % 4;
+  return static_cast<int>(threadIdx.x % 4);
 }
 __device__ __forceinline__ int warp_id() {
-  return static_cast<int>(threadIdx.x) / kWarpSize;
+  return static_cast<int>(threadIdx.x / kWarpSize);
 }
 
 // [8 kRowsPerLane, kColumns]: lane (g, t) holds rows g + 8 r at columns 8 n + 2 t + e, e = 0, 1.
@@ -37,6 +38,26 @@ struct Fragment {
     }
   }
 };
+
+// Bit (n * kRowsPerLane + r) * 2 + e for a fragment's element (n, r, e).
+using ElementBits = uint64_t;
+
+// Elements whose bit is not set become `other`.
+template <int kColumns, int kRowsPerLane>
+__device__ __forceinline__ void keep_elements(Fragment<kColumns, kRowsPerLane>& x, ElementBits keep,
+                                              float other) {
+  static_assert(kColumns / 4 * kRowsPerLane <= 64, "one bit for each element");
+#pragma unroll
+  for (int n = 0; n < kColumns / 8; ++n) {
+#pragma unroll
+    for (int r = 0; r < kRowsPerLane; ++r) {
+#pragma unroll
+      for (int e = 0; e < 2; ++e) {
+        if ((keep >> ((n * kRowsPerLane + r) * 2 + e) & 1) == 0) x.at(n, r, e) = other;
+      }
+    }
+  }
+}
 
 // Over the four lanes that hold a row.
 __device__ __forceinline__ float row_max_of(float x) {

@@ -8,8 +8,8 @@
 
 namespace led::cuda {
 
-// Each function checks the device and its architecture, and selects the device for the time of the call. Errors of
-// the CUDA runtime are std::runtime_error with CUDA's text.
+// Each function checks the device and its architecture, and selects the device for the time of the call.
+// Errors of the CUDA runtime are std::runtime_error with CUDA's text.
 void banded_forward(const AttentionParams& params);
 void banded_backward(const AttentionParams& params);
 void global_forward(const AttentionParams& params);
@@ -21,8 +21,8 @@ int64_t banded_backward_workspace(const AttentionParams& params);
 int64_t global_forward_workspace(const AttentionParams& params);
 int64_t global_backward_workspace(const AttentionParams& params);
 
-// What this build holds: machine code by compute capability (75, 80, ...), and the one whose PTX the driver can
-// compile for later devices (0: none).
+// What this build holds: machine code by compute capability (75, 80, ...), and the one whose PTX the driver
+// can compile for later devices (0: none).
 struct Architectures {
   std::vector<int> compiled;
   int ptx = 0;

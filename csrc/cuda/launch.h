@@ -34,11 +34,12 @@ class DeviceGuard {
 
 // Starts kernel(argument) on params.stream. A grid without blocks is no launch.
 template <class Argument>
-void launch(void (*kernel)(Argument), dim3 grid, int threads, size_t shared_bytes, const AttentionParams& params,
-            Argument argument) {
+void launch(void (*kernel)(Argument), dim3 grid, int threads, size_t shared_bytes,
+            const AttentionParams& params, Argument argument) {
   if (grid.x == 0 || grid.y == 0 || grid.z == 0) return;
   if (shared_bytes > 48 * 1024) {
-    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes)),
+    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                               static_cast<int>(shared_bytes)),
           "reserve shared memory");
   }
   void* arguments[] = {&argument};

@@ -1,5 +1,5 @@
-// What the kernels take from the hardware, each as one function: 16-bit floats, tensor-core products, ldmatrix,
-// asynchronous copies, the fast exponential. Source: PTX ISA, "Matrix fragments for mma.m16n8k16".
+// What the kernels take from the hardware, each as one function: 16-bit floats, tensor-core products,
+// ldmatrix, asynchronous copies, the fast exponential. Source: PTX ISA, "Matrix fragments for mma.m16n8k16".
 //
 // Without nvcc the bodies come from tests/host_cuda, which executes the kernels on the CPU.
 #pragma once
@@ -19,7 +19,7 @@ struct BFloat16 {
   uint16_t bits;
 };
 
-constexpr int kWarpSize = 32;
+constexpr unsigned kWarpSize = 32;
 constexpr unsigned kAllLanes = 0xFFFFFFFFu;
 
 }  // namespace led::cuda
@@ -99,40 +99,51 @@ __device__ __forceinline__ uint32_t pack<BFloat16>(float low, float high) {
   return y;
 }
 
-// d[16, 8] += a[16, 16] b[16, 8]. With g = lane / 4 and t = lane % 4 a lane holds d at (g, 2t), (g, 2t + 1),
-// (g + 8, 2t), (g + 8, 2t + 1); a, in pairs, from (g, 2t), (g + 8, 2t), (g, 2t + 8), (g + 8, 2t + 8); b, in pairs
-// down its columns, from (2t, g) as b0 and (2t + 8, g) as b1.
+// d[16, 8] = a[16, 16] b[16, 8] + c[16, 8]. With g = lane / 4 and t = lane % 4 a lane holds d at (g, 2t), (g,
+// 2t + 1), (g + 8, 2t), (g + 8, 2t + 1); a, in pairs, from (g, 2t), (g + 8, 2t), (g, 2t + 8), (g + 8, 2t +
+// 8); b, in pairs down its columns, from (2t, g) as b0 and (2t + 8, g) as b1; c is laid out like d and may be
+// d.
 template <class T>
-__device__ __forceinline__ void mma(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1);
+__device__ __forceinline__ void mma(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1,
+                                    const float (&c)[4]);
 
 template <>
-__device__ __forceinline__ void mma<Half>(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+__device__ __forceinline__ void mma<Half>(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1,
+                                          const float (&c)[4]) {
   #if __CUDA_ARCH__ >= 800
-  asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
+      "{%10,%11,%12,%13};"
+      : "=f"(d[0]), "=f"(d[1]), "=f"(d[2]), "=f"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1), "f"(c[0]), "f"(c[1]), "f"(c[2]),
+        "f"(c[3]));
   #else
-  for (int k = 0; k < 2; ++k) {
-    asm("mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5}, {%6}, {%0,%1,%2,%3};"
-        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-        : "r"(a[2 * k]), "r"(a[2 * k + 1]), "r"(k == 0 ? b0 : b1));
-  }
+  asm("{\n"
+      ".reg .f32 x0, x1, x2, x3;\n"
+      "mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {x0,x1,x2,x3}, {%4,%5}, {%8}, {%10,%11,%12,%13};\n"
+      "mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%6,%7}, {%9}, {x0,x1,x2,x3};\n"
+      "}"
+      : "=f"(d[0]), "=f"(d[1]), "=f"(d[2]), "=f"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1), "f"(c[0]), "f"(c[1]), "f"(c[2]),
+        "f"(c[3]));
   #endif
 }
 
 template <>
-__device__ __forceinline__ void mma<BFloat16>(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+__device__ __forceinline__ void mma<BFloat16>(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1,
+                                              const float (&c)[4]) {
   #if __CUDA_ARCH__ >= 800
-  asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
+      "{%10,%11,%12,%13};"
+      : "=f"(d[0]), "=f"(d[1]), "=f"(d[2]), "=f"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1), "f"(c[0]), "f"(c[1]), "f"(c[2]),
+        "f"(c[3]));
   #else
   __trap();  // refused before the launch
   #endif
 }
 
-// Loads four 8x8 matrices of 16-bit elements. Lane 8 m + i gives the address of row i of matrix m, 16 bytes in
-// shared memory; r[m] holds elements (g, 2t), (g, 2t + 1) of matrix m.
+// Loads four 8x8 matrices of 16-bit elements. Lane 8 m + i gives the address of row i of matrix m, 16 bytes
+// in shared memory; r[m] holds elements (g, 2t), (g, 2t + 1) of matrix m.
 __device__ __forceinline__ void ldmatrix(uint32_t (&r)[4], const void* row) {
   const auto address = static_cast<uint32_t>(__cvta_generic_to_shared(row));
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
@@ -150,12 +161,13 @@ __device__ __forceinline__ void ldmatrix_transposed(uint32_t (&r)[4], const void
                : "memory");
 }
 
-// Copies 16 bytes from global to shared memory, or writes zeros. What arrives may be read after the wait for its
-// group and a barrier. On sm_75, which has no asynchronous copies, it arrives at once.
+// Copies 16 bytes from global to shared memory, or writes zeros. What arrives may be read after the wait for
+// its group and a barrier. On sm_75, which has no asynchronous copies, it arrives at once.
 __device__ __forceinline__ void copy_async(void* shared, const void* global, bool exists) {
   #if __CUDA_ARCH__ >= 800
   const auto address = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(address), "l"(global), "r"(exists ? 16 : 0)
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(address), "l"(global),
+               "r"(exists ? 16 : 0)
                : "memory");
   #else
   *static_cast<uint4*>(shared) = exists ? *static_cast<const uint4*>(global) : make_uint4(0, 0, 0, 0);

@@ -1,15 +1,18 @@
 // The two products of attention on tensor cores, and the tiles in shared memory that feed them.
 #pragma once
 
+#include <type_traits>
+
 #include "arguments.h"
 #include "fragment.cuh"
 
 namespace led::cuda {
 
-// Tiles of kRows rows, 8 kRowsPerLane for each of kNumWarps warps, against tiles of kTileColumns columns; both are
-// rows of head_dim elements in memory. With kReloadRows the left operand is read from shared memory for each product
-// instead of being kept in registers.
-template <class T, int kHeadDim_, int kRowsPerLane_, int kTileColumns, int kNumWarps, bool kReloadRows = false>
+// Tiles of kRows rows, 8 kRowsPerLane for each of kNumWarps warps, against tiles of kTileColumns columns;
+// both are rows of head_dim elements in memory. With kReloadRows the left operand is read from shared memory
+// for each product instead of being kept in registers.
+template <class T, int kHeadDim_, int kRowsPerLane_, int kTileColumns, int kNumWarps,
+          bool kReloadRows = false>
 struct TensorCoreProducts {
   using Element = T;
   static constexpr int kHeadDim = kHeadDim_;
@@ -22,24 +25,41 @@ struct TensorCoreProducts {
   using Scores = Fragment<kColumns, kRowsPerLane>;
   using Result = Fragment<kHeadDim, kRowsPerLane>;
 
-  // Of chunk c (8 elements, 16 bytes) of a row, so that eight rows' chunks lie in different banks.
-  static __device__ __forceinline__ int offset(int row, int chunk) {
-    constexpr int kChunksInBanks = kChunks < 8 ? kChunks : 8;
-    return row * kHeadDim + (chunk ^ (row / (8 / kChunksInBanks) % kChunksInBanks)) * 8;
+  // A chunk (8 elements, 16 bytes) of a row, where eight rows' chunks lie in different banks. The permutation
+  // repeats every 8 rows: at(tile, row + 8 i, chunk) is at(tile, row, chunk) + 8 i * kHeadDim.
+  template <class Tile>
+  static __device__ __forceinline__ Tile* at(Tile* tile, unsigned row, unsigned chunk) {
+    constexpr unsigned kPermuted = kChunks < 8 ? kChunks : 8;
+    const unsigned bytes = row * (2 * kHeadDim) + (chunk ^ (row / (8 / kPermuted) % kPermuted)) * 16;
+    using Byte = std::conditional_t<std::is_const_v<Tile>, const char, char>;
+    return reinterpret_cast<Tile*>(reinterpret_cast<Byte*>(tile) + bytes);
   }
 
-  // Starts to load kTileRows rows: row_at(i) is the row of x that becomes row i, or -1 for zeros.
-  template <int kTileRows, class RowAt>
-  static __device__ __forceinline__ void load(T* tile, const Source& x, RowAt row_at) {
-    constexpr int kRowsAtOnce = kThreads / kChunks;
-    const int chunk = static_cast<int>(threadIdx.x) % kChunks;
-    const T* data = static_cast<const T*>(x.data) + chunk * 8;
+  // Starts to load kTileRows rows of x from `first` on; zeros from row `stop` on if kHasEnd.
+  template <int kTileRows, bool kHasEnd>
+  static __device__ __forceinline__ void load(T* tile, const Source& x, int first, int stop) {
+    const int chunk = threadIdx.x % kChunks, thread_row = threadIdx.x / kChunks;
+    const T* source = static_cast<const T*>(x.data) + x.offset(first + thread_row) + chunk * 8;
+    const int64_t stride = static_cast<int64_t>(kRowsAtOnce) * x.row_stride;
 #pragma unroll
-    for (int first = 0; first < kTileRows; first += kRowsAtOnce) {
-      const int i = first + static_cast<int>(threadIdx.x) / kChunks;
-      if (kTileRows % kRowsAtOnce != 0 && i >= kTileRows) break;
+    for (int i = 0; i < kTileRows; i += kRowsAtOnce) {
+      const bool exists = !kHasEnd || first + thread_row + i < stop;
+      T* target =
+          kRowsAtOnce % 8 == 0 ? at(tile, thread_row, chunk) + i * kHeadDim : at(tile, thread_row + i, chunk);
+      copy_async(target, exists ? source : x.data, exists);
+      source += stride;
+    }
+  }
+
+  // The same for any rows: row_at(i) is the row of x that becomes row i, or -1 for zeros.
+  template <int kTileRows, class RowAt>
+  static __device__ __forceinline__ void gather(T* tile, const Source& x, RowAt row_at) {
+    const int chunk = threadIdx.x % kChunks, thread_row = threadIdx.x / kChunks;
+    const T* data = static_cast<const T*>(x.data) + chunk * 8;
+#pragma unroll 1
+    for (int i = thread_row; i < kTileRows; i += kRowsAtOnce) {
       const int row = row_at(i);
-      copy_async(tile + offset(i, chunk), data + (row < 0 ? 0 : row) * x.row_stride, row >= 0);
+      copy_async(at(tile, i, chunk), data + x.offset(row < 0 ? 0 : row), row >= 0);
     }
   }
 
@@ -47,7 +67,7 @@ struct TensorCoreProducts {
   class Rows {
    public:
     __device__ __forceinline__ void set(const T* tile) {
-      tile_ = tile + offset(warp_id() * kWarpRows, 0);
+      tile_ = tile + warp_id() * kWarpRows * kHeadDim;
       if constexpr (!kReloadRows) {
 #pragma unroll
         for (int k = 0; k < kHeadDim / 16; ++k) read(a_[k], k);
@@ -68,9 +88,10 @@ struct TensorCoreProducts {
 
    private:
     __device__ __forceinline__ void read(uint32_t (&a)[kRowsPerLane / 2][4], int k) const {
+      const unsigned lane = threadIdx.x % kWarpSize;
 #pragma unroll
       for (int m = 0; m < kRowsPerLane / 2; ++m) {
-        ldmatrix(a[m], tile_ + offset(m * 16 + lane_id() % 16, 2 * k + lane_id() / 16));
+        ldmatrix(a[m], at(tile_ + m * 16 * kHeadDim, lane % 16, 2 * k + lane / 16));
       }
     }
     const T* tile_;
@@ -78,9 +99,10 @@ struct TensorCoreProducts {
   };
 
   // scores = rows tile^T, tile [kColumns, kHeadDim]
-  static __device__ __forceinline__ void multiply_transposed(Scores& scores, const Rows& rows, const T* tile) {
-    scores.clear();
-    const int row = lane_id() % 8 + lane_id() / 16 * 8, chunk = lane_id() / 8 % 2;
+  static __device__ __forceinline__ void multiply_transposed(Scores& scores, const Rows& rows,
+                                                             const T* tile) {
+    const float zero[4] = {0, 0, 0, 0};
+    const unsigned lane = threadIdx.x % kWarpSize, row = lane % 8 + lane / 16 * 8, chunk = lane / 8 % 2;
 #pragma unroll
     for (int k = 0; k < kHeadDim / 16; ++k) {
       uint32_t a[kRowsPerLane / 2][4];
@@ -88,11 +110,17 @@ struct TensorCoreProducts {
 #pragma unroll
       for (int n = 0; n < kColumns / 16; ++n) {
         uint32_t b[4];
-        ldmatrix(b, tile + offset(n * 16 + row, 2 * k + chunk));
+        ldmatrix(b, at(tile + n * 16 * kHeadDim, row, 2 * k + chunk));
 #pragma unroll
         for (int m = 0; m < kRowsPerLane / 2; ++m) {
-          mma<T>(scores.x[2 * n][m], a[m], b[0], b[1]);
-          mma<T>(scores.x[2 * n + 1][m], a[m], b[2], b[3]);
+          float (&left)[4] = scores.x[2 * n][m], (&right)[4] = scores.x[2 * n + 1][m];
+          if (k == 0) {
+            mma<T>(left, a[m], b[0], b[1], zero);
+            mma<T>(right, a[m], b[2], b[3], zero);
+          } else {
+            mma<T>(left, a[m], b[0], b[1], left);
+            mma<T>(right, a[m], b[2], b[3], right);
+          }
         }
       }
     }
@@ -100,6 +128,7 @@ struct TensorCoreProducts {
 
   // result += p tile, tile [kColumns, kHeadDim]; p is rounded to T.
   static __device__ __forceinline__ void accumulate(Result& result, const Scores& p, const T* tile) {
+    const unsigned lane = threadIdx.x % kWarpSize;
 #pragma unroll
     for (int k = 0; k < kColumns / 16; ++k) {
       uint32_t a[kRowsPerLane / 2][4];
@@ -113,28 +142,30 @@ struct TensorCoreProducts {
 #pragma unroll
       for (int d = 0; d < kHeadDim / 16; ++d) {
         uint32_t b[4];
-        ldmatrix_transposed(b, tile + offset(k * 16 + lane_id() % 16, 2 * d + lane_id() / 16));
+        ldmatrix_transposed(b, at(tile + k * 16 * kHeadDim, lane % 16, 2 * d + lane / 16));
 #pragma unroll
         for (int m = 0; m < kRowsPerLane / 2; ++m) {
-          mma<T>(result.x[2 * d][m], a[m], b[0], b[1]);
-          mma<T>(result.x[2 * d + 1][m], a[m], b[2], b[3]);
+          mma<T>(result.x[2 * d][m], a[m], b[0], b[1], result.x[2 * d][m]);
+          mma<T>(result.x[2 * d + 1][m], a[m], b[2], b[3], result.x[2 * d + 1][m]);
         }
       }
     }
   }
 
   // Elements d, d + 1 of a row.
-  static __device__ __forceinline__ float2 read_pair(const Source& x, int64_t row, int d) {
-    const auto pair =
-        *reinterpret_cast<const uint32_t*>(static_cast<const T*>(x.data) + row * x.row_stride + d);
-    return make_float2(to_float(T{static_cast<uint16_t>(pair)}), to_float(T{static_cast<uint16_t>(pair >> 16)}));
+  static __device__ __forceinline__ float2 read_pair(const Source& x, int row, int d) {
+    const auto pair = *reinterpret_cast<const uint32_t*>(static_cast<const T*>(x.data) + x.offset(row) + d);
+    return make_float2(to_float(T{static_cast<uint16_t>(pair)}),
+                       to_float(T{static_cast<uint16_t>(pair >> 16)}));
   }
-  static __device__ __forceinline__ void write_pair(const Target& x, int64_t row, int d, float x0, float x1) {
-    *reinterpret_cast<uint32_t*>(static_cast<T*>(x.data) + row * x.row_stride + d) = pack<T>(x0, x1);
+  static __device__ __forceinline__ void write_pair(const Target& x, int row, int d, float x0, float x1) {
+    *reinterpret_cast<uint32_t*>(static_cast<T*>(x.data) + x.offset(row) + d) = pack<T>(x0, x1);
   }
 
  private:
-  static constexpr int kChunks = kHeadDim / 8;
+  static constexpr int kChunks = kHeadDim / 8;  // of a row
+  static constexpr int kRowsAtOnce = kThreads / kChunks;
+  static_assert(kRows % kRowsAtOnce == 0 && kColumns % kRowsAtOnce == 0, "every thread loads as many chunks");
 };
 
 }  // namespace led::cuda
