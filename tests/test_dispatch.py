@@ -5,12 +5,16 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
 
-from led_kernels import BackendUnavailable, LongformerMask, banded_attention, dispatch
+import led_kernels
+from led_kernels import BackendUnavailable, LongformerMask, backends, banded_attention, dispatch
+from led_kernels.backends._gpu import check_grid
 
 ROOT = Path(__file__).parents[1]
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -26,6 +30,45 @@ def python(code: str, *args: str, **environment: str) -> subprocess.CompletedPro
 def attend(**settings) -> torch.Tensor:
     mask = LongformerMask.from_lengths([4], 4)
     return banded_attention(*torch.randn(3, 1, 4, 1, 8), mask, window_size=1, **settings)
+
+
+@pytest.fixture
+def gpu(monkeypatch) -> Callable[[tuple[int, int]], None]:
+    """Makes torch report a GPU of a compute capability."""
+
+    def report(capability: tuple[int, int]) -> None:
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "this GPU")
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+
+    return report
+
+
+@pytest.fixture
+def extension(monkeypatch) -> Callable[..., None]:
+    """Puts an extension with CUDA kernels, or without, in place of led_kernels._C."""
+
+    def replace(
+        compiled: tuple[int, ...] = (75, 80, 90),
+        ptx: int = 90,
+        device_type: str = "cuda",
+        with_cuda: bool = True,
+    ) -> None:
+        fake = ModuleType("led_kernels._C")
+        if with_cuda:
+            fake.cuda_banded_forward = None
+            fake.cuda_architectures = lambda: (list(compiled), ptx)
+            fake.cuda_device_type = lambda: device_type
+        monkeypatch.setitem(sys.modules, "led_kernels._C", fake)
+        monkeypatch.setattr(led_kernels, "_C", fake, raising=False)
+        for name in ("_extension", "cuda"):  # imported anew, and after the test the old ones again
+            monkeypatch.setattr(backends, name, None, raising=False)
+            monkeypatch.delitem(sys.modules, f"led_kernels.backends.{name}", raising=False)
+        monkeypatch.setattr(dispatch, "_import_refusal", dispatch._import_refusal.__wrapped__)
+
+    yield replace
+    for name in ("_extension", "cuda"):
+        sys.modules.pop(f"led_kernels.backends.{name}", None)
 
 
 class TestCanRun:
@@ -54,18 +97,16 @@ class TestCanRun:
             dispatch.can_run_cpu(CUDA, raise_error=True)
 
     @pytest.mark.parametrize("backend", ["triton", "cuda"])
-    def test_gpu_backends_refuse_the_cpu(self, backend):
+    def test_gpu_backends_refuse_the_cpu(self, backend, extension):
+        extension()
         assert not dispatch.can_run(backend, CPU)
-        reason = r"it takes tensors on cuda|does not hold it"
-        with pytest.raises(BackendUnavailable, match=reason):
+        with pytest.raises(BackendUnavailable, match=r"it takes tensors on cuda|Triton cannot be imported"):
             dispatch.can_run(backend, CPU, raise_error=True)
 
     @pytest.mark.parametrize("capability", [(7, 5), (8, 0), (9, 0)])
-    def test_triton_refuses_turing(self, capability, monkeypatch):
+    def test_triton_refuses_turing(self, capability, gpu):
         pytest.importorskip("triton")
-        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-        monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "this GPU")
-        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+        gpu(capability)
         if capability >= (8, 0):
             assert dispatch.can_run_triton(CUDA, torch.bfloat16, raise_error=True)
         else:
@@ -91,8 +132,9 @@ class TestCanRun:
 
     @pytest.mark.skipif(HAS_GPU, reason="torch sees a GPU")
     @pytest.mark.parametrize("backend", ["triton", "cuda"])
-    def test_gpu_backends_need_a_gpu(self, backend):
-        with pytest.raises(BackendUnavailable, match=r"torch sees no GPU|does not hold it"):
+    def test_gpu_backends_need_a_gpu(self, backend, extension):
+        extension()
+        with pytest.raises(BackendUnavailable, match=r"torch sees no GPU|Triton cannot be imported"):
             dispatch.can_run(backend, CUDA, raise_error=True)
 
     def test_unknown_name(self):
@@ -100,6 +142,104 @@ class TestCanRun:
             ValueError, match="backend is 'metal'; give one of reference, torch, cpu, triton, cuda"
         ):
             dispatch.can_run("metal")
+
+
+class TestCanRunCuda:
+    """Each build on each GPU: machine code runs on later minor capabilities, PTX on all later ones."""
+
+    @pytest.mark.parametrize(
+        ("compiled", "ptx", "capability"),
+        [
+            ((75, 80, 90), 90, (7, 5)),
+            ((75, 80, 90), 90, (8, 9)),
+            ((75, 80, 90), 90, (12, 0)),
+            ((75,), 75, (8, 0)),
+        ],
+    )
+    @pytest.mark.parametrize("dtype", [None, torch.float32, torch.float16, torch.bfloat16, torch.float64])
+    def test_serves(self, compiled, ptx, capability, dtype, extension, gpu):
+        extension(compiled, ptx)
+        gpu(capability)
+        if dtype == torch.float64:
+            with pytest.raises(
+                BackendUnavailable, match="it computes in float16, bfloat16, float32, not float64"
+            ):
+                dispatch.can_run_cuda(CUDA, dtype, raise_error=True)
+        elif dtype == torch.bfloat16 and 75 in (compiled[-1], 10 * capability[0] + capability[1]):
+            with pytest.raises(BackendUnavailable, match="runs the code for sm_75, bfloat16 needs sm_80"):
+                dispatch.can_run_cuda(CUDA, dtype, raise_error=True)
+        else:
+            assert dispatch.can_run_cuda(CUDA, dtype, raise_error=True)
+
+    @pytest.mark.parametrize(
+        ("compiled", "ptx", "capability", "built"),
+        [
+            ((86,), 0, (8, 0), "sm_86"),
+            ((75, 80, 90), 0, (10, 0), "sm_75, sm_80, sm_90"),
+            ((90,), 90, (8, 9), "sm_90, and as PTX of sm_90 for later ones"),
+        ],
+    )
+    def test_other_architectures(self, compiled, ptx, capability, built, extension, gpu):
+        extension(compiled, ptx)
+        gpu(capability)
+        major, minor = capability
+        message = (
+            rf"this GPU has compute capability {major}\.{minor}, the kernels were built for {built}; reinstall "
+            rf"led-kernels with LED_KERNELS_CUDA_ARCHS={major}\.{minor}, or"
+        )
+        with pytest.raises(BackendUnavailable, match=message):
+            dispatch.can_run_cuda(CUDA, raise_error=True)
+
+    def test_too_old(self, extension, gpu):
+        extension()
+        gpu((7, 0))
+        with pytest.raises(
+            BackendUnavailable, match=r"compute capability 7\.0, the kernels need 7\.5 or newer"
+        ):
+            dispatch.can_run_cuda(CUDA, raise_error=True)
+
+    def test_built_without(self, extension):
+        extension(with_cuda=False)
+        with pytest.raises(
+            BackendUnavailable, match=r"built without the CUDA kernels \(.+\); install CUDA's nvcc"
+        ):
+            dispatch.can_run_cuda(CUDA, raise_error=True)
+
+    def test_rocm(self, extension, gpu, monkeypatch):
+        extension()
+        gpu((9, 4))
+        monkeypatch.setattr(torch.version, "hip", "6.4")
+        with pytest.raises(BackendUnavailable, match="for NVIDIA GPUs and this torch is for ROCm"):
+            dispatch.can_run_cuda(CUDA, raise_error=True)
+
+    def test_compiled_for_the_cpu(self, extension, monkeypatch):
+        monkeypatch.delenv("LED_KERNELS_BACKEND", raising=False)
+        extension((), 0, device_type="cpu")
+        assert dispatch.can_run_cuda(CPU, torch.bfloat16, raise_error=True)
+        with pytest.raises(BackendUnavailable, match="it takes tensors on cpu, these are on cuda"):
+            dispatch.can_run_cuda(CUDA, raise_error=True)
+        assert dispatch.choose_backend(CPU, torch.bfloat16) != "cuda"
+
+    @pytest.mark.parametrize("capability", [(7, 5), (8, 0)])
+    def test_chosen_where_triton_refuses(self, capability, extension, gpu, monkeypatch):
+        pytest.importorskip("triton")
+        monkeypatch.delenv("LED_KERNELS_BACKEND", raising=False)
+        extension()
+        gpu(capability)
+        expected = "cuda" if capability < (8, 0) else "triton"
+        assert dispatch.choose_backend(CUDA, torch.float16) == expected
+
+
+def test_grid():
+    check_grid(LongformerMask.from_lengths([1] * 65535, 1), heads=65535)
+    with pytest.raises(
+        ValueError, match="mask has 65536 sequences, a launch serves at most 65,535; split the batch"
+    ):
+        check_grid(LongformerMask.from_lengths([1] * 65536, 1), heads=1)
+    with pytest.raises(
+        ValueError, match="q has 65536 heads, a launch serves at most 65,535; split the heads"
+    ):
+        check_grid(LongformerMask.from_lengths([1], 1), heads=65536)
 
 
 class TestChoice:
@@ -154,14 +294,16 @@ assert dispatch.choose_backend(torch.device("cpu"), torch.float32) == "torch"
 x = torch.randn(1, 9, 2, 8, requires_grad=True)
 mask = LongformerMask.from_lengths([9], 9, [0])
 longformer_attention(x, x, x, x, x, x, mask, window_size=2).sum().backward()
-try:
-    longformer_attention(x, x, x, x, x, x, mask, window_size=2, backend="cpu")
-except BackendUnavailable as error:
-    print(error)
+for backend in ("cpu", "cuda"):
+    try:
+        longformer_attention(x, x, x, x, x, x, mask, window_size=2, backend=backend)
+    except BackendUnavailable as error:
+        print(error)
 """
     result = python(code)
     assert result.returncode == 0, result.stderr
-    assert "backend 'cpu' cannot run: the extension led_kernels._C is not there" in result.stdout
+    for backend in ("cpu", "cuda"):
+        assert f"backend '{backend}' cannot run: the extension led_kernels._C is not there" in result.stdout
     assert "install a C++17 compiler and reinstall led-kernels" in result.stdout
 
 
