@@ -136,6 +136,7 @@ class BuildExt(build_ext):
         reason = compiler_error[0] if compiler_error and not is_nvcc else str(failure)
         error_file.write_text(reason + "\n", encoding="utf-8")
         if not ext.optional or CUDA == "1" or isinstance(failure, OptionError):
+            ext.optional = False  # setuptools would go on without it
             raise failure
         self.warn(
             f"led-kernels is installed without its compiled kernels, as building them failed: {reason}\n"
