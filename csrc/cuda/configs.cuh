@@ -1,6 +1,8 @@
 // Tile sizes by kernel, element type and head_dim, and the choice of a kernel's instance at run time.
 #pragma once
 
+#include <type_traits>
+
 #include "fma.cuh"
 #include "launch.h"
 #include "launchers.h"
@@ -8,33 +10,30 @@
 
 namespace led::cuda {
 
-// For products with the elements of `T` on tensor cores; float: by multiply-adds, for any dtype. Every choice
-// stays within 64 KB of shared memory, which is what sm_75 has, and 255 registers.
+// For products of elements of `T` on tensor cores; float: by multiply-adds, for any dtype. Every choice stays
+// within 64 KB of shared memory, which is what sm_75 has, and without spills on tensor cores.
 template <class T, int kHeadDim>
 struct Tiles {
   static constexpr int kColumns = kHeadDim <= 64 ? 64 : 32;
-  // two products share each load of an operand from shared memory
+  // 32 rows a warp share each load of k and v from shared memory
   using Forward = TensorCoreProducts<T, kHeadDim, kHeadDim <= 64 ? 4 : 2, kColumns, 4>;
   using Dq = TensorCoreProducts<T, kHeadDim, 2, kColumns, 4>;
   using Dkdv = TensorCoreProducts<T, kHeadDim, 2, kColumns, 4, /*kReloadRows=*/(kHeadDim > 64)>;
-  // global queries: one warp where 16 rows hold them all
-  using FewForward = TensorCoreProducts<T, kHeadDim, 2, kColumns, 1>;
-  using ManyForward = TensorCoreProducts<T, kHeadDim, 2, kColumns, 4>;
-  using FewDq = TensorCoreProducts<T, kHeadDim, 2, kColumns, 1>;
-  using ManyDq = Dq;
+  // Of global tokens. One warp where they are few, as 16 rows then hold them.
+  using DkdvGlobals = TensorCoreProducts<T, kHeadDim, 2, 32, 1, /*kReloadRows=*/(kHeadDim > 64)>;
+  using FewGlobalQueries = TensorCoreProducts<T, kHeadDim, 2, kColumns, 1>;
+  using ManyGlobalQueries = TensorCoreProducts<T, kHeadDim, 2, kColumns, 4>;
 };
 
 template <int kHeadDim>
 struct Tiles<float, kHeadDim> {
-  static constexpr int kRowsPerLane = kHeadDim <= 64 ? 2 : 1;
   static constexpr int kColumns = kHeadDim <= 128 ? 32 : 16;
-  using Forward = FmaProducts<kHeadDim, kRowsPerLane, kColumns, kHeadDim <= 128 ? 4 : 2>;
+  using Forward = FmaProducts<kHeadDim, kHeadDim <= 64 ? 2 : 1, kColumns, kHeadDim <= 128 ? 4 : 2>;
   using Dq = Forward;
   using Dkdv = Forward;
-  using FewForward = FmaProducts<kHeadDim, 1, kColumns, 1>;
-  using ManyForward = Forward;
-  using FewDq = FewForward;
-  using ManyDq = Forward;
+  using DkdvGlobals = FmaProducts<kHeadDim, 1, kColumns, 1>;
+  using FewGlobalQueries = DkdvGlobals;
+  using ManyGlobalQueries = Forward;
 };
 
 // Calls f(T{}, has_dropout) with the element type (float for Unit::kFma) and a std::bool_constant.
@@ -58,6 +57,16 @@ void choose_instance(const Arguments& a, Unit unit, F f) {
     }
   }
   with_dropout(float{});
+}
+
+// Calls f(Few{}) where its rows hold all global tokens, else f(Many{}).
+template <class Few, class Many, class F>
+void choose_warps(const Arguments& a, F f) {
+  if (a.p.mask.max_globals <= Few::kRows) {
+    f(Few{});
+  } else {
+    f(Many{});
+  }
 }
 
 inline unsigned ceil_div(int64_t a, int64_t b) {

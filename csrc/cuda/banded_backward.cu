@@ -1,0 +1,279 @@
+// Banded attention, backward, in three steps: dq (which leaves delta behind) by tiles of queries; dk and dv
+// by tiles of keys, from the queries whose band holds them; dk and dv of global keys, which every local query
+// sees, in place of what the second step wrote there: by splits of the queries, then summed.
+#include "backward.cuh"
+#include "column_tiles.cuh"
+#include "configs.cuh"
+
+namespace led::cuda {
+
+template <class P, bool kDropout>
+__global__ void __launch_bounds__(P::kThreads) banded_dq_kernel(const Arguments a) {
+  const AttentionParams& p = a.p;
+  const int row_start = static_cast<int>(blockIdx.x) * P::kRows;
+  const Sequence seq(p, static_cast<int>(blockIdx.z), static_cast<int>(blockIdx.y));
+  if (row_start >= seq.num_rows) return;
+  const int first_row = row_start + warp_id() * P::kWarpRows + lane_group();
+  auto query = [&](int r) { return first_row + 8 * r; };
+
+  using Shared = SharedTiles<P, 2>;
+  const Source q = seq.source(p.q, p, seq.first_row), d_out = seq.source(p.d_out, p, seq.first_row);
+  const Source k = seq.source(p.k, p, seq.first_row), v = seq.source(p.v, p, seq.first_row);
+  const int64_t lse_start = seq.lse_offset(p.lse, seq.first_row);
+  const float* d_lse = static_cast<const float*>(p.d_lse.data);
+  const RowStatistics<P> rows = read_rows<P>(
+      a, seq.source(p.out, p, seq.first_row), d_out, static_cast<const float*>(p.lse.data) + lse_start,
+      d_lse == nullptr ? nullptr : d_lse + seq.lse_offset(p.d_lse, seq.first_row), query,
+      [&](int r) { return query(r) < seq.length; });
+#pragma unroll
+  for (int r = 0; r < P::kRowsPerLane; ++r) {
+    if (lane_in_group() == 0 && query(r) < seq.num_rows) a.delta[lse_start + query(r)] = rows.delta[r];
+  }
+
+  typename P::Result dq;
+  dq.clear();
+  if (row_start < seq.length) {  // behind that there is only padding
+    const Band band{static_cast<int>(p.window_left), static_cast<int>(p.window_right), seq.length};
+    const RowBands<P::kRowsPerLane> bands(band, query);
+    ColumnTiles<P::kColumns> tiles(band, row_start, P::kRows, seq.num_globals);
+    const bool has_padding = seq.has_padding(tiles.start, tiles.stop);
+    if (has_padding) tiles.mask_all();
+
+    P::template load<P::kRows, true>(Shared::rows(0), q, row_start, seq.length);
+    P::template load<P::kRows, true>(Shared::rows(1), d_out, row_start, seq.length);
+    typename P::Rows q_rows, d_out_rows;
+    stream<P::kStages>(
+        tiles,
+        [&](const Tile& tile, auto is_masked, int stage) {
+          load_keys<P, is_masked.value>(Shared::columns(0, stage), k, tile, seq, has_padding);
+          load_keys<P, is_masked.value>(Shared::columns(1, stage), v, tile, seq, has_padding);
+        },
+        [&] {
+          q_rows.set(Shared::rows(0));
+          d_out_rows.set(Shared::rows(1));
+        },
+        [&](const Tile& tile, auto is_masked, int stage) {
+          accumulate_dq<P, kDropout>(
+              dq, q_rows, d_out_rows, rows, Shared::columns(0, stage), Shared::columns(1, stage), a.qk_scale,
+              [&](typename P::Scores& scores) {
+                if constexpr (is_masked.value) mask_scores(scores, tile, bands, seq, has_padding);
+              },
+              [&] { return keep_of_keys<P>(a, seq, tile, query); });
+        });
+  }
+  const float scale = a.softmax_scale * a.keep_scale;
+  write_rows<P>(
+      seq.target(p.dq, p, seq.first_row), dq, seq.num_rows, query, [&](int r) { return rows.has_result(r); },
+      [&](int) { return scale; });
+}
+
+// Loads a tile of queries: zeros where there is none, and in place of other than local tokens if has_others.
+template <class P, bool kIsMasked>
+__device__ __forceinline__ void load_queries(typename P::Element* shared, const Source& x, int start,
+                                             int stop, const Sequence& seq, bool has_others) {
+  if (kIsMasked && has_others) {
+    P::template gather<P::kColumns>(shared, x, [&](int i) {
+      return start + i < stop && seq.token_kind[start + i] == kLocal ? start + i : -1;
+    });
+  } else {
+    P::template load<P::kColumns, kIsMasked>(shared, x, start, stop);
+  }
+}
+
+// Whether one of the positions start ... stop - 1 is padding or global: what its q and d_out hold need not be
+// finite.
+__device__ __forceinline__ bool has_others_than_local(const Sequence& seq, int start, int stop) {
+  bool found = false;
+  for (int i = start + static_cast<int>(threadIdx.x); i < stop; i += static_cast<int>(blockDim.x)) {
+    found |= seq.token_kind[i] != kLocal;
+  }
+  return __syncthreads_or(found) != 0;
+}
+
+template <class P, bool kDropout>
+__global__ void __launch_bounds__(P::kThreads) banded_dkdv_kernel(const Arguments a) {
+  const AttentionParams& p = a.p;
+  const int row_start = static_cast<int>(blockIdx.x) * P::kRows;
+  const Sequence seq(p, static_cast<int>(blockIdx.z), static_cast<int>(blockIdx.y));
+  if (row_start >= seq.num_rows) return;
+  const int warp_start = row_start + warp_id() * P::kWarpRows;
+  auto key = [&](int r) { return warp_start + lane_group() + 8 * r; };
+
+  typename P::Result dk, dv;
+  dk.clear();
+  dv.clear();
+  if (row_start < seq.length) {  // behind that there is only padding
+    using Shared = SharedTiles<P, 2>;
+    const Source q = seq.source(p.q, p, seq.first_row), d_out = seq.source(p.d_out, p, seq.first_row);
+    const Source k = seq.source(p.k, p, seq.first_row), v = seq.source(p.v, p, seq.first_row);
+    const int64_t lse_start = seq.lse_offset(p.lse, seq.first_row);
+    const float *lse = static_cast<const float*>(p.lse.data) + lse_start, *delta = a.delta + lse_start;
+    const Band band{static_cast<int>(p.window_right), static_cast<int>(p.window_left), seq.length};
+    const RowBands<P::kRowsPerLane> bands(band, key);
+    ColumnTiles<P::kColumns> tiles(band, row_start, P::kRows, 0);
+    const bool has_others = has_others_than_local(seq, tiles.start, tiles.stop);
+    if (has_others) tiles.mask_all();
+
+    P::template load<P::kRows, true>(Shared::rows(0), k, row_start, seq.length);
+    P::template load<P::kRows, true>(Shared::rows(1), v, row_start, seq.length);
+    typename P::Rows k_rows, v_rows;
+    stream<P::kStages>(
+        tiles,
+        [&](const Tile& tile, auto is_masked, int stage) {
+          load_queries<P, is_masked.value>(Shared::columns(0, stage), q, tile.start, seq.length, seq,
+                                           has_others);
+          load_queries<P, is_masked.value>(Shared::columns(1, stage), d_out, tile.start, seq.length, seq,
+                                           has_others);
+        },
+        [&] {
+          k_rows.set(Shared::rows(0));
+          v_rows.set(Shared::rows(1));
+        },
+        [&](const Tile& tile, auto is_masked, int stage) {
+          ColumnStatistics<P> columns;
+          columns.template read<is_masked.value>(lse, delta, tile.start, seq.length);
+          accumulate_dkdv<P, kDropout>(
+              dk, dv, k_rows, v_rows, columns, Shared::columns(0, stage), Shared::columns(1, stage),
+              a.qk_scale,
+              [&](typename P::Scores& scores) {
+                if constexpr (is_masked.value) mask_scores(scores, tile, bands, seq, false);
+              },
+              [&] {
+                return Dropout(a, seq, kBandedStream)
+                    .of_queries<P::kColumns, P::kRowsPerLane>(warp_start,
+                                                              [&](int i) { return tile.start + i; });
+              });
+        });
+  }
+  auto exists = [&](int r) { return key(r) < seq.length && seq.token_kind[key(r)] != kPadding; };
+  const float dk_scale = a.softmax_scale * a.keep_scale, dv_scale = a.keep_scale;
+  write_rows<P>(seq.target(p.dk, p, seq.first_row), dk, seq.num_rows, key, exists,
+                [&](int) { return dk_scale; });
+  write_rows<P>(seq.target(p.dv, p, seq.first_row), dv, seq.num_rows, key, exists,
+                [&](int) { return dv_scale; });
+}
+
+// [num_splits, batch, max_globals, heads, head_dim], twice: dk and dv
+struct GlobalPartials {
+  float* data;
+  int64_t slot_stride, split_stride;
+
+  __device__ __forceinline__ GlobalPartials(const Arguments& a, const Sequence& seq, int operand) {
+    const AttentionParams& p = a.p;
+    slot_stride = p.heads * p.head_dim;
+    split_stride = p.batch * p.mask.max_globals * slot_stride;
+    data = a.partials + operand * a.num_splits * split_stride + seq.batch * p.mask.max_globals * slot_stride +
+           seq.head * p.head_dim;
+  }
+};
+
+// What one split of the local queries adds to dk, dv of a tile of global keys: without the scales.
+template <class P, bool kDropout>
+__global__ void __launch_bounds__(P::kThreads) banded_dkdv_globals_kernel(const Arguments a) {
+  const AttentionParams& p = a.p;
+  const int split = static_cast<int>(blockIdx.x) % a.num_splits;
+  const int slot_start = static_cast<int>(blockIdx.x) / a.num_splits * P::kRows;
+  const Sequence seq(p, static_cast<int>(blockIdx.z), static_cast<int>(blockIdx.y));
+  const int start = split * a.split_size, stop = min(start + a.split_size, seq.length);
+  if (start >= stop || slot_start >= seq.num_globals) return;
+  const int first_slot = slot_start + warp_id() * P::kWarpRows + lane_group();
+  auto slot = [&](int r) { return first_slot + 8 * r; };
+  int key[P::kRowsPerLane];
+#pragma unroll
+  for (int r = 0; r < P::kRowsPerLane; ++r)
+    key[r] = slot(r) < seq.num_globals ? seq.global_index[slot(r)] : 0;
+
+  using Shared = SharedTiles<P, 2>;
+  const Source q = seq.source(p.q, p, seq.first_row), d_out = seq.source(p.d_out, p, seq.first_row);
+  const Source k = seq.source(p.k, p, seq.first_row), v = seq.source(p.v, p, seq.first_row);
+  const int64_t lse_start = seq.lse_offset(p.lse, seq.first_row);
+  const float *lse = static_cast<const float*>(p.lse.data) + lse_start, *delta = a.delta + lse_start;
+  ColumnTiles<P::kColumns> tiles(start, stop);
+  const bool has_others = has_others_than_local(seq, start, stop);
+  if (has_others) tiles.mask_all();
+
+  auto global_row = [&](int i) {
+    return slot_start + i < seq.num_globals ? seq.global_index[slot_start + i] : -1;
+  };
+  P::template gather<P::kRows>(Shared::rows(0), k, global_row);
+  P::template gather<P::kRows>(Shared::rows(1), v, global_row);
+  typename P::Rows k_rows, v_rows;
+  typename P::Result dk, dv;
+  dk.clear();
+  dv.clear();
+  stream<P::kStages>(
+      tiles,
+      [&](const Tile& tile, auto is_masked, int stage) {
+        load_queries<P, is_masked.value>(Shared::columns(0, stage), q, tile.start, stop, seq, has_others);
+        load_queries<P, is_masked.value>(Shared::columns(1, stage), d_out, tile.start, stop, seq, has_others);
+      },
+      [&] {
+        k_rows.set(Shared::rows(0));
+        v_rows.set(Shared::rows(1));
+      },
+      [&](const Tile& tile, auto is_masked, int stage) {
+        ColumnStatistics<P> columns;  // inf beyond the split, and where there is no result
+        columns.template read<is_masked.value>(lse, delta, tile.start, stop);
+        accumulate_dkdv<P, kDropout>(
+            dk, dv, k_rows, v_rows, columns, Shared::columns(0, stage), Shared::columns(1, stage), a.qk_scale,
+            [](typename P::Scores&) {},
+            [&] {
+              return Dropout(a, seq, kBandedStream)
+                  .of_pairs<P::kColumns, P::kRowsPerLane>(
+                      [&](int, int r, int) { return key[r]; },
+                      [&](int n, int, int e) { return tile.start + 8 * n + 2 * lane_in_group() + e; });
+            });
+      });
+#pragma unroll
+  for (int operand = 0; operand < 2; ++operand) {
+    const GlobalPartials partials(a, seq, operand);
+    write_partial<P>(partials.data + split * partials.split_stride, partials.slot_stride,
+                     static_cast<int>(p.head_dim), operand == 0 ? dk : dv, seq.num_globals, slot);
+  }
+}
+
+// dk and dv of one global key and head.
+template <class P>
+__global__ void __launch_bounds__(kWarpSize) banded_sum_splits_kernel(const Arguments a) {
+  const AttentionParams& p = a.p;
+  const int slot = static_cast<int>(blockIdx.x);
+  const Sequence seq(p, static_cast<int>(blockIdx.z), static_cast<int>(blockIdx.y));
+  if (slot >= seq.num_globals) return;
+  const int num_splits = (seq.length + a.split_size - 1) / a.split_size;
+#pragma unroll
+  for (int operand = 0; operand < 2; ++operand) {
+    const GlobalPartials partials(a, seq, operand);
+    const Target target = seq.target(operand == 0 ? p.dk : p.dv, p, seq.first_row);
+    const float scale = operand == 0 ? a.softmax_scale * a.keep_scale : a.keep_scale;
+    sum_splits<P>(partials.data + slot * partials.slot_stride, num_splits, partials.split_stride, target,
+                  seq.global_index[slot], scale);
+  }
+}
+
+template <int kHeadDim>
+void launch_banded_backward(const Arguments& a, Unit unit) {
+  choose_instance<kHeadDim>(a, unit, [&](auto element, auto has_dropout) {
+    using T = Tiles<decltype(element), kHeadDim>;
+    const AttentionParams& p = a.p;
+    const auto heads = static_cast<unsigned>(p.heads), batch = static_cast<unsigned>(p.batch);
+    using Dq = typename T::Dq;
+    launch(banded_dq_kernel<Dq, has_dropout.value>, dim3(ceil_div(p.max_seqlen, Dq::kRows), heads, batch),
+           Dq::kThreads, SharedTiles<Dq, 2>::kBytes, p, a);
+    using Dkdv = typename T::Dkdv;
+    launch(banded_dkdv_kernel<Dkdv, has_dropout.value>,
+           dim3(ceil_div(p.max_seqlen, Dkdv::kRows), heads, batch), Dkdv::kThreads,
+           SharedTiles<Dkdv, 2>::kBytes, p, a);
+    if (p.mask.max_globals > 0) {
+      using Globals = typename T::DkdvGlobals;
+      const unsigned slot_tiles = ceil_div(p.mask.max_globals, Globals::kRows);
+      launch(banded_dkdv_globals_kernel<Globals, has_dropout.value>,
+             dim3(slot_tiles * static_cast<unsigned>(a.num_splits), heads, batch), Globals::kThreads,
+             SharedTiles<Globals, 2>::kBytes, p, a);
+      launch(banded_sum_splits_kernel<Dq>, dim3(static_cast<unsigned>(p.mask.max_globals), heads, batch),
+             kWarpSize, 0, p, a);
+    }
+  });
+}
+template void launch_banded_backward<LED_HEAD_DIM>(const Arguments&, Unit);
+
+}  // namespace led::cuda

@@ -1,0 +1,157 @@
+// Global attention, backward: dq by splits of the keys, then summed; dk and dv by tiles of keys, each from
+// all global queries. dq's kernel leaves delta behind.
+#include "backward.cuh"
+#include "column_tiles.cuh"
+#include "configs.cuh"
+#include "global_tiles.cuh"
+
+namespace led::cuda {
+
+template <class P, bool kDropout>
+__global__ void __launch_bounds__(P::kThreads) global_dq_kernel(const Arguments a) {
+  const AttentionParams& p = a.p;
+  const Sequence seq(p, static_cast<int>(blockIdx.z), static_cast<int>(blockIdx.y));
+  const GlobalTiles<P> block(a, seq);
+  if (block.is_empty(seq)) return;
+  auto slot = [&](int r) { return block.slot(r); };
+  auto query = [&](int r) { return position_of_slot(seq, slot(r)); };
+
+  using Shared = SharedTiles<P, 2>;
+  const Source d_out = seq.source(p.d_out, p, 0);
+  const Source k = seq.source(p.k, p, seq.first_row), v = seq.source(p.v, p, seq.first_row);
+  const int64_t lse_start = seq.lse_offset(p.lse, 0);
+  const float* d_lse = static_cast<const float*>(p.d_lse.data);
+  const RowStatistics<P> rows =
+      read_rows<P>(a, seq.source(p.out, p, 0), d_out, static_cast<const float*>(p.lse.data) + lse_start,
+                   d_lse == nullptr ? nullptr : d_lse + seq.lse_offset(p.d_lse, 0), slot,
+                   [&](int r) { return slot(r) < seq.num_globals; });
+#pragma unroll
+  for (int r = 0; r < P::kRowsPerLane; ++r) {
+    if (block.split == 0 && lane_in_group() == 0 && slot(r) < seq.num_globals) {
+      a.delta[lse_start + slot(r)] = rows.delta[r];
+    }
+  }
+
+  const RowBands<P::kRowsPerLane> bands({0, block.stop, block.stop}, [](int) { return 0; });
+  ColumnTiles<P::kColumns> tiles(block.start, block.stop);
+  const bool has_padding = seq.has_padding(block.start, block.stop);
+  if (has_padding) tiles.mask_all();
+  P::template load<P::kRows, true>(Shared::rows(0), seq.source(p.q, p, 0), block.slot_start, seq.num_globals);
+  P::template load<P::kRows, true>(Shared::rows(1), d_out, block.slot_start, seq.num_globals);
+  typename P::Rows q_rows, d_out_rows;
+  typename P::Result dq;
+  dq.clear();
+  stream<P::kStages>(
+      tiles,
+      [&](const Tile& tile, auto is_masked, int stage) {
+        load_keys<P, is_masked.value>(Shared::columns(0, stage), k, tile, seq, has_padding);
+        load_keys<P, is_masked.value>(Shared::columns(1, stage), v, tile, seq, has_padding);
+      },
+      [&] {
+        q_rows.set(Shared::rows(0));
+        d_out_rows.set(Shared::rows(1));
+      },
+      [&](const Tile& tile, auto is_masked, int stage) {
+        accumulate_dq<P, kDropout>(
+            dq, q_rows, d_out_rows, rows, Shared::columns(0, stage), Shared::columns(1, stage), a.qk_scale,
+            [&](typename P::Scores& scores) {
+              if constexpr (is_masked.value) mask_scores(scores, tile, bands, seq, has_padding);
+            },
+            [&] {
+              return Dropout(a, seq, kGlobalStream).of_keys<P::kColumns, P::kRowsPerLane>(tile.start, query);
+            });
+      });
+  const int head_dim = static_cast<int>(p.head_dim);
+  write_partial<P>(split_rows(a, seq, block.split, head_dim), head_dim, head_dim, dq, seq.num_globals, slot);
+}
+
+// dq of one slot and head; zeros where the slot is not in use.
+template <class P>
+__global__ void __launch_bounds__(kWarpSize) global_sum_splits_kernel(const Arguments a) {
+  const AttentionParams& p = a.p;
+  const int slot = static_cast<int>(blockIdx.x);
+  const Sequence seq(p, static_cast<int>(blockIdx.z), static_cast<int>(blockIdx.y));
+  const int num_splits = slot < seq.num_globals ? splits_with_keys(a, seq) : 0;
+  sum_splits<P>(split_rows(a, seq, 0, p.head_dim) + slot * p.head_dim, num_splits,
+                p.mask.max_globals * p.head_dim, seq.target(p.dq, p, 0), slot,
+                a.softmax_scale * a.keep_scale);
+}
+
+template <class P, bool kDropout>
+__global__ void __launch_bounds__(P::kThreads) global_dkdv_kernel(const Arguments a) {
+  const AttentionParams& p = a.p;
+  const int row_start = static_cast<int>(blockIdx.x) * P::kRows;
+  const Sequence seq(p, static_cast<int>(blockIdx.z), static_cast<int>(blockIdx.y));
+  if (row_start >= seq.num_rows) return;
+  const int warp_start = row_start + warp_id() * P::kWarpRows;
+  auto key = [&](int r) { return warp_start + lane_group() + 8 * r; };
+
+  typename P::Result dk, dv;
+  dk.clear();
+  dv.clear();
+  if (row_start < seq.length && seq.num_globals > 0) {  // behind length there is only padding
+    using Shared = SharedTiles<P, 2>;
+    const Source q = seq.source(p.q, p, 0), d_out = seq.source(p.d_out, p, 0);
+    const int64_t lse_start = seq.lse_offset(p.lse, 0);
+    const float *lse = static_cast<const float*>(p.lse.data) + lse_start, *delta = a.delta + lse_start;
+    const ColumnTiles<P::kColumns> tiles(0, seq.num_globals);
+    P::template load<P::kRows, true>(Shared::rows(0), seq.source(p.k, p, seq.first_row), row_start,
+                                     seq.length);
+    P::template load<P::kRows, true>(Shared::rows(1), seq.source(p.v, p, seq.first_row), row_start,
+                                     seq.length);
+    typename P::Rows k_rows, v_rows;
+    stream<P::kStages>(
+        tiles,
+        [&](const Tile& tile, auto is_masked, int stage) {
+          P::template load<P::kColumns, is_masked.value>(Shared::columns(0, stage), q, tile.start,
+                                                         seq.num_globals);
+          P::template load<P::kColumns, is_masked.value>(Shared::columns(1, stage), d_out, tile.start,
+                                                         seq.num_globals);
+        },
+        [&] {
+          k_rows.set(Shared::rows(0));
+          v_rows.set(Shared::rows(1));
+        },
+        [&](const Tile& tile, auto is_masked, int stage) {
+          ColumnStatistics<P> columns;
+          columns.template read<is_masked.value>(lse, delta, tile.start, seq.num_globals);
+          accumulate_dkdv<P, kDropout>(
+              dk, dv, k_rows, v_rows, columns, Shared::columns(0, stage), Shared::columns(1, stage),
+              a.qk_scale, [](typename P::Scores&) {},  // lse is inf where there is no query
+              [&] {
+                return Dropout(a, seq, kGlobalStream)
+                    .of_queries<P::kColumns, P::kRowsPerLane>(
+                        warp_start, [&](int i) { return position_of_slot(seq, tile.start + i); });
+              });
+        });
+  }
+  auto exists = [&](int r) { return key(r) < seq.length && seq.token_kind[key(r)] != kPadding; };
+  const float dk_scale = a.softmax_scale * a.keep_scale, dv_scale = a.keep_scale;
+  write_rows<P>(seq.target(p.dk, p, seq.first_row), dk, seq.num_rows, key, exists,
+                [&](int) { return dk_scale; });
+  write_rows<P>(seq.target(p.dv, p, seq.first_row), dv, seq.num_rows, key, exists,
+                [&](int) { return dv_scale; });
+}
+
+template <int kHeadDim>
+void launch_global_backward(const Arguments& a, Unit unit) {
+  choose_instance<kHeadDim>(a, unit, [&](auto element, auto has_dropout) {
+    using T = Tiles<decltype(element), kHeadDim>;
+    const AttentionParams& p = a.p;
+    const auto heads = static_cast<unsigned>(p.heads), batch = static_cast<unsigned>(p.batch);
+    choose_warps<typename T::FewGlobalQueries, typename T::Dq>(a, [&](auto products) {
+      using P = decltype(products);
+      const unsigned blocks = ceil_div(p.mask.max_globals, P::kRows) * static_cast<unsigned>(a.num_splits);
+      launch(global_dq_kernel<P, has_dropout.value>, dim3(blocks, heads, batch), P::kThreads,
+             SharedTiles<P, 2>::kBytes, p, a);
+      launch(global_sum_splits_kernel<P>, dim3(static_cast<unsigned>(p.mask.max_globals), heads, batch),
+             kWarpSize, 0, p, a);
+    });
+    using P = typename T::Dkdv;
+    launch(global_dkdv_kernel<P, has_dropout.value>, dim3(ceil_div(p.max_seqlen, P::kRows), heads, batch),
+           P::kThreads, SharedTiles<P, 2>::kBytes, p, a);
+  });
+}
+template void launch_global_backward<LED_HEAD_DIM>(const Arguments&, Unit);
+
+}  // namespace led::cuda

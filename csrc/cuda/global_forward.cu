@@ -1,0 +1,114 @@
+// Global attention, forward: each global query over every key of its sequence. The keys are split among
+// blocks, as there are few queries; a second kernel merges what they found.
+#include "column_tiles.cuh"
+#include "configs.cuh"
+#include "forward.cuh"
+#include "global_tiles.cuh"
+
+namespace led::cuda {
+
+// A row of partial results: acc [head_dim], row_max, row_sum.
+template <class P, bool kDropout>
+__global__ void __launch_bounds__(P::kThreads) global_forward_kernel(const Arguments a) {
+  const AttentionParams& p = a.p;
+  const Sequence seq(p, static_cast<int>(blockIdx.z), static_cast<int>(blockIdx.y));
+  const GlobalTiles<P> block(a, seq);
+  if (block.is_empty(seq)) return;
+  auto slot = [&](int r) { return block.slot(r); };
+  auto query = [&](int r) { return position_of_slot(seq, slot(r)); };
+
+  using Shared = SharedTiles<P, 1>;
+  const Source k = seq.source(p.k, p, seq.first_row), v = seq.source(p.v, p, seq.first_row);
+  const RowBands<P::kRowsPerLane> bands({0, block.stop, block.stop}, [](int) { return 0; });
+  ColumnTiles<P::kColumns> tiles(block.start, block.stop);
+  const bool has_padding = seq.has_padding(block.start, block.stop);
+  if (has_padding) tiles.mask_all();
+
+  P::template load<P::kRows, true>(Shared::rows(0), seq.source(p.q, p, 0), block.slot_start, seq.num_globals);
+  typename P::Rows q_rows;
+  OnlineSoftmax<P> softmax;
+  stream<P::kStages>(
+      tiles,
+      [&](const Tile& tile, auto is_masked, int stage) {
+        load_keys<P, is_masked.value>(Shared::columns(0, stage), k, tile, seq, has_padding);
+        load_keys<P, is_masked.value>(Shared::columns(1, stage), v, tile, seq, has_padding);
+      },
+      [&] { q_rows.set(Shared::rows(0)); },
+      [&](const Tile& tile, auto is_masked, int stage) {
+        typename P::Scores scores;
+        P::multiply_transposed(scores, q_rows, Shared::columns(0, stage));
+        if constexpr (is_masked.value) mask_scores(scores, tile, bands, seq, has_padding);
+        softmax.update(scores, a.qk_scale);
+        if constexpr (kDropout) {
+          const Dropout dropout(a, seq, kGlobalStream);
+          keep_elements(scores, dropout.of_keys<P::kColumns, P::kRowsPerLane>(tile.start, query), 0.0f);
+        }
+        P::accumulate(softmax.acc, scores, Shared::columns(1, stage));
+      });
+
+  softmax.finish();
+  const int head_dim = static_cast<int>(p.head_dim);
+  float* rows = split_rows(a, seq, block.split, head_dim + 2);
+  write_partial<P>(rows, head_dim + 2, head_dim, softmax.acc, seq.num_globals, slot);
+#pragma unroll
+  for (int r = 0; r < P::kRowsPerLane; ++r) {
+    if (lane_in_group() == 0 && slot(r) < seq.num_globals) {
+      float* statistics = rows + static_cast<int64_t>(slot(r)) * (head_dim + 2) + head_dim;
+      statistics[0] = softmax.row_max[r];
+      statistics[1] = softmax.row_sum[r];
+    }
+  }
+}
+
+// out and lse of one slot and head: one warp.
+template <class P>
+__global__ void __launch_bounds__(kWarpSize) global_merge_kernel(const Arguments a) {
+  const AttentionParams& p = a.p;
+  const int slot = static_cast<int>(blockIdx.x), head_dim = static_cast<int>(p.head_dim);
+  const Sequence seq(p, static_cast<int>(blockIdx.z), static_cast<int>(blockIdx.y));
+  const int num_splits = slot < seq.num_globals ? splits_with_keys(a, seq) : 0;
+  const float* rows = split_rows(a, seq, 0, head_dim + 2) + static_cast<int64_t>(slot) * (head_dim + 2);
+  const int64_t stride = p.mask.max_globals * (head_dim + 2);
+  float row_max = kNoKey, row_sum = 0;
+  for (int split = 0; split < num_splits; ++split) row_max = fmaxf(row_max, rows[split * stride + head_dim]);
+  for (int split = 0; split < num_splits; ++split) {
+    const float* statistics = rows + split * stride + head_dim;
+    row_sum += statistics[1] * exp2_approx(statistics[0] - row_max);
+  }
+  const Target out = seq.target(p.out, p, 0);
+  const float scale = num_splits > 0 ? a.keep_scale / row_sum : 0.0f;
+  for (int d = 2 * lane_id(); d < head_dim; d += 2 * static_cast<int>(kWarpSize)) {
+    const bool is_pair = d + 1 < head_dim;
+    float x0 = 0, x1 = 0;
+    for (int split = 0; split < num_splits; ++split) {
+      const float* row = rows + split * stride;
+      const float factor = exp2_approx(row[head_dim] - row_max);
+      x0 = fmaf(row[d], factor, x0);
+      if (is_pair) x1 = fmaf(row[d + 1], factor, x1);
+    }
+    P::write_pair(out, slot, d, x0 * scale, x1 * scale);
+  }
+  if (lane_id() == 0) {
+    static_cast<float*>(p.lse.data)[seq.lse_offset(p.lse, slot)] =
+        num_splits > 0 ? (row_max + log2f(row_sum)) * kLn2 : INFINITY;
+  }
+}
+
+template <int kHeadDim>
+void launch_global_forward(const Arguments& a, Unit unit) {
+  choose_instance<kHeadDim>(a, unit, [&](auto element, auto has_dropout) {
+    using T = Tiles<decltype(element), kHeadDim>;
+    choose_warps<typename T::FewGlobalQueries, typename T::ManyGlobalQueries>(a, [&](auto products) {
+      using P = decltype(products);
+      const auto heads = static_cast<unsigned>(a.p.heads), batch = static_cast<unsigned>(a.p.batch);
+      const unsigned blocks = ceil_div(a.p.mask.max_globals, P::kRows) * static_cast<unsigned>(a.num_splits);
+      launch(global_forward_kernel<P, has_dropout.value>, dim3(blocks, heads, batch), P::kThreads,
+             SharedTiles<P, 1>::kBytes, a.p, a);
+      launch(global_merge_kernel<P>, dim3(static_cast<unsigned>(a.p.mask.max_globals), heads, batch),
+             kWarpSize, 0, a.p, a);
+    });
+  });
+}
+template void launch_global_forward<LED_HEAD_DIM>(const Arguments&, Unit);
+
+}  // namespace led::cuda
