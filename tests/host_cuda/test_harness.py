@@ -60,7 +60,7 @@ def test_shuffles(name, dtype, distance):
 def test_votes(predicates):
     out = run_toy("votes", predicates.astype(np.int32), np.zeros((3, 32), np.uint32))
     ballot = sum(1 << lane for lane in range(32) if predicates[lane])
-    assert (out.T == (ballot, predicates.any(), predicates.all())).all()
+    assert ((ballot, predicates.any(), predicates.all()) == out.T).all()
 
 
 @pytest.mark.parametrize("voter", [None, 0, 77])

@@ -14,7 +14,11 @@
 #define __global__
 #define __device__
 #define __host__
-#define __forceinline__ inline __attribute__((always_inline))
+#if defined(__SANITIZE_ADDRESS__)
+  #define __forceinline__ inline  // instrumented, all of a kernel in one function takes minutes to compile
+#else
+  #define __forceinline__ inline __attribute__((always_inline))
+#endif
 #define __launch_bounds__(...)
 #define __grid_constant__
 #define __align__(bytes) alignas(bytes)
