@@ -90,4 +90,30 @@ MUTATIONS = (
         "row = lane % 8 + lane / 16 * 8, chunk = lane / 8 % 2",
         "row = lane % 8 + lane / 8 % 2 * 8, chunk = lane / 16",
     ),
+    Mutation("missing_barrier_of_backward", "banded_backward", "column_tiles.cuh", _BARRIER, ""),
+    Mutation(
+        "loose_wait_of_globals", "global_forward", "column_tiles.cuh", _WAIT, _WAIT.replace("<0>", "<1>")
+    ),
+    Mutation(
+        "swapped_columns_of_backward",
+        "banded_backward",
+        "backward.cuh",
+        "const int query = start + 8 * n + 2 * lane_in_group() + e;",
+        "const int query = start + 8 * n + lane_group();",
+    ),
+    Mutation(
+        "missing_barrier_before_load_of_backward",
+        "global_backward",
+        "column_tiles.cuh",
+        "__syncthreads();\n      load(tile_at(i), is_masked, 0);",
+        "load(tile_at(i), is_masked, 0);",
+        dtype="float32",
+    ),
+    Mutation(
+        "shuffle_across_rows",
+        "banded_forward",
+        "fragment.cuh",
+        "return x + __shfl_xor_sync(kAllLanes, x, 2);",
+        "return x + __shfl_xor_sync(kAllLanes, x, 4);",
+    ),
 )

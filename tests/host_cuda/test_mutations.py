@@ -12,8 +12,8 @@ from tests.host_cuda.verdicts import judge
 
 
 @pytest.fixture(scope="module")
-def verdicts(tmp_path_factory) -> dict[str, dict[str, str | None]]:
-    """By mutation: by schedule, why the attention tests failed."""
+def verdicts(tmp_path_factory) -> dict[str, str | None]:
+    """By mutation: the schedule under which the attention tests fail, and why."""
     folder = tmp_path_factory.mktemp("mutations")
     with ThreadPoolExecutor(2) as pool:
         files = list(pool.map(lambda mutation: mutation.build(folder), MUTATIONS))
@@ -25,10 +25,10 @@ def verdicts(tmp_path_factory) -> dict[str, dict[str, str | None]]:
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_the_kernels_pass_what_mutants_are_judged_by(op, dtype):
     (verdict,) = judge([(str(build_module()), op, dtype)])
-    assert set(verdict.values()) == {None}
+    assert verdict is None
 
 
 @pytest.mark.parametrize("name", [mutation.name for mutation in MUTATIONS])
 def test_planted_fault_is_caught(name, verdicts):
-    print(*verdicts[name].items(), sep="\n")
-    assert any(verdicts[name].values())
+    print(verdicts[name])
+    assert verdicts[name] is not None

@@ -1,7 +1,7 @@
 """What the attention tests say of modules with planted faults: ``python -m tests.host_cuda.verdicts``.
 
-Reads a JSON list of [module's file, op, dtype] and writes, for each, a JSON object: by schedule why the tests failed,
-null where they passed. A module that crashes or hangs takes only its own process along.
+Reads a JSON list of [file of a module, op, dtype] and writes a JSON list: the first schedule under which the tests fail,
+and why; null where they pass under all. A module that crashes or hangs takes only its own process along.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ _CASES = (
 )
 
 
-def judge(modules: list[tuple[str, str, str]]) -> list[dict[str, str | None]]:
+def judge(modules: list[tuple[str, str, str]]) -> list[str | None]:
     """In a process of its own, since modules of one name cannot live in one."""
     command = [sys.executable, "-m", __name__]
     result = subprocess.run(
@@ -81,9 +81,13 @@ def _in_child(*args: str) -> str | None:
     return json.loads(written)
 
 
+def _first_failure(*module: str) -> str | None:
+    for schedule in SCHEDULES:
+        if failure := _in_child(*module, schedule):
+            return f"{schedule}: {failure}"
+    return None
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    modules = json.load(sys.stdin)
-    print(
-        json.dumps([{schedule: _in_child(*module, schedule) for schedule in SCHEDULES} for module in modules])
-    )
+    print(json.dumps([_first_failure(*module) for module in json.load(sys.stdin)]))
