@@ -23,7 +23,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 OPS = ("banded", "global")
 TILED_HEAD_DIMS = (64, 32, 128)  # on tensor cores; others go to the general kernel
 SEQLENS = (1, 2, 3, 5, 15, 16, 17, 33, 63, 64, 65, 100, 129, 200)
-LONG_SEQLENS = (383, 511, 512)
+LONG_SEQLENS = (383, 512, 600, 1100)  # from 513 on, queries are split
 HEAD_DIMS = (
     1,
     2,
@@ -102,6 +102,14 @@ class TestAgainstReference:
     @pytest.mark.parametrize(("seqlen", "dtype"), in_turns(LONG_SEQLENS, DTYPES), ids=name_of)
     def test_long_sequence(self, op, seqlen, dtype):
         case = replace(BASE, seqlen=seqlen, batch=1, window_size=150, globals_per_row=((0, 300, seqlen - 1),))
+        check(op, case, dtype)
+
+    @pytest.mark.parametrize(("dtype", "head_dim"), in_turns(DTYPES, (128, 64, 32)), ids=name_of)
+    def test_many_globals(self, op, dtype, head_dim):
+        """Few splits, of several tiles each."""
+        case = replace(
+            BASE, seqlen=400, batch=1, head_dim=head_dim, globals_per_row=(tuple(range(1, 400, 3)),)
+        )
         check(op, case, dtype)
 
     @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
