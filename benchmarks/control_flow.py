@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -103,16 +104,35 @@ class FlowGraph:
 
     def reaching(self, blocks: Iterable[int]) -> set[int]:
         """The blocks from which one of these can be reached, these included."""
-        reaching, pending = set(), list(blocks)
-        while pending:
-            i = pending.pop()
-            if i not in reaching:
-                reaching.add(i)
-                pending.extend(self.predecessors[i])
-        return reaching
+        return _closure(blocks, lambda i: self.predecessors[i])
+
+    def without_inner_loops(self, header: int) -> frozenset[int]:
+        """The blocks of a natural loop's iterations that enter none of the loops within it; empty if all do."""
+        body = self.natural_loops[header]
+        inner = frozenset().union(*(loop for loop in self.natural_loops.values() if loop < body))
+        if header in inner:
+            return frozenset()
+        rest = body - inner
+        tails = [i for i in rest if header in self.blocks[i].successors]
+        begun = _closure([header], lambda i: rest.intersection(self.blocks[i].successors))
+        return frozenset(begun & _closure(tails, lambda i: rest.intersection(self.predecessors[i])))
+
+    def opcodes(self) -> Counter[str]:
+        """Instructions of the whole function by opcode without modifiers."""
+        return Counter(instruction.name for block in self.blocks for instruction in block.instructions)
 
     def instructions(self, blocks: frozenset[int]) -> list[Instruction]:
         return [instruction for i in sorted(blocks) for instruction in self.blocks[i].instructions]
+
+
+def _closure(start: Iterable[int], neighbours: Callable[[int], Iterable[int]]) -> set[int]:
+    found, pending = set(), list(start)
+    while pending:
+        i = pending.pop()
+        if i not in found:
+            found.add(i)
+            pending.extend(neighbours(i))
+    return found
 
 
 def _split(lines: Sequence[str | Instruction]) -> list[Block]:

@@ -38,6 +38,7 @@ class Gpu:
 
     Attributes:
         shared_per_block: the most that one block may ask for.
+        shared_reserved: what the system takes of each block's share of the multiprocessor, besides.
         rates: None where the cycle model has no numbers to stand on.
         l2: None where the cache is not one.
     """
@@ -52,13 +53,14 @@ class Gpu:
     rates: Rates | None = None
     registers: int = 65536
     warp_size: int = WARP
+    shared_reserved: int = 1024
 
     def resident_blocks(self, registers: int, shared: int, num_warps: int) -> int:
         """Blocks that a multiprocessor holds at once.
 
         Args:
             registers: per thread; a warp takes them in units of 256.
-            shared: bytes per block; 1 KiB more is reserved for each.
+            shared: bytes per block.
         """
         per_warp = math.ceil(registers * WARP / 256) * 256
         warps_by_registers = self.registers // per_warp // 4 * 4
@@ -66,13 +68,14 @@ class Gpu:
             self.blocks,
             self.warps // num_warps,
             warps_by_registers // num_warps,
-            self.shared_per_multiprocessor // (shared + 1024),
+            self.shared_per_multiprocessor // max(1, shared + self.shared_reserved),
         )
 
 
 _KIB, _MIB = 1024, 1024**2
 
 GPUS = {
+    "sm_75": Gpu("T4", 40, 64 * _KIB, 64 * _KIB, 32, 16, 4 * _MIB, shared_reserved=0),
     "sm_80": Gpu("A100", 108, 163 * _KIB, 164 * _KIB, 64, 32, 40 * _MIB, Rates(fp32=16, tensor_macs=256)),
     "sm_86": Gpu("A10", 72, 99 * _KIB, 100 * _KIB, 48, 16, 6 * _MIB, Rates(fp32=32, tensor_macs=128)),
     "sm_89": Gpu("L40S", 142, 99 * _KIB, 100 * _KIB, 48, 24, 96 * _MIB, Rates(fp32=32, tensor_macs=128)),
@@ -83,4 +86,5 @@ GPUS = {
 }
 """By compile target."""
 
-TARGETS = tuple(GPUS)
+TARGETS = tuple(target for target in GPUS if target != "sm_75")
+"""Those of the Triton kernels."""

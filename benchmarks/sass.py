@@ -117,14 +117,49 @@ def tile_macs(launch: Launch) -> int:
     return tile * products // launch.kernel.metadata.num_warps
 
 
+def cubins(library: Path) -> list[bytes]:
+    """Of every object and architecture that was linked into an executable or a library.
+
+    Raises:
+        ValueError: cuobjdump finds none, and says why.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        command = [_BINARIES / "cuobjdump", "--extract-elf", "all", library.resolve()]
+        done = subprocess.run(
+            command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False
+        )
+        if done.returncode:
+            raise ValueError(done.stdout.strip())
+        return [path.read_bytes() for path in sorted(Path(folder).iterdir())]
+
+
 def resources(cubin: bytes) -> Resources:
-    text = _run("cuobjdump", "--dump-resource-usage", cubin)
-    found = {name: int(value) for name, value in re.findall(r"\b(REG|STACK|LOCAL|SHARED):(\d+)", text)}
-    return Resources(found["REG"], found["STACK"], found["LOCAL"], found["SHARED"])
+    """Of the only function."""
+    (used,) = resources_by_function(cubin).values()
+    return used
+
+
+def resources_by_function(cubin: bytes) -> dict[str, Resources]:
+    return parse_resources(_run("cuobjdump", "--dump-resource-usage", cubin))
+
+
+def parse_resources(text: str) -> dict[str, Resources]:
+    """From what cuobjdump prints, by function."""
+    functions = {}
+    for name, figures in re.findall(r"^ *Function (.*):\n(.*)", text, re.MULTILINE):
+        found = {name: int(value) for name, value in re.findall(r"\b(REG|STACK|LOCAL|SHARED):(\d+)", figures)}
+        functions[name] = Resources(found["REG"], found["STACK"], found["LOCAL"], found["SHARED"])
+    return functions
 
 
 def disassemble(cubin: bytes) -> str:
     return _run("nvdisasm", "-c", cubin)
+
+
+def functions(sass: str) -> dict[str, str]:
+    """The text of each function, by name."""
+    parts = re.split(r"^\s*\.section\s+\.text\.([^\s,]+),.*", sass, flags=re.MULTILINE)
+    return dict(zip(parts[1::2], parts[2::2], strict=True))
 
 
 def flow_graph(sass: str) -> FlowGraph:

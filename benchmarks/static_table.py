@@ -6,6 +6,7 @@ import csv
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from typing import TypeVar
 
 DEFAULT = Path(__file__).parent / "results" / "static_gpu.csv"
 
@@ -13,6 +14,8 @@ REGISTERS_MORE = 8
 """Registers per thread that a row may have more than the committed one: one step of their allocation."""
 RELATIVE = 0.02
 """By how much other figures may be worse, relative to the committed ones."""
+
+RowType = TypeVar("RowType")
 
 
 @dataclass(frozen=True)
@@ -113,19 +116,19 @@ def worse(row: Row, committed: Row) -> list[str]:
     return found
 
 
-def read(path: Path = DEFAULT) -> list[Row]:
+def read(path: Path = DEFAULT, row_type: type[RowType] = Row) -> list[RowType]:
     with path.open(newline="") as file:
         return [
-            Row(**{field.name: _parse(field.type, line[field.name]) for field in fields(Row)})
+            row_type(**{field.name: _parse(field.type, line[field.name]) for field in fields(row_type)})
             for line in csv.DictReader(file)
         ]
 
 
-def write(rows: Iterable[Row], path: Path = DEFAULT) -> None:
+def write(rows: Iterable[RowType], path: Path = DEFAULT, row_type: type[RowType] = Row) -> None:
     """Sorted by key."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, [field.name for field in fields(Row)], lineterminator="\n")
+        writer = csv.DictWriter(file, [field.name for field in fields(row_type)], lineterminator="\n")
         writer.writeheader()
         for row in sorted(rows, key=lambda row: row.key):
             writer.writerow({name: "" if x is None else x for name, x in asdict(row).items()})
