@@ -14,10 +14,11 @@ from benchmarks.gpus import GPUS
 _INSTANCE = re.compile(
     r"led::cuda::(?P<kernel>\w+)_kernel<"
     r"led::cuda::(?:TensorCoreProducts<led::cuda::(?P<element>\w+), |FmaProducts<)"
-    r"(?P<head_dim>\d+), (?P<rows_per_lane>\d+), (?P<columns>\d+), (?P<warps>\d+)(?:, (?:true|false))?>, "
-    r"(?P<dropout>true|false)>\("
+    r"(?P<head_dim>\d+), (?P<rows_per_lane>\d+), (?P<columns>\d+), (?P<warps>\d+)(?:, (?:true|false))?>"
+    r"(?:, (?P<dropout>true|false))? ?>\("
 )
 _ELEMENTS = {"Half": "float16", "BFloat16": "bfloat16", None: "float32"}
+_TRAP = ("sm_75", "BFloat16")  # the host refuses that dtype there
 _RATES_OF_MMA_SYNC = ("sm_80",)  # sm_90's are those of wgmma, which these kernels do without
 
 
@@ -25,11 +26,12 @@ _RATES_OF_MMA_SYNC = ("sm_80",)  # sm_90's are those of wgmma, which these kerne
 class Row:
     """Figures of one kernel for one target; an empty one is not defined for it.
 
-    HMMAs are counted in products of shape m16n8k16 of one warp, each of which takes two instructions on sm_75.
+    Loops are those of one warp, and HMMAs are counted in products of shape m16n8k16, two instructions each on sm_75.
 
     Attributes:
         element: float16 or bfloat16 on tensor cores; float32: multiply-adds, for any dtype.
         head_dim: for float32 the largest that the kernel takes.
+        dropout: False for a kernel that was compiled for calls without, True for one that can have it.
         rows, columns, warps: of a block's tile. A warp has ``rows / warps`` of the rows.
         registers: per thread.
         stack: bytes of local memory per thread.
@@ -37,14 +39,13 @@ class Row:
         shared: bytes per block, from the kernel's tiles as in SharedTiles of csrc/cuda/column_tiles.cuh.
         resident_blocks: blocks per multiprocessor, by registers, shared memory and warps.
         hmma: tensor-core instructions of the whole kernel.
-        interior_size, interior_hmma, interior_mask: instructions of the interior loop, as they stand in the text, its
-            HMMAs, and those of its instructions that masks are made of: what rescales the accumulators, ends the loop
-            or draws dropout is among them.
-        interior: instructions per HMMA of an iteration of the interior loop, with the rarely taken branch that
-            rescales the accumulators. Empty where a loop within, that of dropout's draws, has to be entered.
-        masked: the same for the masked loop, for tiles at the edge of the band without padding: what only gathered
-            tiles or padding execute is not counted.
-        tensor_share: predicted by the cycle model for the interior loop.
+        interior_size, interior_hmma: instructions of the interior loop as they stand in the text, and its HMMAs.
+        interior: instructions per HMMA of its iterations without dropout, with the rarely taken branch that rescales
+            the accumulators: what takes a loop within the loop is not counted. Empty where that cannot be told apart,
+            because every iteration draws.
+        interior_mask: those of the same instructions that masks are made of; rescaling and the loop's end have a few.
+        masked: as ``interior``, for tiles at the edge of the band, neither gathered nor with padding.
+        tensor_share: predicted by the cycle model for the interior loop, as ``interior``.
         nvcc: the release that compiled it.
     """
 
@@ -107,15 +108,18 @@ def rows_of_cubin(cubin: bytes) -> list[Row]:
 def rows_of(text: str, resources: dict[str, sass.Resources], nvcc: str) -> list[Row]:
     """The same from nvdisasm's and cuobjdump's text.
 
-    Without the kernels of one warp that only add up what splits left, and the bfloat16 kernels of sm_75, which are a
-    trap: the host refuses that dtype there.
+    Without the kernels that only add up what splits left, and without the bfloat16 kernels of sm_75, which are a trap.
     """
     target = re.search(r"^\s*\.target\s+(sm_\d+)", text, re.MULTILINE)[1]
     functions = sass.functions(text)
     rows = []
     for name, demangled in zip(functions, _demangle(list(functions)), strict=True):
         instance = _INSTANCE.search(demangled)
-        if instance and not (instance["element"] == "BFloat16" and target == "sm_75"):
+        if (
+            instance
+            and f"_{instance['kernel']}_kernel" in sass.PRODUCTS
+            and (target, instance["element"]) != _TRAP
+        ):
             rows.append(_row(instance, target, functions[name], resources[name], nvcc))
     return rows
 
@@ -124,7 +128,7 @@ def _row(instance: re.Match[str], target: str, function: str, resources: sass.Re
     head_dim, rows_per_lane, columns, warps = (
         int(instance[name]) for name in ("head_dim", "rows_per_lane", "columns", "warps")
     )
-    element, dropout = _ELEMENTS[instance["element"]], instance["dropout"] == "true"
+    element, dropout = _ELEMENTS[instance["element"]], instance["dropout"] != "false"
     rows = 8 * rows_per_lane * warps
     row_operands = 1 if instance["kernel"].endswith("forward") else 2
     stages, element_size = (1, 4) if element == "float32" else (2, 2)
@@ -146,38 +150,38 @@ def _row(instance: re.Match[str], target: str, function: str, resources: sass.Re
         shared=shared,
         resident_blocks=GPUS[target].resident_blocks(resources.registers, shared, warps),
         hmma=opcodes["HMMA"],
-        **_loop_figures(graph, target, dropout),
+        **(_loop_figures(graph, target) if opcodes["HMMA"] else {}),
         nvcc=nvcc,
     )
 
 
-def _loop_figures(graph: FlowGraph, target: str, dropout: bool) -> dict[str, int | float | None]:
+def _loop_figures(graph: FlowGraph, target: str) -> dict[str, int | float | None]:
     """Those of the interior loop and of the masked one; none if these are not the kernel's loops."""
     loops = sass.loops(graph)
-    kinds = sass.kinds(loops, dropout)
+    straight = [_without_inner_loops(graph, loop) for loop in loops]
+    has_draws = [body is None for body in straight]
+    kinds = sass.kinds(
+        [body or loop for body, loop in zip(straight, loops, strict=True)], dropout=any(has_draws)
+    )
     if sorted(kinds) != ["interior", "masked"]:
         return {}
-    by_kind = dict(zip(kinds, loops, strict=True))
-    figures: dict[str, int | float | None] = {
-        kind: _instructions_per_hmma(graph, loop) for kind, loop in by_kind.items()
-    }
-    interior = by_kind["interior"]
-    hmma = interior.tensor_macs / sass.HMMA_MACS
-    figures |= {
-        "interior_size": interior.size,
+    by_kind = dict(zip(kinds, zip(loops, straight, strict=True), strict=True))
+    loop, body = by_kind["interior"]
+    hmma = loop.tensor_macs / sass.HMMA_MACS
+    share = tensor_share(body, hmma, GPUS[target].rates) if body and target in _RATES_OF_MMA_SYNC else None
+    return {
+        "interior_size": loop.size,
         "interior_hmma": round(hmma),
-        "interior_mask": interior.mask_instructions,
+        "interior_mask": (body or loop).mask_instructions,
+        "tensor_share": None if share is None else round(share, 3),
+        **{kind: body and round(body.size / hmma, 2) for kind, (_, body) in by_kind.items()},
     }
-    if figures["interior"] is not None and target in _RATES_OF_MMA_SYNC:
-        figures["tensor_share"] = round(tensor_share(interior, hmma, GPUS[target].rates), 3)
-    return figures
 
 
-def _instructions_per_hmma(graph: FlowGraph, loop: sass.Loop) -> float | None:
-    straight = sass.Loop(loop.header, tuple(graph.instructions(graph.without_inner_loops(loop.header))))
-    if straight.tensor_macs < loop.tensor_macs:
-        return None
-    return round(straight.size * sass.HMMA_MACS / straight.tensor_macs, 2)
+def _without_inner_loops(graph: FlowGraph, loop: sass.Loop) -> sass.Loop | None:
+    """The iteration that enters no loop within; None where each has to."""
+    body = sass.Loop(loop.header, tuple(graph.instructions(graph.without_inner_loops(loop.header))))
+    return body if body.tensor_macs == loop.tensor_macs else None
 
 
 def _demangle(names: list[str]) -> list[str]:

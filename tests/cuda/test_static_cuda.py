@@ -12,6 +12,10 @@ FORWARD_64 = (  # of an element and of dropout
     "_ZN3led4cuda21banded_forward_kernelI"
     "NS0_18TensorCoreProductsINS0_{}ELi64ELi4ELi64ELi4ELb0EEELb{}EEEvNS0_9ArgumentsE"
 )
+GLOBAL_FORWARD_64 = (
+    "_ZN3led4cuda21global_forward_kernelI"
+    "NS0_18TensorCoreProductsINS0_4HalfELi64ELi2ELi64ELi4ELb0EEEEEvNS0_9ArgumentsE"
+)
 HALF, BFLOAT16 = "4Half", "8BFloat16"
 DKDV_128 = "_ZN3led4cuda18banded_dkdv_kernelINS0_11FmaProductsILi128ELi1ELi32ELi4EEELb0EEEvNS0_9ArgumentsE"
 SUM_SPLITS = (
@@ -161,6 +165,17 @@ def test_a_loop_of_draws_is_not_counted_as_if_it_ran_once():
     assert row.dropout
     assert row.interior is None
     assert row.interior_size == 128 + 64 + 2 + 1 + 2
+    assert violations(row) == []
+
+
+def test_draws_behind_a_branch_are_not_counted():
+    draws = ["@P6 BRA `(.L_kept)", ".L_draw:", "IMAD R1, R2, R3, R4", "@P5 BRA `(.L_draw)"]
+    keep = ["FSEL R3, R3, RZ, P1"] * 64
+    (row,) = figures(forward(GLOBAL_FORWARD_64, *draws, *keep, ".L_kept:", count=64))
+    assert (row.kernel, row.dropout, row.rows) == ("global_forward", True, 64)
+    assert row.interior_size == 64 + 64 + 2 + 1 + (1 + 2 + 64)
+    assert row.interior == round((64 + 64 + 2 + 1 + 1) / 64, 2)
+    assert (row.interior_mask, row.tensor_share) == (0, 1.0)
     assert violations(row) == []
 
 
