@@ -40,9 +40,8 @@ class Row:
         resident_blocks: blocks per multiprocessor, by registers, shared memory and warps.
         hmma: tensor-core instructions of the whole kernel.
         interior_size, interior_hmma: instructions of the interior loop as they stand in the text, and its HMMAs.
-        interior: instructions per HMMA of its iterations without dropout, with the rarely taken branch that rescales
-            the accumulators: what takes a loop within the loop is not counted. Empty where that cannot be told apart,
-            because every iteration draws.
+        interior: instructions per HMMA of its iterations that enter no loop within, such as that of dropout's draws,
+            with the rarely taken branch that rescales the accumulators. Empty where every iteration enters one.
         interior_mask: those of the same instructions that masks are made of; rescaling and the loop's end have a few.
         masked: as ``interior``, for tiles at the edge of the band, neither gathered nor with padding.
         tensor_share: predicted by the cycle model for the interior loop, as ``interior``.
@@ -150,19 +149,16 @@ def _row(instance: re.Match[str], target: str, function: str, resources: sass.Re
         shared=shared,
         resident_blocks=GPUS[target].resident_blocks(resources.registers, shared, warps),
         hmma=opcodes["HMMA"],
-        **(_loop_figures(graph, target) if opcodes["HMMA"] else {}),
+        **(_loop_figures(graph, target, dropout) if opcodes["HMMA"] else {}),
         nvcc=nvcc,
     )
 
 
-def _loop_figures(graph: FlowGraph, target: str) -> dict[str, int | float | None]:
+def _loop_figures(graph: FlowGraph, target: str, dropout: bool) -> dict[str, int | float | None]:
     """Those of the interior loop and of the masked one; none if these are not the kernel's loops."""
     loops = sass.loops(graph)
     straight = [_without_inner_loops(graph, loop) for loop in loops]
-    has_draws = [body is None for body in straight]
-    kinds = sass.kinds(
-        [body or loop for body, loop in zip(straight, loops, strict=True)], dropout=any(has_draws)
-    )
+    kinds = sass.kinds([body or loop for body, loop in zip(straight, loops, strict=True)], dropout)
     if sorted(kinds) != ["interior", "masked"]:
         return {}
     by_kind = dict(zip(kinds, zip(loops, straight, strict=True), strict=True))

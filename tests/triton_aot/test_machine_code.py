@@ -183,6 +183,7 @@ def test_cycle_model_bound_by_issue_and_compares():
 @pytest.mark.parametrize(
     ("arch", "registers", "shared", "warps", "blocks"),
     [
+        ("sm_75", 128, 32 * 1024, 4, 2),
         ("sm_80", 255, 0, 8, 1),
         ("sm_80", 128, 0, 8, 2),
         ("sm_80", 128, 163 * 1024, 8, 1),
