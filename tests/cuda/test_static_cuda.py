@@ -229,6 +229,13 @@ def test_rows_survive_the_file(tmp_path):
     assert static_table.read(path, Row) == [ROW, FMA_ROW]
 
 
+def test_the_committed_table_keeps_to_the_limits():
+    rows = static_table.read(static_cuda.DEFAULT, Row)
+    assert [problem for row in rows for problem in violations(row)] == []
+    assert {row.target for row in rows} == {"sm_75", "sm_80", "sm_90"}
+    assert len({row.key for row in rows}) == len(rows)
+
+
 @pytest.fixture
 def command(monkeypatch, tmp_path):
     """The command over one "cubin", with its table written; further figures can be set as attributes."""
