@@ -23,6 +23,8 @@ struct Arguments {
   float* partials = nullptr;  // results of splits
   int num_splits = 1;
   int split_size = 0;  // columns of a split
+
+  __host__ __device__ bool has_dropout() const { return p.device_seed != nullptr; }
 };
 
 // The rows of one head of one sequence: to read, and to write.

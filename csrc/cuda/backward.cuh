@@ -44,38 +44,37 @@ __device__ __forceinline__ RowStatistics<P> read_rows(const Arguments& a, const 
   return rows;
 }
 
-// What the backward needs of the queries that are a lane's columns: lse in units of log2.
-template <class P>
-struct ColumnStatistics {
-  float lse[P::kColumns / 8][2], delta[P::kColumns / 8][2];
+// A tile of queries as columns: those from `start` on, of which those from `stop` on do not exist.
+struct QueryTile {
+  const float* lse;
+  const float* delta;
+  int start, stop;
 
-  // Of the queries from `start` on; those from `stop` on, if kHasEnd, have no result.
-  template <bool kHasEnd>
-  __device__ __forceinline__ void read(const float* all_lse, const float* all_delta, int start, int stop) {
+  // Of the lane's columns, as elements (n, e) of a fragment; `other` for those that do not exist, if kHasEnd.
+  template <bool kHasEnd, int kBlocks>
+  __device__ __forceinline__ void read(float (&x)[kBlocks][2], const float* statistics, float other) const {
 #pragma unroll
-    for (int n = 0; n < P::kColumns / 8; ++n) {
+    for (int n = 0; n < kBlocks; ++n) {
 #pragma unroll
       for (int e = 0; e < 2; ++e) {
         const int query = start + 8 * n + 2 * lane_in_group() + e;
-        const bool exists = !kHasEnd || query < stop;
-        lse[n][e] = exists ? all_lse[query] * kLog2E : INFINITY;
-        delta[n][e] = exists ? all_delta[query] : 0.0f;
+        x[n][e] = !kHasEnd || query < stop ? statistics[query] : other;
       }
     }
   }
 };
 
 // dq += of a tile of keys. mask(scores) sets what does not count to -inf; keep() are dropout's bits.
-template <class P, bool kDropout, class Mask, class Keep>
+template <class P, class Mask, class Keep>
 __device__ __forceinline__ void accumulate_dq(typename P::Result& dq, const typename P::Rows& q,
                                               const typename P::Rows& d_out, const RowStatistics<P>& rows,
                                               const typename P::Element* k, const typename P::Element* v,
-                                              float qk_scale, Mask mask, Keep keep) {
+                                              float qk_scale, Mask mask, bool has_dropout, Keep keep) {
   typename P::Scores scores, dp;
   P::multiply_transposed(scores, q, k);
   P::multiply_transposed(dp, d_out, v);
   mask(scores);
-  if constexpr (kDropout) keep_elements(dp, keep(), 0.0f);
+  if (has_dropout) keep_elements(dp, keep(), 0.0f);
 #pragma unroll
   for (int n = 0; n < P::Scores::kBlocks; ++n) {
 #pragma unroll
@@ -91,41 +90,41 @@ __device__ __forceinline__ void accumulate_dq(typename P::Result& dq, const type
 }
 
 // dk, dv += of a tile of queries; rows are keys.
-template <class P, bool kDropout, class Mask, class Keep>
+template <class P, bool kHasEnd, class Mask, class Keep>
 __device__ __forceinline__ void accumulate_dkdv(typename P::Result& dk, typename P::Result& dv,
                                                 const typename P::Rows& k, const typename P::Rows& v,
-                                                const ColumnStatistics<P>& columns,
-                                                const typename P::Element* q,
+                                                const QueryTile& queries, const typename P::Element* q,
                                                 const typename P::Element* d_out, float qk_scale, Mask mask,
-                                                Keep keep) {
+                                                bool has_dropout, Keep keep) {
+  constexpr int kBlocks = P::Scores::kBlocks;
   typename P::Scores p, dp;
+  const ElementBits bits = has_dropout ? keep() : 0;  // here, where few registers are in use
+  float lse[kBlocks][2];
+  queries.template read<kHasEnd>(lse, queries.lse, INFINITY);
   P::multiply_transposed(p, k, q);
   mask(p);
 #pragma unroll
-  for (int n = 0; n < P::Scores::kBlocks; ++n) {
+  for (int n = 0; n < kBlocks; ++n) {
 #pragma unroll
     for (int r = 0; r < P::kRowsPerLane; ++r) {
 #pragma unroll
-      for (int e = 0; e < 2; ++e) {
-        p.at(n, r, e) = exp2_approx(fmaf(p.at(n, r, e), qk_scale, -columns.lse[n][e]));
-      }
+      for (int e = 0; e < 2; ++e)
+        p.at(n, r, e) = exp2_approx(fmaf(p.at(n, r, e), qk_scale, -lse[n][e] * kLog2E));
     }
   }
+  float delta[kBlocks][2];
+  queries.template read<kHasEnd>(delta, queries.delta, 0.0f);
   P::multiply_transposed(dp, v, d_out);
-  ElementBits bits = 0;
-  if constexpr (kDropout) {
-    bits = keep();
-    keep_elements(dp, bits, 0.0f);
-  }
+  if (has_dropout) keep_elements(dp, bits, 0.0f);
 #pragma unroll
-  for (int n = 0; n < P::Scores::kBlocks; ++n) {
+  for (int n = 0; n < kBlocks; ++n) {
 #pragma unroll
     for (int r = 0; r < P::kRowsPerLane; ++r) {
 #pragma unroll
-      for (int e = 0; e < 2; ++e) dp.at(n, r, e) = p.at(n, r, e) * (dp.at(n, r, e) - columns.delta[n][e]);
+      for (int e = 0; e < 2; ++e) dp.at(n, r, e) = p.at(n, r, e) * (dp.at(n, r, e) - delta[n][e]);
     }
   }
-  if constexpr (kDropout) keep_elements(p, bits, 0.0f);
+  if (has_dropout) keep_elements(p, bits, 0.0f);
   P::accumulate(dv, p, d_out);
   P::accumulate(dk, dp, q);
 }

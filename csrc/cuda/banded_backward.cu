@@ -7,8 +7,8 @@
 
 namespace led::cuda {
 
-template <class P, bool kDropout>
-__global__ void __launch_bounds__(P::kThreads) banded_dq_kernel(const Arguments a) {
+template <class P, bool kMayDrop>
+__global__ void __launch_bounds__(P::kThreads, 1) banded_dq_kernel(const Arguments a) {
   const AttentionParams& p = a.p;
   const int row_start = static_cast<int>(blockIdx.x) * P::kRows;
   const Sequence seq(p, static_cast<int>(blockIdx.z), static_cast<int>(blockIdx.y));
@@ -53,12 +53,12 @@ __global__ void __launch_bounds__(P::kThreads) banded_dq_kernel(const Arguments 
           d_out_rows.set(Shared::rows(1));
         },
         [&](const Tile& tile, auto is_masked, int stage) {
-          accumulate_dq<P, kDropout>(
+          accumulate_dq<P>(
               dq, q_rows, d_out_rows, rows, Shared::columns(0, stage), Shared::columns(1, stage), a.qk_scale,
               [&](typename P::Scores& scores) {
                 if constexpr (is_masked.value) mask_scores(scores, tile, bands, seq, has_padding);
               },
-              [&] { return keep_of_keys<P>(a, seq, tile, query); });
+              kMayDrop && a.has_dropout(), [&] { return keep_of_keys<P>(a, seq, tile, query); });
         });
   }
   const float scale = a.softmax_scale * a.keep_scale;
@@ -90,8 +90,8 @@ __device__ __forceinline__ bool has_others_than_local(const Sequence& seq, int s
   return __syncthreads_or(found) != 0;
 }
 
-template <class P, bool kDropout>
-__global__ void __launch_bounds__(P::kThreads) banded_dkdv_kernel(const Arguments a) {
+template <class P, bool kMayDrop>
+__global__ void __launch_bounds__(P::kThreads, 1) banded_dkdv_kernel(const Arguments a) {
   const AttentionParams& p = a.p;
   const int row_start = static_cast<int>(blockIdx.x) * P::kRows;
   const Sequence seq(p, static_cast<int>(blockIdx.z), static_cast<int>(blockIdx.y));
@@ -130,14 +130,14 @@ __global__ void __launch_bounds__(P::kThreads) banded_dkdv_kernel(const Argument
           v_rows.set(Shared::rows(1));
         },
         [&](const Tile& tile, auto is_masked, int stage) {
-          ColumnStatistics<P> columns;
-          columns.template read<is_masked.value>(lse, delta, tile.start, seq.length);
-          accumulate_dkdv<P, kDropout>(
-              dk, dv, k_rows, v_rows, columns, Shared::columns(0, stage), Shared::columns(1, stage),
+          const QueryTile queries{lse, delta, tile.start, seq.length};
+          accumulate_dkdv<P, is_masked.value>(
+              dk, dv, k_rows, v_rows, queries, Shared::columns(0, stage), Shared::columns(1, stage),
               a.qk_scale,
               [&](typename P::Scores& scores) {
                 if constexpr (is_masked.value) mask_scores(scores, tile, bands, seq, false);
               },
+              kMayDrop && a.has_dropout(),
               [&] {
                 return Dropout(a, seq, kBandedStream)
                     .of_queries<P::kColumns, P::kRowsPerLane>(warp_start,
@@ -168,8 +168,8 @@ struct GlobalPartials {
 };
 
 // What one split of the local queries adds to dk, dv of a tile of global keys: without the scales.
-template <class P, bool kDropout>
-__global__ void __launch_bounds__(P::kThreads) banded_dkdv_globals_kernel(const Arguments a) {
+template <class P>
+__global__ void __launch_bounds__(P::kThreads, 1) banded_dkdv_globals_kernel(const Arguments a) {
   const AttentionParams& p = a.p;
   const int split = static_cast<int>(blockIdx.x) % a.num_splits;
   const int slot_start = static_cast<int>(blockIdx.x) / a.num_splits * P::kRows;
@@ -212,11 +212,10 @@ __global__ void __launch_bounds__(P::kThreads) banded_dkdv_globals_kernel(const 
         v_rows.set(Shared::rows(1));
       },
       [&](const Tile& tile, auto is_masked, int stage) {
-        ColumnStatistics<P> columns;  // inf beyond the split, and where there is no result
-        columns.template read<is_masked.value>(lse, delta, tile.start, stop);
-        accumulate_dkdv<P, kDropout>(
-            dk, dv, k_rows, v_rows, columns, Shared::columns(0, stage), Shared::columns(1, stage), a.qk_scale,
-            [](typename P::Scores&) {},
+        const QueryTile queries{lse, delta, tile.start, stop};
+        accumulate_dkdv<P, is_masked.value>(
+            dk, dv, k_rows, v_rows, queries, Shared::columns(0, stage), Shared::columns(1, stage), a.qk_scale,
+            [](typename P::Scores&) {}, a.has_dropout(),
             [&] {
               return Dropout(a, seq, kBandedStream)
                   .of_pairs<P::kColumns, P::kRowsPerLane>(
@@ -252,21 +251,20 @@ __global__ void __launch_bounds__(kWarpSize) banded_sum_splits_kernel(const Argu
 
 template <int kHeadDim>
 void launch_banded_backward(const Arguments& a, Unit unit) {
-  choose_instance<kHeadDim>(a, unit, [&](auto element, auto has_dropout) {
+  choose_instance<kHeadDim>(a, unit, [&](auto element, auto may_drop) {
     using T = Tiles<decltype(element), kHeadDim>;
     const AttentionParams& p = a.p;
     const auto heads = static_cast<unsigned>(p.heads), batch = static_cast<unsigned>(p.batch);
     using Dq = typename T::Dq;
-    launch(banded_dq_kernel<Dq, has_dropout.value>, dim3(ceil_div(p.max_seqlen, Dq::kRows), heads, batch),
+    launch(banded_dq_kernel<Dq, may_drop.value>, dim3(ceil_div(p.max_seqlen, Dq::kRows), heads, batch),
            Dq::kThreads, SharedTiles<Dq, 2>::kBytes, p, a);
     using Dkdv = typename T::Dkdv;
-    launch(banded_dkdv_kernel<Dkdv, has_dropout.value>,
-           dim3(ceil_div(p.max_seqlen, Dkdv::kRows), heads, batch), Dkdv::kThreads,
-           SharedTiles<Dkdv, 2>::kBytes, p, a);
+    launch(banded_dkdv_kernel<Dkdv, may_drop.value>, dim3(ceil_div(p.max_seqlen, Dkdv::kRows), heads, batch),
+           Dkdv::kThreads, SharedTiles<Dkdv, 2>::kBytes, p, a);
     if (p.mask.max_globals > 0) {
       using Globals = typename T::DkdvGlobals;
       const unsigned slot_tiles = ceil_div(p.mask.max_globals, Globals::kRows);
-      launch(banded_dkdv_globals_kernel<Globals, has_dropout.value>,
+      launch(banded_dkdv_globals_kernel<Globals>,
              dim3(slot_tiles * static_cast<unsigned>(a.num_splits), heads, batch), Globals::kThreads,
              SharedTiles<Globals, 2>::kBytes, p, a);
       launch(banded_sum_splits_kernel<Dq>, dim3(static_cast<unsigned>(p.mask.max_globals), heads, batch),

@@ -6,8 +6,8 @@
 
 namespace led::cuda {
 
-template <class P, bool kDropout>
-__global__ void __launch_bounds__(P::kThreads) banded_forward_kernel(const Arguments a) {
+template <class P, bool kMayDrop>
+__global__ void __launch_bounds__(P::kThreads, 1) banded_forward_kernel(const Arguments a) {
   const AttentionParams& p = a.p;
   const int row_start = static_cast<int>(blockIdx.x) * P::kRows;
   const Sequence seq(p, static_cast<int>(blockIdx.z), static_cast<int>(blockIdx.y));
@@ -41,7 +41,7 @@ __global__ void __launch_bounds__(P::kThreads) banded_forward_kernel(const Argum
           P::multiply_transposed(scores, q_rows, Shared::columns(0, stage));
           if constexpr (is_masked.value) mask_scores(scores, tile, bands, seq, has_padding);
           softmax.update(scores, a.qk_scale);
-          if constexpr (kDropout) keep_elements(scores, keep_of_keys<P>(a, seq, tile, query), 0.0f);
+          if (kMayDrop && a.has_dropout()) keep_elements(scores, keep_of_keys<P>(a, seq, tile, query), 0.0f);
           P::accumulate(softmax.acc, scores, Shared::columns(1, stage));
         });
   }
@@ -62,10 +62,10 @@ __global__ void __launch_bounds__(P::kThreads) banded_forward_kernel(const Argum
 
 template <int kHeadDim>
 void launch_banded_forward(const Arguments& a, Unit unit) {
-  choose_instance<kHeadDim>(a, unit, [&](auto element, auto has_dropout) {
+  choose_instance<kHeadDim>(a, unit, [&](auto element, auto may_drop) {
     using P = typename Tiles<decltype(element), kHeadDim>::Forward;
     const dim3 grid(ceil_div(a.p.max_seqlen, P::kRows), a.p.heads, a.p.batch);
-    launch(banded_forward_kernel<P, has_dropout.value>, grid, P::kThreads, SharedTiles<P, 1>::kBytes, a.p, a);
+    launch(banded_forward_kernel<P, may_drop.value>, grid, P::kThreads, SharedTiles<P, 1>::kBytes, a.p, a);
   });
 }
 template void launch_banded_forward<LED_HEAD_DIM>(const Arguments&, Unit);

@@ -18,9 +18,10 @@ struct Tiles {
   // 32 rows a warp share each load of k and v from shared memory
   using Forward = TensorCoreProducts<T, kHeadDim, kHeadDim <= 64 ? 4 : 2, kColumns, 4>;
   using Dq = TensorCoreProducts<T, kHeadDim, 2, kColumns, 4>;
-  using Dkdv = TensorCoreProducts<T, kHeadDim, 2, kColumns, 4, /*kReloadRows=*/(kHeadDim > 64)>;
+  // two results in registers, so narrower tiles
+  using Dkdv = TensorCoreProducts<T, kHeadDim, 2, kColumns / 2, 4, /*kReloadRows=*/(kHeadDim > 64)>;
   // Of global tokens. One warp where they are few, as 16 rows then hold them.
-  using DkdvGlobals = TensorCoreProducts<T, kHeadDim, 2, 32, 1, /*kReloadRows=*/(kHeadDim > 64)>;
+  using DkdvGlobals = TensorCoreProducts<T, kHeadDim, 2, kColumns / 2, 1, /*kReloadRows=*/(kHeadDim > 64)>;
   using FewGlobalQueries = TensorCoreProducts<T, kHeadDim, 2, kColumns, 1>;
   using ManyGlobalQueries = TensorCoreProducts<T, kHeadDim, 2, kColumns, 4>;
 };
@@ -31,32 +32,31 @@ struct Tiles<float, kHeadDim> {
   using Forward = FmaProducts<kHeadDim, kHeadDim <= 64 ? 2 : 1, kColumns, kHeadDim <= 128 ? 4 : 2>;
   using Dq = Forward;
   using Dkdv = Forward;
-  using DkdvGlobals = FmaProducts<kHeadDim, 1, kColumns, 1>;
-  using FewGlobalQueries = DkdvGlobals;
+  using DkdvGlobals = Forward;
+  using FewGlobalQueries = Forward;
   using ManyGlobalQueries = Forward;
 };
 
-// Calls f(T{}, has_dropout) with the element type (float for Unit::kFma) and a std::bool_constant.
+// Calls f(T{}) with the element type; float for Unit::kFma.
+template <int kHeadDim, class F>
+void choose_element(const Arguments& a, Unit unit, F f) {
+  if constexpr (kHeadDim <= 128) {
+    if (unit == Unit::kTensorCore && a.p.dtype == DType::kFloat16) return f(Half{});
+    if (unit == Unit::kTensorCore) return f(BFloat16{});
+  }
+  f(float{});
+}
+
+// Calls f(T{}, may_drop) with a std::bool_constant, so that the tuned kernels come without dropout, too. The
+// others ask has_dropout alone, which halves what there is to compile.
 template <int kHeadDim, class F>
 void choose_instance(const Arguments& a, Unit unit, F f) {
-  auto with_dropout = [&](auto element) {
-    if (a.p.device_seed != nullptr) {
-      f(element, std::true_type{});
-    } else {
-      f(element, std::false_type{});
+  choose_element<kHeadDim>(a, unit, [&](auto element) {
+    if constexpr (!std::is_same_v<decltype(element), float>) {
+      if (!a.has_dropout()) return f(element, std::false_type{});
     }
-  };
-  if constexpr (kHeadDim <= 128) {
-    if (unit == Unit::kTensorCore) {
-      if (a.p.dtype == DType::kFloat16) {
-        with_dropout(Half{});
-      } else {
-        with_dropout(BFloat16{});
-      }
-      return;
-    }
-  }
-  with_dropout(float{});
+    f(element, std::true_type{});
+  });
 }
 
 // Calls f(Few{}) where its rows hold all global tokens, else f(Many{}).

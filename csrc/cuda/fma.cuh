@@ -82,24 +82,22 @@ struct FmaProducts {
   static __device__ __forceinline__ void accumulate(Result& result, const Scores& p, const float* tile) {
 #pragma unroll
     for (int n = 0; n < kColumns / 8; ++n) {
-#pragma unroll
-      for (int e = 0; e < 2; ++e) {
 #pragma unroll 1
-        for (int t = 0; t < 4; ++t) {  // the lane of the group that holds the column
-          float factor[kRowsPerLane];
+      for (int i = 0; i < 8; ++i) {  // the column of the block: element i % 2 of the group's lane i / 2
+        float factor[kRowsPerLane];
+#pragma unroll
+        for (int r = 0; r < kRowsPerLane; ++r) {
+          factor[r] =
+              __shfl_sync(kAllLanes, i % 2 == 0 ? p.at(n, r, 0) : p.at(n, r, 1), lane_id() / 4 * 4 + i / 2);
+        }
+#pragma unroll
+        for (int d = 0; d < kHeadDim / 8; ++d) {
+          const float2 b =
+              *reinterpret_cast<const float2*>(tile + offset(8 * n + i, 8 * d + 2 * lane_in_group()));
 #pragma unroll
           for (int r = 0; r < kRowsPerLane; ++r) {
-            factor[r] = __shfl_sync(kAllLanes, p.at(n, r, e), lane_id() / 4 * 4 + t);
-          }
-#pragma unroll
-          for (int d = 0; d < kHeadDim / 8; ++d) {
-            const float2 b = *reinterpret_cast<const float2*>(
-                tile + offset(8 * n + 2 * t + e, 8 * d + 2 * lane_in_group()));
-#pragma unroll
-            for (int r = 0; r < kRowsPerLane; ++r) {
-              result.at(d, r, 0) = fmaf(factor[r], b.x, result.at(d, r, 0));
-              result.at(d, r, 1) = fmaf(factor[r], b.y, result.at(d, r, 1));
-            }
+            result.at(d, r, 0) = fmaf(factor[r], b.x, result.at(d, r, 0));
+            result.at(d, r, 1) = fmaf(factor[r], b.y, result.at(d, r, 1));
           }
         }
       }

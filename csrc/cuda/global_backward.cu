@@ -7,8 +7,8 @@
 
 namespace led::cuda {
 
-template <class P, bool kDropout>
-__global__ void __launch_bounds__(P::kThreads) global_dq_kernel(const Arguments a) {
+template <class P>
+__global__ void __launch_bounds__(P::kThreads, 1) global_dq_kernel(const Arguments a) {
   const AttentionParams& p = a.p;
   const Sequence seq(p, static_cast<int>(blockIdx.z), static_cast<int>(blockIdx.y));
   const GlobalTiles<P> block(a, seq);
@@ -52,11 +52,12 @@ __global__ void __launch_bounds__(P::kThreads) global_dq_kernel(const Arguments 
         d_out_rows.set(Shared::rows(1));
       },
       [&](const Tile& tile, auto is_masked, int stage) {
-        accumulate_dq<P, kDropout>(
+        accumulate_dq<P>(
             dq, q_rows, d_out_rows, rows, Shared::columns(0, stage), Shared::columns(1, stage), a.qk_scale,
             [&](typename P::Scores& scores) {
               if constexpr (is_masked.value) mask_scores(scores, tile, bands, seq, has_padding);
             },
+            a.has_dropout(),
             [&] {
               return Dropout(a, seq, kGlobalStream).of_keys<P::kColumns, P::kRowsPerLane>(tile.start, query);
             });
@@ -77,8 +78,8 @@ __global__ void __launch_bounds__(kWarpSize) global_sum_splits_kernel(const Argu
                 a.softmax_scale * a.keep_scale);
 }
 
-template <class P, bool kDropout>
-__global__ void __launch_bounds__(P::kThreads) global_dkdv_kernel(const Arguments a) {
+template <class P>
+__global__ void __launch_bounds__(P::kThreads, 1) global_dkdv_kernel(const Arguments a) {
   const AttentionParams& p = a.p;
   const int row_start = static_cast<int>(blockIdx.x) * P::kRows;
   const Sequence seq(p, static_cast<int>(blockIdx.z), static_cast<int>(blockIdx.y));
@@ -113,11 +114,11 @@ __global__ void __launch_bounds__(P::kThreads) global_dkdv_kernel(const Argument
           v_rows.set(Shared::rows(1));
         },
         [&](const Tile& tile, auto is_masked, int stage) {
-          ColumnStatistics<P> columns;
-          columns.template read<is_masked.value>(lse, delta, tile.start, seq.num_globals);
-          accumulate_dkdv<P, kDropout>(
-              dk, dv, k_rows, v_rows, columns, Shared::columns(0, stage), Shared::columns(1, stage),
+          const QueryTile queries{lse, delta, tile.start, seq.num_globals};
+          accumulate_dkdv<P, is_masked.value>(
+              dk, dv, k_rows, v_rows, queries, Shared::columns(0, stage), Shared::columns(1, stage),
               a.qk_scale, [](typename P::Scores&) {},  // lse is inf where there is no query
+              a.has_dropout(),
               [&] {
                 return Dropout(a, seq, kGlobalStream)
                     .of_queries<P::kColumns, P::kRowsPerLane>(
@@ -135,21 +136,20 @@ __global__ void __launch_bounds__(P::kThreads) global_dkdv_kernel(const Argument
 
 template <int kHeadDim>
 void launch_global_backward(const Arguments& a, Unit unit) {
-  choose_instance<kHeadDim>(a, unit, [&](auto element, auto has_dropout) {
+  choose_element<kHeadDim>(a, unit, [&](auto element) {
     using T = Tiles<decltype(element), kHeadDim>;
     const AttentionParams& p = a.p;
     const auto heads = static_cast<unsigned>(p.heads), batch = static_cast<unsigned>(p.batch);
     choose_warps<typename T::FewGlobalQueries, typename T::Dq>(a, [&](auto products) {
       using P = decltype(products);
       const unsigned blocks = ceil_div(p.mask.max_globals, P::kRows) * static_cast<unsigned>(a.num_splits);
-      launch(global_dq_kernel<P, has_dropout.value>, dim3(blocks, heads, batch), P::kThreads,
-             SharedTiles<P, 2>::kBytes, p, a);
+      launch(global_dq_kernel<P>, dim3(blocks, heads, batch), P::kThreads, SharedTiles<P, 2>::kBytes, p, a);
       launch(global_sum_splits_kernel<P>, dim3(static_cast<unsigned>(p.mask.max_globals), heads, batch),
              kWarpSize, 0, p, a);
     });
     using P = typename T::Dkdv;
-    launch(global_dkdv_kernel<P, has_dropout.value>, dim3(ceil_div(p.max_seqlen, P::kRows), heads, batch),
-           P::kThreads, SharedTiles<P, 2>::kBytes, p, a);
+    launch(global_dkdv_kernel<P>, dim3(ceil_div(p.max_seqlen, P::kRows), heads, batch), P::kThreads,
+           SharedTiles<P, 2>::kBytes, p, a);
   });
 }
 template void launch_global_backward<LED_HEAD_DIM>(const Arguments&, Unit);

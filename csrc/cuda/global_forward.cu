@@ -8,8 +8,8 @@
 namespace led::cuda {
 
 // A row of partial results: acc [head_dim], row_max, row_sum.
-template <class P, bool kDropout>
-__global__ void __launch_bounds__(P::kThreads) global_forward_kernel(const Arguments a) {
+template <class P>
+__global__ void __launch_bounds__(P::kThreads, 1) global_forward_kernel(const Arguments a) {
   const AttentionParams& p = a.p;
   const Sequence seq(p, static_cast<int>(blockIdx.z), static_cast<int>(blockIdx.y));
   const GlobalTiles<P> block(a, seq);
@@ -39,7 +39,7 @@ __global__ void __launch_bounds__(P::kThreads) global_forward_kernel(const Argum
         P::multiply_transposed(scores, q_rows, Shared::columns(0, stage));
         if constexpr (is_masked.value) mask_scores(scores, tile, bands, seq, has_padding);
         softmax.update(scores, a.qk_scale);
-        if constexpr (kDropout) {
+        if (a.has_dropout()) {
           const Dropout dropout(a, seq, kGlobalStream);
           keep_elements(scores, dropout.of_keys<P::kColumns, P::kRowsPerLane>(tile.start, query), 0.0f);
         }
@@ -96,14 +96,14 @@ __global__ void __launch_bounds__(kWarpSize) global_merge_kernel(const Arguments
 
 template <int kHeadDim>
 void launch_global_forward(const Arguments& a, Unit unit) {
-  choose_instance<kHeadDim>(a, unit, [&](auto element, auto has_dropout) {
+  choose_element<kHeadDim>(a, unit, [&](auto element) {
     using T = Tiles<decltype(element), kHeadDim>;
     choose_warps<typename T::FewGlobalQueries, typename T::ManyGlobalQueries>(a, [&](auto products) {
       using P = decltype(products);
       const auto heads = static_cast<unsigned>(a.p.heads), batch = static_cast<unsigned>(a.p.batch);
       const unsigned blocks = ceil_div(a.p.mask.max_globals, P::kRows) * static_cast<unsigned>(a.num_splits);
-      launch(global_forward_kernel<P, has_dropout.value>, dim3(blocks, heads, batch), P::kThreads,
-             SharedTiles<P, 1>::kBytes, a.p, a);
+      launch(global_forward_kernel<P>, dim3(blocks, heads, batch), P::kThreads, SharedTiles<P, 1>::kBytes,
+             a.p, a);
       launch(global_merge_kernel<P>, dim3(static_cast<unsigned>(a.p.mask.max_globals), heads, batch),
              kWarpSize, 0, a.p, a);
     });

@@ -139,6 +139,7 @@ __device__ __forceinline__ void mma<BFloat16>(float (&d)[4], const uint32_t (&a)
         "f"(c[3]));
   #else
   __trap();  // refused before the launch
+  __builtin_unreachable();
   #endif
 }
 

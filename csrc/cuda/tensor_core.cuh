@@ -26,13 +26,20 @@ struct TensorCoreProducts {
   using Result = Fragment<kHeadDim, kRowsPerLane>;
 
   // A chunk (8 elements, 16 bytes) of a row, where eight rows' chunks lie in different banks. The permutation
-  // repeats every 8 rows: at(tile, row + 8 i, chunk) is at(tile, row, chunk) + 8 i * kHeadDim.
+  // repeats every 8 rows and every 8 chunks, so that a lane needs few addresses: the rest are constant
+  // distances from those.
   template <class Tile>
   static __device__ __forceinline__ Tile* at(Tile* tile, unsigned row, unsigned chunk) {
     constexpr unsigned kPermuted = kChunks < 8 ? kChunks : 8;
-    const unsigned bytes = row * (2 * kHeadDim) + (chunk ^ (row / (8 / kPermuted) % kPermuted)) * 16;
+    const unsigned permuted = chunk % kPermuted ^ (row / (8 / kPermuted) % kPermuted);
+    const unsigned bytes = row * (2 * kHeadDim) + chunk / kPermuted * (16 * kPermuted) + permuted * 16;
     using Byte = std::conditional_t<std::is_const_v<Tile>, const char, char>;
     return reinterpret_cast<Tile*>(reinterpret_cast<Byte*>(tile) + bytes);
+  }
+  // Chunk 2 pair + half of row 16 rows16 + row, for constants rows16 and pair.
+  static __device__ __forceinline__ const T* at_pair(const T* tile, int rows16, unsigned row, int pair,
+                                                     unsigned half) {
+    return at(tile + rows16 * 16 * kHeadDim + pair / 4 * 64, row, 2 * (pair % 4) + half);
   }
 
   // Starts to load kTileRows rows of x from `first` on; zeros from row `stop` on if kHasEnd.
@@ -91,7 +98,7 @@ struct TensorCoreProducts {
       const unsigned lane = threadIdx.x % kWarpSize;
 #pragma unroll
       for (int m = 0; m < kRowsPerLane / 2; ++m) {
-        ldmatrix(a[m], at(tile_ + m * 16 * kHeadDim, lane % 16, 2 * k + lane / 16));
+        ldmatrix(a[m], at_pair(tile_, m, lane % 16, k, lane / 16));
       }
     }
     const T* tile_;
@@ -102,7 +109,7 @@ struct TensorCoreProducts {
   static __device__ __forceinline__ void multiply_transposed(Scores& scores, const Rows& rows,
                                                              const T* tile) {
     const float zero[4] = {0, 0, 0, 0};
-    const unsigned lane = threadIdx.x % kWarpSize, row = lane % 8 + lane / 16 * 8, chunk = lane / 8 % 2;
+    const unsigned lane = threadIdx.x % kWarpSize, row = lane % 8 + lane / 16 * 8, half = lane / 8 % 2;
 #pragma unroll
     for (int k = 0; k < kHeadDim / 16; ++k) {
       uint32_t a[kRowsPerLane / 2][4];
@@ -110,7 +117,7 @@ struct TensorCoreProducts {
 #pragma unroll
       for (int n = 0; n < kColumns / 16; ++n) {
         uint32_t b[4];
-        ldmatrix(b, at(tile + n * 16 * kHeadDim, row, 2 * k + chunk));
+        ldmatrix(b, at_pair(tile, n, row, k, half));
 #pragma unroll
         for (int m = 0; m < kRowsPerLane / 2; ++m) {
           float (&left)[4] = scores.x[2 * n][m], (&right)[4] = scores.x[2 * n + 1][m];
@@ -142,7 +149,7 @@ struct TensorCoreProducts {
 #pragma unroll
       for (int d = 0; d < kHeadDim / 16; ++d) {
         uint32_t b[4];
-        ldmatrix_transposed(b, at(tile + k * 16 * kHeadDim, lane % 16, 2 * d + lane / 16));
+        ldmatrix_transposed(b, at_pair(tile, k, lane % 16, d, lane / 16));
 #pragma unroll
         for (int m = 0; m < kRowsPerLane / 2; ++m) {
           mma<T>(result.x[2 * d][m], a[m], b[0], b[1], result.x[2 * d][m]);
