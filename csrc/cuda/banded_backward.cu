@@ -7,7 +7,7 @@
 
 namespace led::cuda {
 
-template <class P, bool kMayDrop>
+template <class P>
 __global__ void __launch_bounds__(P::kThreads, 1) banded_dq_kernel(const Arguments a) {
   const AttentionParams& p = a.p;
   const int row_start = static_cast<int>(blockIdx.x) * P::kRows;
@@ -58,7 +58,7 @@ __global__ void __launch_bounds__(P::kThreads, 1) banded_dq_kernel(const Argumen
               [&](typename P::Scores& scores) {
                 if constexpr (is_masked.value) mask_scores(scores, tile, bands, seq, has_padding);
               },
-              kMayDrop && a.has_dropout(), [&] { return keep_of_keys<P>(a, seq, tile, query); });
+              a.has_dropout(), [&] { return keep_of_keys<P>(a, seq, tile, query); });
         });
   }
   const float scale = a.softmax_scale * a.keep_scale;
@@ -90,7 +90,7 @@ __device__ __forceinline__ bool has_others_than_local(const Sequence& seq, int s
   return __syncthreads_or(found) != 0;
 }
 
-template <class P, bool kMayDrop>
+template <class P>
 __global__ void __launch_bounds__(P::kThreads, 1) banded_dkdv_kernel(const Arguments a) {
   const AttentionParams& p = a.p;
   const int row_start = static_cast<int>(blockIdx.x) * P::kRows;
@@ -137,7 +137,7 @@ __global__ void __launch_bounds__(P::kThreads, 1) banded_dkdv_kernel(const Argum
               [&](typename P::Scores& scores) {
                 if constexpr (is_masked.value) mask_scores(scores, tile, bands, seq, false);
               },
-              kMayDrop && a.has_dropout(),
+              a.has_dropout(),
               [&] {
                 return Dropout(a, seq, kBandedStream)
                     .of_queries<P::kColumns, P::kRowsPerLane>(warp_start,
@@ -251,16 +251,16 @@ __global__ void __launch_bounds__(kWarpSize) banded_sum_splits_kernel(const Argu
 
 template <int kHeadDim>
 void launch_banded_backward(const Arguments& a, Unit unit) {
-  choose_instance<kHeadDim>(a, unit, [&](auto element, auto may_drop) {
+  choose_element<kHeadDim>(a, unit, [&](auto element) {
     using T = Tiles<decltype(element), kHeadDim>;
     const AttentionParams& p = a.p;
     const auto heads = static_cast<unsigned>(p.heads), batch = static_cast<unsigned>(p.batch);
     using Dq = typename T::Dq;
-    launch(banded_dq_kernel<Dq, may_drop.value>, dim3(ceil_div(p.max_seqlen, Dq::kRows), heads, batch),
-           Dq::kThreads, SharedTiles<Dq, 2>::kBytes, p, a);
+    launch(banded_dq_kernel<Dq>, dim3(ceil_div(p.max_seqlen, Dq::kRows), heads, batch), Dq::kThreads,
+           SharedTiles<Dq, 2>::kBytes, p, a);
     using Dkdv = typename T::Dkdv;
-    launch(banded_dkdv_kernel<Dkdv, may_drop.value>, dim3(ceil_div(p.max_seqlen, Dkdv::kRows), heads, batch),
-           Dkdv::kThreads, SharedTiles<Dkdv, 2>::kBytes, p, a);
+    launch(banded_dkdv_kernel<Dkdv>, dim3(ceil_div(p.max_seqlen, Dkdv::kRows), heads, batch), Dkdv::kThreads,
+           SharedTiles<Dkdv, 2>::kBytes, p, a);
     if (p.mask.max_globals > 0) {
       using Globals = typename T::DkdvGlobals;
       const unsigned slot_tiles = ceil_div(p.mask.max_globals, Globals::kRows);

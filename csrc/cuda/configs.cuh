@@ -47,8 +47,8 @@ void choose_element(const Arguments& a, Unit unit, F f) {
   f(float{});
 }
 
-// Calls f(T{}, may_drop) with a std::bool_constant, so that the tuned kernels come without dropout, too. The
-// others ask has_dropout alone, which halves what there is to compile.
+// Calls f(T{}, may_drop) with a std::bool_constant, so that a tuned kernel comes without dropout, too. Other
+// kernels ask has_dropout alone: a branch for each tile, and half as much to compile.
 template <int kHeadDim, class F>
 void choose_instance(const Arguments& a, Unit unit, F f) {
   choose_element<kHeadDim>(a, unit, [&](auto element) {
