@@ -28,30 +28,36 @@ from benchmarks.registry import Group, attention_cases, yardstick_cases
 from benchmarks.shapes import Shape
 from led_kernels import banded_attention, longformer_attention
 
+BACKENDS = ("triton", "cuda")  # of led_kernels
 SDPA, FLASH = "dense SDPA", "flash-attn window"
 SEQLENS = (1024, 4096, 16384)
 SHAPE = Shape(dtype="bfloat16", device="cuda")
 
 
-def groups(backend: str = "triton", shape: Shape = SHAPE, seqlens: Sequence[int] = SEQLENS) -> list[Group]:
+def groups(
+    backends: Sequence[str] = BACKENDS, shape: Shape | None = None, seqlens: Sequence[int] = SEQLENS
+) -> list[Group]:
     """For each length a group with global tokens and one without.
 
     Args:
-        backend: of led_kernels.
-        shape: all but the length.
+        backends: of led_kernels.
+        shape: all but the length; default ``SHAPE``, in fp16 on a GPU whose tensor cores know no bf16.
     """
-    name = f"led_kernels {backend}"
+    shape = shape or _shape_of_this_gpu()
     banded, core = (
-        led_kernels_provider(function, backend, shape.device, shape.torch_dtype)
+        {
+            f"led_kernels {name}": led_kernels_provider(function, name, shape.device, shape.torch_dtype)
+            for name in backends
+        }
         for function in (banded_attention, longformer_attention)
     )
     flex = Provider(_build_flex, has_backward=shape.device != "cpu")
     with_globals = {
-        "banded": {name: banded, FLEX: flex, SDPA: Provider(_build_dense)},
-        "core": {name: core, STOCK: Provider(build_transformers, refusal=_missing("transformers"))},
+        "banded": {**banded, FLEX: flex, SDPA: Provider(_build_dense)},
+        "core": {**core, STOCK: Provider(build_transformers, refusal=_missing("transformers"))},
     }
     window = {
-        "banded": {name: banded, FLASH: Provider(_build_flash, refusal=_missing("flash_attn", "flash-attn"))}
+        "banded": {**banded, FLASH: Provider(_build_flash, refusal=_missing("flash_attn", "flash-attn"))}
     }
     sizes = (8192, 2**28) if shape.device != "cpu" else (128, 2**16)
     result = []
@@ -62,6 +68,12 @@ def groups(backend: str = "triton", shape: Shape = SHAPE, seqlens: Sequence[int]
         s = replace(s, global_index=())
         result.append(Group(f"window_{seqlen}", s, attention_cases(s, window)))
     return result
+
+
+def _shape_of_this_gpu() -> Shape:
+    if torch.cuda.is_available() and torch.cuda.get_device_capability() < (8, 0):
+        return replace(SHAPE, dtype="float16")
+    return SHAPE
 
 
 def _build_flex(inputs: Inputs) -> Attend:

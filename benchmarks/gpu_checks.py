@@ -28,7 +28,7 @@ TESTS = (
     "tests/test_properties.py",
 )
 # forward and backward of every kernel, at sizes that a slow-down by a hundred leaves bearable
-SANITIZED = (*PYTEST, *SELECTION, "tests/gpu/test_every_kernel.py")
+SANITIZED = "tests/gpu/test_every_kernel.py"
 TOOLS = ("memcheck", "racecheck")
 GRACE = 30.0  # seconds from the interrupt on, for pytest to print its summary
 
@@ -48,12 +48,17 @@ class Outcome:
     text: str
 
 
-def sanitizer_command(tool: str) -> tuple[str, ...] | None:
-    """The command of one of compute-sanitizer's tools on the short selection, or None where it is not installed."""
+def sanitized_tests(backend: str) -> tuple[str, ...]:
+    """The command of the short selection for one backend's kernels."""
+    return *PYTEST, *SELECTION, "-k", backend, SANITIZED
+
+
+def sanitizer_command(tool: str, backend: str) -> tuple[str, ...] | None:
+    """One of compute-sanitizer's tools on :func:`sanitized_tests`, or None where it is not installed."""
     roots = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda"]
     places = [os.environ.get("PATH", ""), *(os.path.join(root, "bin") for root in roots if root)]
     program = shutil.which("compute-sanitizer", path=os.pathsep.join(places))
-    return program and (program, "--tool", tool, "--target-processes", "all", *SANITIZED)
+    return program and (program, "--tool", tool, "--target-processes", "all", *sanitized_tests(backend))
 
 
 def run_sanitizer(tool: str, command: Sequence[str], limit: float) -> Outcome:

@@ -16,6 +16,7 @@ import torch
 from benchmarks import gpu_attention, gpu_checks, gpu_report, run, table
 from benchmarks.gpu_report import Report, Step
 from benchmarks.registry import SMOKE, Group
+from led_kernels.dispatch import BackendUnavailable
 
 ROOT = Path(__file__).parents[2]
 BARE = {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}  # starts sooner
@@ -29,11 +30,11 @@ def report(tmp_path: Path) -> Report:
 
 
 def small_groups(dtype: str = "float32") -> list[Group]:
-    return gpu_attention.groups("torch", replace(SMALL, dtype=dtype), [256])[:1]
+    return gpu_attention.groups(["torch"], replace(SMALL, dtype=dtype), [256])[:1]
 
 
 def window_groups() -> list[Group]:
-    return gpu_attention.groups("torch", SMALL, [256])[1:]
+    return gpu_attention.groups(["torch"], SMALL, [256])[1:]
 
 
 def row(**values: object) -> table.Row:
@@ -67,29 +68,81 @@ def test_dry_run_lists_every_step_and_case(
     monkeypatch.setattr(gpu_attention.importlib.util, "find_spec", lambda name: None)
     assert gpu_report.main(["--dry-run"]) == 0
     printed = capsys.readouterr().out
-    for path in (*gpu_checks.TESTS, *gpu_checks.SANITIZED):
+    for path in (*gpu_checks.TESTS, gpu_checks.SANITIZED):
         if path.startswith("tests/"):
             assert (ROOT / path).exists()
     assert " ".join(gpu_checks.TESTS[-4:]) in printed
-    assert "compute-sanitizer memcheck: left out, compute-sanitizer is neither on PATH" in printed
+    for step in ("memcheck, triton", "racecheck, triton", "memcheck, cuda", "racecheck, cuda"):
+        assert f"compute-sanitizer {step}: left out, compute-sanitizer is neither on PATH" in printed
     for group in gpu_attention.groups():
         assert f"{group.name}: 12 heads, head_dim 64, window ±512" in printed
     for seqlen in (1024, 4096, 16384):
         assert f"attention_{seqlen}" in printed
     assert "  core, transformers, forward+backward: left out, transformers is not installed." in printed
     assert "  banded, flash-attn window, forward: left out, flash-attn is not installed." in printed
-    assert "  banded, led_kernels triton, forward+backward\n" in printed or torch.cuda.is_available()
+    for backend in ("triton", "cuda"):
+        assert f"  banded, led_kernels {backend}, forward+backward\n" in printed or torch.cuda.is_available()
     assert " ms" not in printed
 
 
-def test_dry_run_shows_the_sanitizers_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def sanitizer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A program of its name, in a CUDA toolkit."""
     program = tmp_path / "bin" / "compute-sanitizer"
     program.parent.mkdir()
     program.write_text("")
     program.chmod(0o755)
     monkeypatch.setenv("CUDA_HOME", str(tmp_path))
+    monkeypatch.setenv("PATH", str(tmp_path))
+    return program
+
+
+@without_gpu
+@pytest.mark.parametrize("backend", gpu_attention.BACKENDS)
+@pytest.mark.parametrize("tool", gpu_checks.TOOLS)
+def test_dry_run_shows_the_sanitizers_command(tool: str, backend: str, sanitizer: Path) -> None:
     printed = gpu_report.describe(gpu_report.steps([]))
-    assert f"  {program} --tool racecheck --target-processes all python -m pytest --gpu" in printed
+    command = f"{sanitizer} --tool {tool} --target-processes all python -m pytest --gpu"
+    (line,) = (line for line in printed.splitlines() if command in line and f"-k {backend}" in line)
+    assert line.endswith("tests/gpu/test_every_kernel.py")
+
+
+def test_sanitizer_of_a_backend_that_cannot_run_says_why(
+    sanitizer: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def can_run(backend: str, device: torch.device, raise_error: bool) -> bool:
+        if backend == "cuda":
+            raise BackendUnavailable("built without it.")
+        return True
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(gpu_report, "can_run", can_run)
+    refusals = {step.title: step.refusal for step in gpu_report.steps([]) if "sanitizer" in step.title}
+    for tool in gpu_checks.TOOLS:
+        assert refusals[f"compute-sanitizer {tool}, cuda"] == "built without it."
+        assert not refusals[f"compute-sanitizer {tool}, triton"]
+
+
+def test_checks_leave_a_quarter_of_the_time_for_the_timings(sanitizer: Path) -> None:
+    *checks, timings = gpu_report.steps([])
+    assert timings.title == "Timings"
+    assert sum(step.share for step in checks) <= 0.75
+
+
+@pytest.mark.parametrize("backend", gpu_attention.BACKENDS)
+def test_sanitized_tests_are_those_of_one_backend(backend: str) -> None:
+    command = [part for part in gpu_checks.sanitized_tests(backend) if part not in ("--gpu", "-v")]
+    result = subprocess.run([*command, "--collect-only", "-q"], cwd=ROOT, capture_output=True, text=True)
+    found = [line for line in result.stdout.splitlines() if line.startswith(gpu_checks.SANITIZED)]
+    assert found, result.stdout
+    assert all(line.endswith(f"-{backend}]") for line in found)
+
+
+def test_a_gpu_without_bf16_is_timed_in_fp16(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for capability, dtype in (((7, 5), "float16"), ((8, 0), "bfloat16")):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda capability=capability: capability)
+        assert {group.shape.dtype for group in gpu_attention.groups()} == {dtype}
 
 
 def test_the_selection_holds_tests_that_need_a_gpu() -> None:
@@ -101,15 +154,17 @@ def test_the_selection_holds_tests_that_need_a_gpu() -> None:
         assert "needs a GPU; run pytest --gpu on a machine that has one" in result.stdout
 
 
-def test_markdown_has_times_relative_to_ours() -> None:
+def test_markdown_has_times_relative_to_our_best() -> None:
     rows = [
         row(what="mm", provider="torch.mm", median_ms=2.0, min_ms=1.0, flop=4 * 10**9),
         row(provider="led_kernels triton", median_ms=2.0, min_ms=1.5, repeats=30, flop=10**9, error=2e-3),
+        row(provider="led_kernels cuda", median_ms=2.5, min_ms=2.0, repeats=30, flop=10**9, error=2e-3),
         row(provider="dense SDPA", median_ms=5.0, min_ms=4.0, repeats=3, flop=10**9, error=1e-2),
     ]
     text = gpu_report.rows_as_markdown(rows)
     assert "| mm | torch.mm | forward | 2.0000 | 1.0000 | 0 | 2.00 |  |  |" in text
     assert "| banded | led_kernels triton | forward | 2.0000 | 1.5000 | 30 | 0.50 | 1.00 | 2.0e-03 |" in text
+    assert "| banded | led_kernels cuda | forward | 2.5000 | 2.0000 | 30 | 0.40 | 1.25 | 2.0e-03 |" in text
     assert "| banded | dense SDPA | forward | 5.0000 | 4.0000 | 3 | 0.20 | 2.50 | 1.0e-02 |" in text
 
 

@@ -1,23 +1,52 @@
-"""Each Triton kernel, forward and backward, at a few odd sizes: few enough for compute-sanitizer."""
+"""Each kernel, forward and backward, at a few odd sizes: few enough for compute-sanitizer.
+
+The cases differ in what the CUDA kernels are chosen by: head_dim (tensor cores have 32, 64 and 128), alignment, at most
+16 global tokens or more, dropout, and keys and queries in one split or several.
+"""
 
 from __future__ import annotations
 
 import pytest
 import torch
+from torch import Tensor
 
 from led_kernels.testing import AttentionCase, assert_matches_reference
 
 pytestmark = pytest.mark.gpu
 
-FEW, MANY = ((0, 100, 307), (5,)), (tuple(range(0, 308, 4)), (0, 1))
+
+class UnalignedCase(AttentionCase):
+    """q, k and v whose addresses and strides are multiples of an element alone; NaN lies between their rows."""
+
+    def inputs(self, *args, **settings) -> tuple[Tensor, ...]:
+        def unaligned(x: Tensor) -> Tensor:
+            padded = x.new_full((*x.shape[:-1], self.head_dim + 3), float("nan"))
+            rows = padded[..., 1 : 1 + self.head_dim]
+            return rows.copy_(x)
+
+        return tuple(unaligned(x) for x in super().inputs(*args, **settings))
+
+
 CASES = {
-    "few-globals": AttentionCase(seqlen=308, head_dim=64, window_size=70, globals_per_row=FEW),
-    "many-globals": AttentionCase(seqlen=308, head_dim=64, window_size=(20, 3), globals_per_row=MANY),
+    "few-globals": AttentionCase(
+        seqlen=600, head_dim=64, window_size=70, globals_per_row=((0, 100, 599), (5,))
+    ),
+    "many-globals": AttentionCase(
+        seqlen=308, head_dim=32, window_size=(20, 3), globals_per_row=(tuple(range(0, 308, 4)), (0, 1))
+    ),
     "holes": AttentionCase(
-        seqlen=131, head_dim=40, window_size=30, globals_per_row=((0,), ()), padding="holes"
+        seqlen=131, head_dim=160, window_size=30, globals_per_row=((0,), ()), padding="holes"
     ),
     "packed-dropout": AttentionCase(
-        seqlen=200, head_dim=128, window_size=150, globals_per_row=((0, 9), ()), packed=True, dropout_p=0.2
+        seqlen=200,
+        head_dim=128,
+        window_size=150,
+        globals_per_row=(tuple(range(0, 200, 10)), (5,)),
+        packed=True,
+        dropout_p=0.2,
+    ),
+    "unaligned": UnalignedCase(
+        seqlen=131, head_dim=64, window_size=30, globals_per_row=((0, 9), (130,)), padding="left"
     ),
 }
 
@@ -25,5 +54,5 @@ CASES = {
 @pytest.mark.parametrize("op", ["banded", "global"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
-def test_matches_reference(op, dtype, case):
-    assert_matches_reference(op, case, "triton", "cuda", dtype)
+def test_matches_reference(op, dtype, case, backend):
+    assert_matches_reference(op, case, backend, "cuda", dtype)
