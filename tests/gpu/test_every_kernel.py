@@ -50,9 +50,35 @@ CASES = {
     ),
 }
 
+# dropout where the other cases of a head_dim have none, few global tokens where they have many, and the reverse
+CASES_OF_CUDA = {
+    "few-globals-dropout": AttentionCase(
+        seqlen=131, head_dim=32, window_size=30, globals_per_row=((0, 9), (130,)), dropout_p=0.2
+    ),
+    "many-globals-dropout": AttentionCase(
+        seqlen=131,
+        head_dim=64,
+        window_size=30,
+        globals_per_row=(tuple(range(0, 131, 5)), (3,)),
+        dropout_p=0.2,
+    ),
+    "few-globals": AttentionCase(
+        seqlen=131, head_dim=128, window_size=30, globals_per_row=((0, 9), (130,)), padding="right"
+    ),
+}
+
 
 @pytest.mark.parametrize("op", ["banded", "global"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
 def test_matches_reference(op, dtype, case, backend):
+    assert_matches_reference(op, case, backend, "cuda", dtype)
+
+
+@pytest.mark.parametrize("op", ["banded", "global"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("case", CASES_OF_CUDA.values(), ids=CASES_OF_CUDA.keys())
+@pytest.mark.parametrize("backend", ["cuda"], indirect=True)
+def test_kernels_that_are_compiled_apart(op, dtype, case, backend):
+    """What Triton compiles when it is asked for is an object of its own here for each head_dim and element type."""
     assert_matches_reference(op, case, backend, "cuda", dtype)
