@@ -75,10 +75,10 @@ def test_matches_reference(op, dtype, case, backend):
     assert_matches_reference(op, case, backend, "cuda", dtype)
 
 
+@pytest.mark.parametrize("backend", ["cuda"], indirect=True)
 @pytest.mark.parametrize("op", ["banded", "global"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("case", CASES_OF_CUDA.values(), ids=CASES_OF_CUDA.keys())
-@pytest.mark.parametrize("backend", ["cuda"], indirect=True)
 def test_kernels_that_are_compiled_apart(op, dtype, case, backend):
     """What Triton compiles when it is asked for is an object of its own here for each head_dim and element type."""
     assert_matches_reference(op, case, backend, "cuda", dtype)
