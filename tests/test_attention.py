@@ -342,6 +342,22 @@ def test_nan_in_padding_gradients_stays_there(op, padding, target):
         assert torch.equal(actual, expected)
 
 
+@pytest.mark.parametrize("head_dim", [16, 32])
+@pytest.mark.parametrize(("window", "at"), [(5, 70), (20, 100), (20, 170), (3, 14)])
+def test_nan_of_one_padding_token_stays_there(window, at, head_dim, target):
+    """Also where no row of a tile sees it, but the tiles of keys or queries that the rows need reach over it."""
+    attention_mask = torch.ones(1, 300, dtype=torch.int64)
+    attention_mask[0, at] = 0
+    mask = LongformerMask.from_padding(attention_mask).to(target.device)
+    case = AttentionCase(batch=1, seqlen=300, head_dim=head_dim)
+    inputs = tuple(x.detach().requires_grad_() for x in case.inputs(mask))
+    out = banded_attention(*inputs, mask, window_size=window, backend=target.backend)
+    d_out = torch.ones_like(out)
+    d_out[0, at] = float("nan")
+    for x in (out, *torch.autograd.grad(out, inputs, d_out)):
+        assert not x.isnan().any()
+
+
 @pytest.mark.parametrize("op", OPS[:2])
 @pytest.mark.parametrize("used", ["out", "lse"])
 def test_gradient_of_one_output(op, used, target):
@@ -381,6 +397,22 @@ def test_nan_and_inf_of_real_tokens_propagate(where, value, target):
     assert not bad[0, :, 1].any()
     assert not bad[0, : at - far].any()
     assert not bad[0, at + far :].any()
+
+
+@pytest.mark.parametrize("op", OPS[:2])
+def test_nan_of_a_real_key_reaches_gradients(op, target):
+    """A gradient of 0 for a row whose result is NaN would hide it."""
+    mask = BASE.mask(target.device)
+    q, k, v = (x.clone() for x in BASE.inputs(mask))
+    k[0, 21] = float("nan")
+    inputs = tuple(x.detach().requires_grad_() for x in (q, k, v))
+    out, _ = attention_function(op, BASE, mask, target.backend)(*inputs)
+    is_nan = out.isnan().any(-1)
+    assert is_nan.any()
+    (d_out,) = torch.autograd.grad(out.sum(), out, retain_graph=True)
+    dq = torch.autograd.grad(out, inputs[0], d_out)[0]
+    rows = gather_global_rows(dq, mask) if op == "global" else dq
+    assert rows.isnan().any(-1)[is_nan].all()
 
 
 def test_infinite_scores_as_in_plain_attention(target):

@@ -11,6 +11,9 @@ namespace led::cuda {
 
 constexpr float kLog2E = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
 
+// Splits of columns among blocks consist of so many, but for the last.
+constexpr int kSplitUnit = 64;
+
 // The one parameter of every kernel. Scores are kept in units of log2, so that the exponential is one
 // instruction.
 struct Arguments {
@@ -65,6 +68,11 @@ struct Sequence {
   // Whether one of the positions start ... stop - 1, of which there is one or more below length, is padding.
   __device__ __forceinline__ bool has_padding(int start, int stop) const {
     return padding_before[stop - 1] + (token_kind[stop - 1] == kPadding) > padding_before[start];
+  }
+
+  // Of the token in a slot of global_index; `otherwise` where the slot is not in use.
+  __device__ __forceinline__ int position(int slot, int otherwise) const {
+    return slot < num_globals ? global_index[slot] : otherwise;
   }
 
   // Row 0 of the result is row `first` of the tensor's batch entry.

@@ -17,7 +17,7 @@ struct RowStatistics {
   float lse[P::kRowsPerLane];  // in units of log2; inf on rows without a result
   float delta[P::kRowsPerLane];
 
-  __device__ __forceinline__ bool has_result(int r) const { return lse[r] < INFINITY; }
+  __device__ __forceinline__ bool has_result(int r) const { return lse[r] != INFINITY; }  // NaN is one
 };
 
 // Of the rows row(r) of out and d_out, which start where lse and d_lse (or null) do; those that exist.
@@ -137,6 +137,7 @@ __device__ __forceinline__ void sum_splits(const float* partials, int num_splits
   for (int d = 2 * lane_id(); d < target.head_dim; d += 2 * kWarpSize) {
     const bool is_pair = d + 1 < target.head_dim;
     float x0 = 0, x1 = 0;
+#pragma unroll 8
     for (int split = 0; split < num_splits; ++split) {
       x0 += partials[split * split_stride + d];
       if (is_pair) x1 += partials[split * split_stride + d + 1];

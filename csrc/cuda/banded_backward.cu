@@ -4,6 +4,7 @@
 #include "backward.cuh"
 #include "column_tiles.cuh"
 #include "configs.cuh"
+#include "global_tiles.cuh"
 
 namespace led::cuda {
 
@@ -42,11 +43,13 @@ __global__ void __launch_bounds__(P::kThreads, 1) banded_dq_kernel(const Argumen
     P::template load<P::kRows, true>(Shared::rows(0), q, row_start, seq.length);
     P::template load<P::kRows, true>(Shared::rows(1), d_out, row_start, seq.length);
     typename P::Rows q_rows, d_out_rows;
-    stream<P::kStages>(
+    for_each_tile<P::kStages>(
         tiles,
         [&](const Tile& tile, auto is_masked, int stage) {
-          load_keys<P, is_masked.value>(Shared::columns(0, stage), k, tile, seq, has_padding);
-          load_keys<P, is_masked.value>(Shared::columns(1, stage), v, tile, seq, has_padding);
+          load_keys<P, decltype(is_masked)::value>(Shared::columns(0, stage), k, tile, tiles.stop, seq,
+                                                   has_padding);
+          load_keys<P, decltype(is_masked)::value>(Shared::columns(1, stage), v, tile, tiles.stop, seq,
+                                                   has_padding);
         },
         [&] {
           q_rows.set(Shared::rows(0));
@@ -56,7 +59,7 @@ __global__ void __launch_bounds__(P::kThreads, 1) banded_dq_kernel(const Argumen
           accumulate_dq<P>(
               dq, q_rows, d_out_rows, rows, Shared::columns(0, stage), Shared::columns(1, stage), a.qk_scale,
               [&](typename P::Scores& scores) {
-                if constexpr (is_masked.value) mask_scores(scores, tile, bands, seq, has_padding);
+                if constexpr (decltype(is_masked)::value) mask_scores(scores, tile, bands, seq, has_padding);
               },
               a.has_dropout(), [&] { return keep_of_keys<P>(a, seq, tile, query); });
         });
@@ -105,37 +108,37 @@ __global__ void __launch_bounds__(P::kThreads, 1) banded_dkdv_kernel(const Argum
   if (row_start < seq.length) {  // behind that there is only padding
     using Shared = SharedTiles<P, 2>;
     const Source q = seq.source(p.q, p, seq.first_row), d_out = seq.source(p.d_out, p, seq.first_row);
-    const Source k = seq.source(p.k, p, seq.first_row), v = seq.source(p.v, p, seq.first_row);
     const int64_t lse_start = seq.lse_offset(p.lse, seq.first_row);
     const float *lse = static_cast<const float*>(p.lse.data) + lse_start, *delta = a.delta + lse_start;
+    P::template load<P::kRows, true>(Shared::rows(0), seq.source(p.k, p, seq.first_row), row_start,
+                                     seq.length);
+    P::template load<P::kRows, true>(Shared::rows(1), seq.source(p.v, p, seq.first_row), row_start,
+                                     seq.length);
     const Band band{static_cast<int>(p.window_right), static_cast<int>(p.window_left), seq.length};
     const RowBands<P::kRowsPerLane> bands(band, key);
     ColumnTiles<P::kColumns> tiles(band, row_start, P::kRows, 0);
     const bool has_others = has_others_than_local(seq, tiles.start, tiles.stop);
     if (has_others) tiles.mask_all();
-
-    P::template load<P::kRows, true>(Shared::rows(0), k, row_start, seq.length);
-    P::template load<P::kRows, true>(Shared::rows(1), v, row_start, seq.length);
     typename P::Rows k_rows, v_rows;
-    stream<P::kStages>(
+    for_each_tile<P::kStages>(
         tiles,
         [&](const Tile& tile, auto is_masked, int stage) {
-          load_queries<P, is_masked.value>(Shared::columns(0, stage), q, tile.start, seq.length, seq,
-                                           has_others);
-          load_queries<P, is_masked.value>(Shared::columns(1, stage), d_out, tile.start, seq.length, seq,
-                                           has_others);
+          load_queries<P, decltype(is_masked)::value>(Shared::columns(0, stage), q, tile.start, tiles.stop,
+                                                      seq, has_others);
+          load_queries<P, decltype(is_masked)::value>(Shared::columns(1, stage), d_out, tile.start,
+                                                      tiles.stop, seq, has_others);
         },
         [&] {
           k_rows.set(Shared::rows(0));
           v_rows.set(Shared::rows(1));
         },
         [&](const Tile& tile, auto is_masked, int stage) {
-          const QueryTile queries{lse, delta, tile.start, seq.length};
-          accumulate_dkdv<P, is_masked.value>(
+          const QueryTile queries{lse, delta, tile.start, tiles.stop};
+          accumulate_dkdv<P, decltype(is_masked)::value>(
               dk, dv, k_rows, v_rows, queries, Shared::columns(0, stage), Shared::columns(1, stage),
               a.qk_scale,
               [&](typename P::Scores& scores) {
-                if constexpr (is_masked.value) mask_scores(scores, tile, bands, seq, false);
+                if constexpr (decltype(is_masked)::value) mask_scores(scores, tile, bands, seq, false);
               },
               a.has_dropout(),
               [&] {
@@ -153,81 +156,58 @@ __global__ void __launch_bounds__(P::kThreads, 1) banded_dkdv_kernel(const Argum
                 [&](int) { return dv_scale; });
 }
 
-// [num_splits, batch, max_globals, heads, head_dim], twice: dk and dv
-struct GlobalPartials {
-  float* data;
-  int64_t slot_stride, split_stride;
-
-  __device__ __forceinline__ GlobalPartials(const Arguments& a, const Sequence& seq, int operand) {
-    const AttentionParams& p = a.p;
-    slot_stride = p.heads * p.head_dim;
-    split_stride = p.batch * p.mask.max_globals * slot_stride;
-    data = a.partials + operand * a.num_splits * split_stride + seq.batch * p.mask.max_globals * slot_stride +
-           seq.head * p.head_dim;
-  }
-};
-
 // What one split of the local queries adds to dk, dv of a tile of global keys: without the scales.
 template <class P>
 __global__ void __launch_bounds__(P::kThreads, 1) banded_dkdv_globals_kernel(const Arguments a) {
   const AttentionParams& p = a.p;
-  const int split = static_cast<int>(blockIdx.x) % a.num_splits;
-  const int slot_start = static_cast<int>(blockIdx.x) / a.num_splits * P::kRows;
   const Sequence seq(p, static_cast<int>(blockIdx.z), static_cast<int>(blockIdx.y));
-  const int start = split * a.split_size, stop = min(start + a.split_size, seq.length);
-  if (start >= stop || slot_start >= seq.num_globals) return;
-  const int first_slot = slot_start + warp_id() * P::kWarpRows + lane_group();
-  auto slot = [&](int r) { return first_slot + 8 * r; };
-  int key[P::kRowsPerLane];
-#pragma unroll
-  for (int r = 0; r < P::kRowsPerLane; ++r)
-    key[r] = slot(r) < seq.num_globals ? seq.global_index[slot(r)] : 0;
+  const GlobalTiles<P> block(a, seq);
+  if (block.is_empty(seq)) return;
+  auto slot = [&](int r) { return block.slot(r); };
 
   using Shared = SharedTiles<P, 2>;
   const Source q = seq.source(p.q, p, seq.first_row), d_out = seq.source(p.d_out, p, seq.first_row);
-  const Source k = seq.source(p.k, p, seq.first_row), v = seq.source(p.v, p, seq.first_row);
   const int64_t lse_start = seq.lse_offset(p.lse, seq.first_row);
   const float *lse = static_cast<const float*>(p.lse.data) + lse_start, *delta = a.delta + lse_start;
-  ColumnTiles<P::kColumns> tiles(start, stop);
-  const bool has_others = has_others_than_local(seq, start, stop);
+  auto key_row = [&](int i) { return seq.position(block.slot_start + i, -1); };
+  P::template gather<P::kRows>(Shared::rows(0), seq.source(p.k, p, seq.first_row), key_row);
+  P::template gather<P::kRows>(Shared::rows(1), seq.source(p.v, p, seq.first_row), key_row);
+  ColumnTiles<P::kColumns> tiles(block.start, block.stop);
+  const bool has_others = has_others_than_local(seq, block.start, block.stop);
   if (has_others) tiles.mask_all();
-
-  auto global_row = [&](int i) {
-    return slot_start + i < seq.num_globals ? seq.global_index[slot_start + i] : -1;
-  };
-  P::template gather<P::kRows>(Shared::rows(0), k, global_row);
-  P::template gather<P::kRows>(Shared::rows(1), v, global_row);
   typename P::Rows k_rows, v_rows;
   typename P::Result dk, dv;
   dk.clear();
   dv.clear();
-  stream<P::kStages>(
+  for_each_tile<P::kStages>(
       tiles,
       [&](const Tile& tile, auto is_masked, int stage) {
-        load_queries<P, is_masked.value>(Shared::columns(0, stage), q, tile.start, stop, seq, has_others);
-        load_queries<P, is_masked.value>(Shared::columns(1, stage), d_out, tile.start, stop, seq, has_others);
+        load_queries<P, decltype(is_masked)::value>(Shared::columns(0, stage), q, tile.start, block.stop, seq,
+                                                    has_others);
+        load_queries<P, decltype(is_masked)::value>(Shared::columns(1, stage), d_out, tile.start, block.stop,
+                                                    seq, has_others);
       },
       [&] {
         k_rows.set(Shared::rows(0));
         v_rows.set(Shared::rows(1));
       },
       [&](const Tile& tile, auto is_masked, int stage) {
-        const QueryTile queries{lse, delta, tile.start, stop};
-        accumulate_dkdv<P, is_masked.value>(
+        const QueryTile queries{lse, delta, tile.start, block.stop};
+        accumulate_dkdv<P, decltype(is_masked)::value>(
             dk, dv, k_rows, v_rows, queries, Shared::columns(0, stage), Shared::columns(1, stage), a.qk_scale,
             [](typename P::Scores&) {}, a.has_dropout(),
             [&] {
               return Dropout(a, seq, kBandedStream)
                   .of_pairs<P::kColumns, P::kRowsPerLane>(
-                      [&](int, int r, int) { return key[r]; },
+                      [&](int, int r, int) { return seq.position(slot(r), 0); },
                       [&](int n, int, int e) { return tile.start + 8 * n + 2 * lane_in_group() + e; });
             });
       });
+  const int head_dim = static_cast<int>(p.head_dim);
 #pragma unroll
   for (int operand = 0; operand < 2; ++operand) {
-    const GlobalPartials partials(a, seq, operand);
-    write_partial<P>(partials.data + split * partials.split_stride, partials.slot_stride,
-                     static_cast<int>(p.head_dim), operand == 0 ? dk : dv, seq.num_globals, slot);
+    write_partial<P>(split_rows(a, seq, operand, block.split, head_dim), head_dim, head_dim,
+                     operand == 0 ? dk : dv, seq.num_globals, slot);
   }
 }
 
@@ -238,14 +218,12 @@ __global__ void __launch_bounds__(kWarpSize) banded_sum_splits_kernel(const Argu
   const int slot = static_cast<int>(blockIdx.x);
   const Sequence seq(p, static_cast<int>(blockIdx.z), static_cast<int>(blockIdx.y));
   if (slot >= seq.num_globals) return;
-  const int num_splits = (seq.length + a.split_size - 1) / a.split_size;
 #pragma unroll
   for (int operand = 0; operand < 2; ++operand) {
-    const GlobalPartials partials(a, seq, operand);
-    const Target target = seq.target(operand == 0 ? p.dk : p.dv, p, seq.first_row);
-    const float scale = operand == 0 ? a.softmax_scale * a.keep_scale : a.keep_scale;
-    sum_splits<P>(partials.data + slot * partials.slot_stride, num_splits, partials.split_stride, target,
-                  seq.global_index[slot], scale);
+    const float* rows = split_rows(a, seq, operand, 0, p.head_dim) + slot * p.head_dim;
+    sum_splits<P>(rows, splits_in_use(a, seq), p.mask.max_globals * p.head_dim,
+                  seq.target(operand == 0 ? p.dk : p.dv, p, seq.first_row), seq.global_index[slot],
+                  operand == 0 ? a.softmax_scale * a.keep_scale : a.keep_scale);
   }
 }
 
@@ -262,11 +240,12 @@ void launch_banded_backward(const Arguments& a, Unit unit) {
     launch(banded_dkdv_kernel<Dkdv>, dim3(ceil_div(p.max_seqlen, Dkdv::kRows), heads, batch), Dkdv::kThreads,
            SharedTiles<Dkdv, 2>::kBytes, p, a);
     if (p.mask.max_globals > 0) {
-      using Globals = typename T::DkdvGlobals;
-      const unsigned slot_tiles = ceil_div(p.mask.max_globals, Globals::kRows);
-      launch(banded_dkdv_globals_kernel<Globals>,
-             dim3(slot_tiles * static_cast<unsigned>(a.num_splits), heads, batch), Globals::kThreads,
-             SharedTiles<Globals, 2>::kBytes, p, a);
+      choose_warps<typename T::DkdvGlobals, Dkdv>(a, [&](auto products) {
+        using P = decltype(products);
+        const unsigned blocks = ceil_div(p.mask.max_globals, P::kRows) * static_cast<unsigned>(a.num_splits);
+        launch(banded_dkdv_globals_kernel<P>, dim3(blocks, heads, batch), P::kThreads,
+               SharedTiles<P, 2>::kBytes, p, a);
+      });
       launch(banded_sum_splits_kernel<Dq>, dim3(static_cast<unsigned>(p.mask.max_globals), heads, batch),
              kWarpSize, 0, p, a);
     }

@@ -29,17 +29,19 @@ __global__ void __launch_bounds__(P::kThreads, 1) banded_forward_kernel(const Ar
 
     P::template load<P::kRows, true>(Shared::rows(0), q, row_start, seq.length);
     typename P::Rows q_rows;
-    stream<P::kStages>(
+    for_each_tile<P::kStages>(
         tiles,
         [&](const Tile& tile, auto is_masked, int stage) {
-          load_keys<P, is_masked.value>(Shared::columns(0, stage), k, tile, seq, has_padding);
-          load_keys<P, is_masked.value>(Shared::columns(1, stage), v, tile, seq, has_padding);
+          load_keys<P, decltype(is_masked)::value>(Shared::columns(0, stage), k, tile, tiles.stop, seq,
+                                                   has_padding);
+          load_keys<P, decltype(is_masked)::value>(Shared::columns(1, stage), v, tile, tiles.stop, seq,
+                                                   has_padding);
         },
         [&] { q_rows.set(Shared::rows(0)); },
         [&](const Tile& tile, auto is_masked, int stage) {
           typename P::Scores scores;
           P::multiply_transposed(scores, q_rows, Shared::columns(0, stage));
-          if constexpr (is_masked.value) mask_scores(scores, tile, bands, seq, has_padding);
+          if constexpr (decltype(is_masked)::value) mask_scores(scores, tile, bands, seq, has_padding);
           softmax.update(scores, a.qk_scale);
           if (kMayDrop && a.has_dropout()) keep_elements(scores, keep_of_keys<P>(a, seq, tile, query), 0.0f);
           P::accumulate(softmax.acc, scores, Shared::columns(1, stage));

@@ -71,18 +71,20 @@ class ColumnTiles {
   int num_gathered_, num_tiles_, num_left_, num_interior_;
 };
 
-// Loads a tile of keys or values: zeros where there is none, and in place of padding if has_padding.
+// Loads a tile of keys or values: zeros from `stop` on, and in place of padding if has_padding. Not up to the
+// sequence's end: has_padding is known of the columns below `stop` alone, and 0 times a NaN of padding is
+// NaN.
 template <class P, bool kIsMasked>
 __device__ __forceinline__ void load_keys(typename P::Element* shared, const Source& x, const Tile& tile,
-                                          const Sequence& seq, bool has_padding) {
+                                          int stop, const Sequence& seq, bool has_padding) {
   if (kIsMasked && (tile.gathered || has_padding)) {
     P::template gather<P::kColumns>(shared, x, [&](int i) {
       const int column = tile.start + i;
-      if (tile.gathered) return column < seq.num_globals ? seq.global_index[column] : -1;
-      return column < seq.length && seq.token_kind[column] != kPadding ? column : -1;
+      if (tile.gathered) return seq.position(column, -1);
+      return column < stop && seq.token_kind[column] != kPadding ? column : -1;
     });
   } else {
-    P::template load<P::kColumns, kIsMasked>(shared, x, tile.start, seq.length);
+    P::template load<P::kColumns, kIsMasked>(shared, x, tile.start, stop);
   }
 }
 
@@ -107,8 +109,8 @@ struct SharedTiles {
 // tile, which load(tile, is_masked, stage) has fetched before. is_masked is a std::bool_constant, so that
 // interior tiles carry no mask.
 template <int kStages, int kColumns, class Load, class Begin, class Attend>
-__device__ __forceinline__ void stream(const ColumnTiles<kColumns>& tiles, Load load, Begin begin,
-                                       Attend attend) {
+__device__ __forceinline__ void for_each_tile(const ColumnTiles<kColumns>& tiles, Load load, Begin begin,
+                                              Attend attend) {
   static_assert(kStages == 1 || kStages == 2, "at most one tile ahead");
   const int num_masked = tiles.num_masked(), count = tiles.count();
   if (kStages == 2 && count > 0) load(tiles[0], std::true_type{}, 0);
@@ -190,8 +192,8 @@ __device__ __forceinline__ void mask_scores(Fragment<kColumns, kRowsPerLane>& sc
     int position = column + 8 * n + e;
     bool exists;
     if (tile.gathered) {
-      exists = position < seq.num_globals;
-      position = exists ? seq.global_index[position] : 0;
+      position = seq.position(position, -1);
+      exists = position >= 0;
     } else {
       exists = position < seq.length && seq.token_kind[position] != kPadding;
     }
@@ -204,7 +206,7 @@ __device__ __forceinline__ void mask_scores(Fragment<kColumns, kRowsPerLane>& sc
   keep_elements(scores, seen, -INFINITY);
 }
 
-// Rows of x times factor(r), zeros where !has_result(r), to the lane's rows i(r) of a tensor; i(r) <
+// Writes x times factor(r), or zeros where !has_result(r), to row(r) of a tensor, for each row(r) < num_rows.
 // num_rows.
 template <class P, class RowAt, class HasResult, class Factor>
 __device__ __forceinline__ void write_rows(const Target& target, const typename P::Result& x, int num_rows,
@@ -222,7 +224,7 @@ __device__ __forceinline__ void write_rows(const Target& target, const typename 
   }
 }
 
-// The same in fp32, unscaled, to rows of row_stride floats.
+// Writes x to row(r) of an array of rows of row_stride floats, for each row(r) < num_rows.
 template <class P, class RowAt>
 __device__ __forceinline__ void write_partial(float* data, int64_t row_stride, int head_dim,
                                               const typename P::Result& x, int num_rows, RowAt row) {

@@ -12,8 +12,6 @@ namespace {
 
 // Blocks that fill a GPU, roughly, and so bound the number of splits.
 constexpr int64_t kEnoughBlocks = 1024;
-// Splits consist of whole tiles of this many columns, of whatever kernel.
-constexpr int64_t kSplitUnit = 64;
 // Queries that a split of the banded backward has at least.
 constexpr int64_t kQueriesInSplit = 512;
 constexpr int64_t kFewGlobals = 16;
@@ -86,17 +84,18 @@ void check_call(const AttentionParams& p) {
   check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, p.device), "tell the architecture");
   check(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, p.device), "tell the architecture");
   const int capability = 10 * major + minor;
-  const bool is_compiled = std::any_of(built.compiled.begin(), built.compiled.end(), [&](int compiled) {
-    return compiled / 10 == major && compiled <= capability;
-  });
-  if (!is_compiled && (built.ptx == 0 || built.ptx > capability)) {
+  int serving = built.ptx <= capability ? built.ptx : 0;  // the code that will run
+  for (const int compiled : built.compiled) {
+    if (compiled / 10 == major && compiled <= capability) serving = std::max(serving, compiled);
+  }
+  if (serving == 0) {
     throw std::runtime_error("This build has no code for compute capability " + std::to_string(major) + "." +
                              std::to_string(minor) + "; build with LED_KERNELS_CUDA_ARCHS that names it.");
   }
-  if (p.dtype == DType::kBFloat16 && major < 8) {
-    throw std::runtime_error("bfloat16 needs compute capability 8.0, this device has " +
-                             std::to_string(major) + "." + std::to_string(minor) +
-                             "; cast to float16 or float32.");
+  if (p.dtype == DType::kBFloat16 && serving < 80) {
+    throw std::runtime_error(
+        "bfloat16 needs code for compute capability 8.0 or later, this device runs that for " +
+        std::to_string(serving / 10) + "." + std::to_string(serving % 10) + "; cast to float16 or float32.");
   }
   for (const RowsRef& x : {p.q, p.k, p.v, p.out, p.d_out, p.dq, p.dk, p.dv}) {
     if (x.row_stride > INT32_MAX) {

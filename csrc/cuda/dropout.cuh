@@ -106,10 +106,7 @@ __device__ __forceinline__ ElementBits keep_of_keys(const Arguments& a, const Se
   const Dropout dropout(a, seq, kBandedStream);
   if (!tile.gathered) return dropout.of_keys<P::kColumns, P::kRowsPerLane>(tile.start, query);
   return dropout.of_pairs<P::kColumns, P::kRowsPerLane>(
-      [&](int n, int, int e) {
-        const int slot = tile.start + 8 * n + 2 * lane_in_group() + e;
-        return slot < seq.num_globals ? seq.global_index[slot] : 0;
-      },
+      [&](int n, int, int e) { return seq.position(tile.start + 8 * n + 2 * lane_in_group() + e, 0); },
       [&](int, int r, int) { return query(r); });
 }
 

@@ -21,7 +21,7 @@ struct FmaProducts {
   using Result = Fragment<kHeadDim, kRowsPerLane>;
 
   // Groups of four elements are permuted, so that eight rows' groups lie in different banks.
-  static __device__ __forceinline__ int offset(int row, int d) {
+  static __device__ __forceinline__ int at(int row, int d) {
     return row * kHeadDim + ((d / 4) ^ (row % 8)) * 4 + d % 4;
   }
 
@@ -31,10 +31,22 @@ struct FmaProducts {
   }
   template <int kTileRows, class RowAt>
   static __device__ __forceinline__ void gather(float* tile, const Source& x, RowAt row_at) {
+    constexpr int kBatch = 8;  // loads under way at once
+    static_assert(kTileRows * kHeadDim % (kBatch * kThreads) == 0, "every thread loads as many elements");
 #pragma unroll 1
-    for (int i = static_cast<int>(threadIdx.x); i < kTileRows * kHeadDim; i += kThreads) {
-      const int row = row_at(i / kHeadDim), d = i % kHeadDim;
-      tile[offset(i / kHeadDim, d)] = row >= 0 && d < x.head_dim ? read(x, x.offset(row) + d) : 0.0f;
+    for (int first = static_cast<int>(threadIdx.x); first < kTileRows * kHeadDim;
+         first += kBatch * kThreads) {
+      float loaded[kBatch];
+#pragma unroll
+      for (int j = 0; j < kBatch; ++j) {
+        const int i = first + j * kThreads, row = row_at(i / kHeadDim), d = i % kHeadDim;
+        loaded[j] = row >= 0 && d < x.head_dim ? read(x, x.offset(row) + d) : 0.0f;
+      }
+#pragma unroll
+      for (int j = 0; j < kBatch; ++j) {
+        const int i = first + j * kThreads;
+        tile[at(i / kHeadDim, i % kHeadDim)] = loaded[j];
+      }
     }
   }
 
@@ -45,7 +57,7 @@ struct FmaProducts {
     }
     // Elements d ... d + 3 of this lane's row r; d is a multiple of 4.
     __device__ __forceinline__ float4 get(int r, int d) const {
-      return *reinterpret_cast<const float4*>(tile_ + offset(lane_group() + 8 * r, d));
+      return *reinterpret_cast<const float4*>(tile_ + at(lane_group() + 8 * r, d));
     }
 
    private:
@@ -65,7 +77,7 @@ struct FmaProducts {
 #pragma unroll
         for (int e = 0; e < 2; ++e) {
           const int column = 8 * n + 2 * lane_in_group() + e;
-          const float4 b = *reinterpret_cast<const float4*>(tile + offset(column, d));
+          const float4 b = *reinterpret_cast<const float4*>(tile + at(column, d));
 #pragma unroll
           for (int r = 0; r < kRowsPerLane; ++r) {
             float& sum = scores.at(n, r, e);
@@ -93,7 +105,7 @@ struct FmaProducts {
 #pragma unroll
         for (int d = 0; d < kHeadDim / 8; ++d) {
           const float2 b =
-              *reinterpret_cast<const float2*>(tile + offset(8 * n + i, 8 * d + 2 * lane_in_group()));
+              *reinterpret_cast<const float2*>(tile + at(8 * n + i, 8 * d + 2 * lane_in_group()));
 #pragma unroll
           for (int r = 0; r < kRowsPerLane; ++r) {
             result.at(d, r, 0) = fmaf(factor[r], b.x, result.at(d, r, 0));

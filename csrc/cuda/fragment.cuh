@@ -69,4 +69,20 @@ __device__ __forceinline__ float row_sum_of(float x) {
   return x + __shfl_xor_sync(kAllLanes, x, 2);
 }
 
+// Over all lanes of the warp.
+__device__ __forceinline__ float warp_max_of(float x) {
+#pragma unroll
+  for (unsigned distance = kWarpSize / 2; distance > 0; distance /= 2) {
+    x = fmaxf(x, __shfl_xor_sync(kAllLanes, x, static_cast<int>(distance)));
+  }
+  return x;
+}
+__device__ __forceinline__ float warp_sum_of(float x) {
+#pragma unroll
+  for (unsigned distance = kWarpSize / 2; distance > 0; distance /= 2) {
+    x += __shfl_xor_sync(kAllLanes, x, static_cast<int>(distance));
+  }
+  return x;
+}
+
 }  // namespace led::cuda

@@ -14,7 +14,7 @@ __global__ void __launch_bounds__(P::kThreads, 1) global_dq_kernel(const Argumen
   const GlobalTiles<P> block(a, seq);
   if (block.is_empty(seq)) return;
   auto slot = [&](int r) { return block.slot(r); };
-  auto query = [&](int r) { return position_of_slot(seq, slot(r)); };
+  auto query = [&](int r) { return seq.position(slot(r), 0); };
 
   using Shared = SharedTiles<P, 2>;
   const Source d_out = seq.source(p.d_out, p, 0);
@@ -41,11 +41,13 @@ __global__ void __launch_bounds__(P::kThreads, 1) global_dq_kernel(const Argumen
   typename P::Rows q_rows, d_out_rows;
   typename P::Result dq;
   dq.clear();
-  stream<P::kStages>(
+  for_each_tile<P::kStages>(
       tiles,
       [&](const Tile& tile, auto is_masked, int stage) {
-        load_keys<P, is_masked.value>(Shared::columns(0, stage), k, tile, seq, has_padding);
-        load_keys<P, is_masked.value>(Shared::columns(1, stage), v, tile, seq, has_padding);
+        load_keys<P, decltype(is_masked)::value>(Shared::columns(0, stage), k, tile, block.stop, seq,
+                                                 has_padding);
+        load_keys<P, decltype(is_masked)::value>(Shared::columns(1, stage), v, tile, block.stop, seq,
+                                                 has_padding);
       },
       [&] {
         q_rows.set(Shared::rows(0));
@@ -55,7 +57,7 @@ __global__ void __launch_bounds__(P::kThreads, 1) global_dq_kernel(const Argumen
         accumulate_dq<P>(
             dq, q_rows, d_out_rows, rows, Shared::columns(0, stage), Shared::columns(1, stage), a.qk_scale,
             [&](typename P::Scores& scores) {
-              if constexpr (is_masked.value) mask_scores(scores, tile, bands, seq, has_padding);
+              if constexpr (decltype(is_masked)::value) mask_scores(scores, tile, bands, seq, has_padding);
             },
             a.has_dropout(),
             [&] {
@@ -63,7 +65,8 @@ __global__ void __launch_bounds__(P::kThreads, 1) global_dq_kernel(const Argumen
             });
       });
   const int head_dim = static_cast<int>(p.head_dim);
-  write_partial<P>(split_rows(a, seq, block.split, head_dim), head_dim, head_dim, dq, seq.num_globals, slot);
+  write_partial<P>(split_rows(a, seq, 0, block.split, head_dim), head_dim, head_dim, dq, seq.num_globals,
+                   slot);
 }
 
 // dq of one slot and head; zeros where the slot is not in use.
@@ -72,8 +75,8 @@ __global__ void __launch_bounds__(kWarpSize) global_sum_splits_kernel(const Argu
   const AttentionParams& p = a.p;
   const int slot = static_cast<int>(blockIdx.x);
   const Sequence seq(p, static_cast<int>(blockIdx.z), static_cast<int>(blockIdx.y));
-  const int num_splits = slot < seq.num_globals ? splits_with_keys(a, seq) : 0;
-  sum_splits<P>(split_rows(a, seq, 0, p.head_dim) + slot * p.head_dim, num_splits,
+  const int num_splits = slot < seq.num_globals ? splits_in_use(a, seq) : 0;
+  sum_splits<P>(split_rows(a, seq, 0, 0, p.head_dim) + slot * p.head_dim, num_splits,
                 p.mask.max_globals * p.head_dim, seq.target(p.dq, p, 0), slot,
                 a.softmax_scale * a.keep_scale);
 }
@@ -101,13 +104,13 @@ __global__ void __launch_bounds__(P::kThreads, 1) global_dkdv_kernel(const Argum
     P::template load<P::kRows, true>(Shared::rows(1), seq.source(p.v, p, seq.first_row), row_start,
                                      seq.length);
     typename P::Rows k_rows, v_rows;
-    stream<P::kStages>(
+    for_each_tile<P::kStages>(
         tiles,
         [&](const Tile& tile, auto is_masked, int stage) {
-          P::template load<P::kColumns, is_masked.value>(Shared::columns(0, stage), q, tile.start,
-                                                         seq.num_globals);
-          P::template load<P::kColumns, is_masked.value>(Shared::columns(1, stage), d_out, tile.start,
-                                                         seq.num_globals);
+          P::template load<P::kColumns, decltype(is_masked)::value>(Shared::columns(0, stage), q, tile.start,
+                                                                    seq.num_globals);
+          P::template load<P::kColumns, decltype(is_masked)::value>(Shared::columns(1, stage), d_out,
+                                                                    tile.start, seq.num_globals);
         },
         [&] {
           k_rows.set(Shared::rows(0));
@@ -115,14 +118,14 @@ __global__ void __launch_bounds__(P::kThreads, 1) global_dkdv_kernel(const Argum
         },
         [&](const Tile& tile, auto is_masked, int stage) {
           const QueryTile queries{lse, delta, tile.start, seq.num_globals};
-          accumulate_dkdv<P, is_masked.value>(
+          accumulate_dkdv<P, decltype(is_masked)::value>(
               dk, dv, k_rows, v_rows, queries, Shared::columns(0, stage), Shared::columns(1, stage),
               a.qk_scale, [](typename P::Scores&) {},  // lse is inf where there is no query
               a.has_dropout(),
               [&] {
                 return Dropout(a, seq, kGlobalStream)
                     .of_queries<P::kColumns, P::kRowsPerLane>(
-                        warp_start, [&](int i) { return position_of_slot(seq, tile.start + i); });
+                        warp_start, [&](int i) { return seq.position(tile.start + i, 0); });
               });
         });
   }
@@ -144,9 +147,9 @@ void launch_global_backward(const Arguments& a, Unit unit) {
       using P = decltype(products);
       const unsigned blocks = ceil_div(p.mask.max_globals, P::kRows) * static_cast<unsigned>(a.num_splits);
       launch(global_dq_kernel<P>, dim3(blocks, heads, batch), P::kThreads, SharedTiles<P, 2>::kBytes, p, a);
-      launch(global_sum_splits_kernel<P>, dim3(static_cast<unsigned>(p.mask.max_globals), heads, batch),
-             kWarpSize, 0, p, a);
     });
+    launch(global_sum_splits_kernel<typename T::Dq>,
+           dim3(static_cast<unsigned>(p.mask.max_globals), heads, batch), kWarpSize, 0, p, a);
     using P = typename T::Dkdv;
     launch(global_dkdv_kernel<P>, dim3(ceil_div(p.max_seqlen, P::kRows), heads, batch), P::kThreads,
            SharedTiles<P, 2>::kBytes, p, a);

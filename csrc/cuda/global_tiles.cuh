@@ -1,4 +1,5 @@
-// What global attention's kernels share: rows are slots of global_index, columns the keys of one split.
+// Rows that are slots of global_index, against one split of a sequence's tokens: global attention, and the
+// gradients of global keys.
 #pragma once
 
 #include "column_tiles.cuh"
@@ -6,13 +7,15 @@
 
 namespace led::cuda {
 
-// Slots slot_start + 0 ... P::kRows - 1 against the keys of one split.
+// Slots slot_start ... slot_start + P::kRows - 1 against the tokens start ... stop - 1.
 template <class P>
 struct GlobalTiles {
   int split, slot_start;
-  int start, stop;  // keys
+  int start, stop;
 
   __device__ __forceinline__ GlobalTiles(const Arguments& a, const Sequence& seq) {
+    static_assert(kSplitUnit % P::kColumns == 0,
+                  "splits are whole tiles, or padding behind them would be loaded");
     split = static_cast<int>(blockIdx.x) % a.num_splits;
     slot_start = static_cast<int>(blockIdx.x) / a.num_splits * P::kRows;
     start = split * a.split_size;
@@ -27,20 +30,16 @@ struct GlobalTiles {
   }
 };
 
-// The position of a slot's token; any where the slot is not in use.
-__device__ __forceinline__ int position_of_slot(const Sequence& seq, int slot) {
-  return slot < seq.num_globals ? seq.global_index[slot] : 0;
-}
-
-// Results of splits: [batch, heads, num_splits, max_globals, row_size] floats.
-__device__ __forceinline__ float* split_rows(const Arguments& a, const Sequence& seq, int split,
+// What splits found: rows of floats, [batch, heads, num_splits, max_globals, row_size] for each operand.
+__device__ __forceinline__ float* split_rows(const Arguments& a, const Sequence& seq, int operand, int split,
                                              int64_t row_size) {
-  const int64_t first = ((seq.batch * a.p.heads + seq.head) * a.num_splits + split) * a.p.mask.max_globals;
-  return a.partials + first * row_size;
+  const int64_t sequences = a.p.batch * a.p.heads;
+  const int64_t sequence = operand * sequences + seq.batch * a.p.heads + seq.head;
+  return a.partials + (sequence * a.num_splits + split) * a.p.mask.max_globals * row_size;
 }
 
-// How many splits hold keys.
-__device__ __forceinline__ int splits_with_keys(const Arguments& a, const Sequence& seq) {
+// How many splits hold columns.
+__device__ __forceinline__ int splits_in_use(const Arguments& a, const Sequence& seq) {
   return (seq.length + a.split_size - 1) / a.split_size;
 }
 

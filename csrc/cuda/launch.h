@@ -17,19 +17,23 @@ inline void check(cudaError_t error, const char* what) {
   throw std::runtime_error(std::string("CUDA failed to ") + what + ": " + cudaGetErrorString(error) + ".");
 }
 
-// Selects a device, and at the end the one before.
+// Selects a device, and at the end the one before if that was another.
 class DeviceGuard {
  public:
   explicit DeviceGuard(int device) {
     check(cudaGetDevice(&previous_), "tell the current device");
-    if (previous_ != device) check(cudaSetDevice(device), "select the device");
+    is_other_ = previous_ != device;
+    if (is_other_) check(cudaSetDevice(device), "select the device");
   }
-  ~DeviceGuard() { cudaSetDevice(previous_); }
+  ~DeviceGuard() {
+    if (is_other_) cudaSetDevice(previous_);
+  }
   DeviceGuard(const DeviceGuard&) = delete;
   DeviceGuard& operator=(const DeviceGuard&) = delete;
 
  private:
   int previous_ = 0;
+  bool is_other_ = false;
 };
 
 // Starts kernel(argument) on params.stream. A grid without blocks is no launch.

@@ -137,7 +137,7 @@ __device__ __forceinline__ void mma<BFloat16>(float (&d)[4], const uint32_t (&a)
       : "=f"(d[0]), "=f"(d[1]), "=f"(d[2]), "=f"(d[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1), "f"(c[0]), "f"(c[1]), "f"(c[2]),
         "f"(c[3]));
-  #else
+  #elif defined(__CUDA_ARCH__)
   __trap();  // refused before the launch
   __builtin_unreachable();
   #endif

@@ -63,10 +63,10 @@ struct TensorCoreProducts {
   static __device__ __forceinline__ void gather(T* tile, const Source& x, RowAt row_at) {
     const int chunk = threadIdx.x % kChunks, thread_row = threadIdx.x / kChunks;
     const T* data = static_cast<const T*>(x.data) + chunk * 8;
-#pragma unroll 1
-    for (int i = thread_row; i < kTileRows; i += kRowsAtOnce) {
-      const int row = row_at(i);
-      copy_async(at(tile, i, chunk), data + x.offset(row < 0 ? 0 : row), row >= 0);
+#pragma unroll
+    for (int i = 0; i < kTileRows; i += kRowsAtOnce) {
+      const int row = row_at(thread_row + i);
+      copy_async(at(tile, thread_row + i, chunk), data + x.offset(row < 0 ? 0 : row), row >= 0);
     }
   }
 

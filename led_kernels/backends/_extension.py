@@ -88,13 +88,13 @@ def run_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Allocates dq, dk and dv, and runs a backward kernel."""
     d_out = d_out if d_out.stride(-1) == 1 or d_out.shape[-1] == 1 else d_out.contiguous()
-    lse = lse.contiguous()
+    lse = _canonical(lse)
     grads = tuple(torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
     params.set_out(_rows(out))
     params.set_lse(_lse(lse))
     params.set_d_out(_rows(d_out))
     if d_lse is not None:
-        d_lse = d_lse.contiguous()
+        d_lse = _canonical(d_lse)
         params.set_d_lse(_lse(d_lse))
     for set_grad, grad in zip((params.set_dq, params.set_dk, params.set_dv), grads, strict=True):
         set_grad(_rows(grad))
@@ -102,10 +102,16 @@ def run_backward(
     return grads
 
 
+def _canonical(x: Tensor) -> Tensor:
+    """Contiguous, and with the strides of a new tensor also in dimensions of size 1, which may have any."""
+    return x.reshape(-1).view(x.shape)
+
+
 def _rows(x: Tensor) -> tuple[int, int, int, int]:
     """Address and strides (batch, row, head) of ``[batch, rows, heads, head_dim]`` or ``[rows, heads, head_dim]``."""
-    batch_stride = x.stride(0) if x.dim() == 4 else 0
-    return x.data_ptr(), batch_stride, x.stride(-3), x.stride(-2)
+    # a dimension of size 1 may have any stride, also one that is not aligned
+    strides = [stride if size > 1 else 0 for size, stride in zip(x.shape, x.stride(), strict=True)]
+    return x.data_ptr(), strides[0] if x.dim() == 4 else 0, strides[-3], strides[-2]
 
 
 def _lse(x: Tensor) -> tuple[int, int, int]:

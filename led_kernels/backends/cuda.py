@@ -134,7 +134,8 @@ def _kernel(op: str, device: torch.device) -> Callable[[_C.AttentionParams], Non
         # freed at once: torch gives the memory only to what comes later on the same stream
         workspace = torch.empty(workspace_floats(params), dtype=torch.float32, device=device)
         params.set_workspace(workspace.data_ptr())
-        launch(params)
+        with torch.cuda.device_of(workspace):
+            launch(params)
 
     return run
 

@@ -13,6 +13,8 @@ from tests.test_attention import (  # noqa: F401
     test_nan_and_inf_of_real_tokens_propagate,
     test_nan_does_not_cross_packed_sequences,
     test_nan_in_padding_gradients_stays_there,
+    test_nan_of_a_real_key_reaches_gradients,
+    test_nan_of_one_padding_token_stays_there,
     test_outputs_are_contiguous_and_own_memory,
     test_packed_equals_one_by_one,
     test_scores_of_ten_thousand,

@@ -9,5 +9,7 @@ from tests.test_attention import (  # noqa: F401
     test_infinite_scores_as_in_plain_attention,
     test_nan_does_not_cross_packed_sequences,
     test_nan_in_padding_gradients_stays_there,
+    test_nan_of_a_real_key_reaches_gradients,
+    test_nan_of_one_padding_token_stays_there,
     test_packed_equals_one_by_one,
 )

@@ -221,7 +221,7 @@ def _banded_dq_kernel(
     if count_padding(token_kind_ptr, padding_before_ptr, mask_row, start, stop) == 0:
         dq = _dq_of_band(
             dq, q, d_out, lse, delta, query, k_ptr, v_ptr, k_stride_s, v_stride_s,
-            padding_before_ptr + mask_row, length,
+            padding_before_ptr + mask_row, stop,
             start, num_tiles - num_interior, num_left, num_interior, lower, upper,
             qk_scale, seed, batch_head, last_dropped,
             HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, True, False, DROPOUT, PRECISION, NUM_STAGES,
@@ -341,7 +341,7 @@ def _banded_dkdv_kernel(
         globals_ptr = global_index_ptr + batch * max_globals
         if not (has_padding | has_global(globals_ptr, tl.load(num_globals_ptr + batch), start, stop)):
             dk, dv = _dkdv_of_band(
-                dk, dv, k, v, key_start, q_ptr, d_out_ptr, q_stride_s, d_out_stride_s, lse_ptr, delta_ptr, length,
+                dk, dv, k, v, key_start, q_ptr, d_out_ptr, q_stride_s, d_out_stride_s, lse_ptr, delta_ptr, stop,
                 start, num_tiles - num_interior, num_left, num_interior, lower, upper,
                 qk_scale, seed, batch_head, last_dropped,
                 HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, True, False, DROPOUT, PRECISION, NUM_STAGES,

@@ -93,6 +93,9 @@ def _attend_band(
 ):  # fmt: skip
     """``num_tiles`` tiles of neighbouring keys from ``start`` on; tile ``gap_at`` follows a gap of ``gap`` tiles.
 
+    Keys from ``length`` on are not loaded. Without ``CHECK_PADDING`` that is the end of the keys that the program was found
+    free of padding for: a tile may reach further, over rows that hold NaN.
+
     ``k_desc``, ``v_desc``: tensor descriptors to load by, at ``desc_batch``, row ``desc_row`` + key and ``desc_head``,
     or None to load by pointers, which can leave out rows.
     """
@@ -201,7 +204,7 @@ def _banded_forward_kernel(
     if not has_padding:
         acc, row_sum, row_max = _attend_band(
             acc, row_sum, row_max, q, query, k_ptr, v_ptr, k_stride_s, v_stride_s, None, None, batch,
-            first_row.to(tl.int32), head, padding_before_ptr + mask_row, length,
+            first_row.to(tl.int32), head, padding_before_ptr + mask_row, stop,
             start, num_tiles - num_interior, num_left, num_interior, lower, upper,
             qk_scale, seed, batch_head, last_dropped,
             HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, True, False, DROPOUT, PRECISION, NUM_STAGES,
