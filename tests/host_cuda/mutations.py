@@ -87,8 +87,8 @@ MUTATIONS = (
         "matrices_in_another_order",
         "banded_forward",
         "tensor_core.cuh",
-        "row = lane % 8 + lane / 16 * 8, chunk = lane / 8 % 2",
-        "row = lane % 8 + lane / 8 % 2 * 8, chunk = lane / 16",
+        "row = lane % 8 + lane / 16 * 8, half = lane / 8 % 2",
+        "row = lane % 8 + lane / 8 % 2 * 8, half = lane / 16",
     ),
     Mutation("missing_barrier_of_backward", "banded_backward", "column_tiles.cuh", _BARRIER, ""),
     Mutation(
