@@ -11,7 +11,8 @@
 namespace led::cuda {
 
 // For products of elements of `T` on tensor cores; float: by multiply-adds, for any dtype. Every choice stays
-// within 64 KB of shared memory, which is what sm_75 has, and without spills on tensor cores.
+// within 64 KB of shared memory, which is what sm_75 has, and without spills on tensor cores. Kernels ask for
+// at least one block per multiprocessor: left alone, ptxas spills a few registers to fit one more.
 template <class T, int kHeadDim>
 struct Tiles {
   static constexpr int kColumns = kHeadDim <= 64 ? 64 : 32;
@@ -22,7 +23,7 @@ struct Tiles {
   using Dkdv = TensorCoreProducts<T, kHeadDim, 2, kColumns / 2, 4, /*kReloadRows=*/(kHeadDim > 64)>;
   // Of global tokens. One warp where they are few, as 16 rows then hold them.
   using DkdvGlobals = TensorCoreProducts<T, kHeadDim, 2, kColumns / 2, 1, /*kReloadRows=*/(kHeadDim > 64)>;
-  using FewGlobalQueries = TensorCoreProducts<T, kHeadDim, 2, kColumns, 1>;
+  using FewGlobalQueries = TensorCoreProducts<T, kHeadDim, 2, kColumns, 1, /*kReloadRows=*/(kHeadDim > 64)>;
   using ManyGlobalQueries = TensorCoreProducts<T, kHeadDim, 2, kColumns, 4>;
 };
 
