@@ -1,7 +1,10 @@
 // One tile of the backward: probabilities again from lse (Dao, "FlashAttention-2", 2023). With p the
-// probabilities before and m the mask of dropout, keep_scale left out: dv = (p m)^T d_out, dp = (d_out v^T)
-// m, d_scores = p (dp - delta), dq = d_scores k, dk = d_scores^T q; delta = (sum(out * d_out) - d_lse) /
-// keep_scale.
+// probabilities before and m the mask of dropout, and keep_scale left out:
+//
+//   dv = (p m)^T d_out    dp = (d_out v^T) m    d_scores = p (dp - delta)    dq = d_scores k    dk =
+//   d_scores^T q
+//
+// where delta = (sum(out * d_out) - d_lse) / keep_scale.
 #pragma once
 
 #include "column_tiles.cuh"
@@ -129,8 +132,7 @@ __device__ __forceinline__ void accumulate_dkdv(typename P::Result& dk, typename
   P::accumulate(dk, dp, q);
 }
 
-// Writes to a row of a tensor the sum of num_splits rows of floats, split_stride apart, times scale; one
-// warp.
+// Writes to a row of a tensor the sum of num_splits rows of floats, split_stride apart, times scale: a warp.
 template <class P>
 __device__ __forceinline__ void sum_splits(const float* partials, int num_splits, int64_t split_stride,
                                            const Target& target, int row, float scale) {

@@ -70,7 +70,7 @@ __global__ void __launch_bounds__(P::kThreads, 1) banded_dq_kernel(const Argumen
       [&](int) { return scale; });
 }
 
-// Loads a tile of queries: zeros where there is none, and in place of other than local tokens if has_others.
+// Loads a tile of queries: zeros from `stop` on, and in place of other than local tokens if has_others.
 template <class P, bool kIsMasked>
 __device__ __forceinline__ void load_queries(typename P::Element* shared, const Source& x, int start,
                                              int stop, const Sequence& seq, bool has_others) {
@@ -83,8 +83,7 @@ __device__ __forceinline__ void load_queries(typename P::Element* shared, const 
   }
 }
 
-// Whether one of the positions start ... stop - 1 is padding or global: what its q and d_out hold need not be
-// finite.
+// Whether one of the positions start ... stop - 1 is padding or global: its q and d_out need not be finite.
 __device__ __forceinline__ bool has_others_than_local(const Sequence& seq, int start, int stop) {
   bool found = false;
   for (int i = start + static_cast<int>(threadIdx.x); i < stop; i += static_cast<int>(blockDim.x)) {

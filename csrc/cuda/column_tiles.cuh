@@ -1,5 +1,4 @@
-// Which columns a tile of rows needs, in tiles; which of them need no mask; and how they stream through
-// shared memory.
+// Which columns a tile of rows needs, in tiles; which of those need no mask; how they reach shared memory.
 //
 // Rows and columns are queries and keys, or the other way round where dk and dv are computed.
 #pragma once
@@ -71,9 +70,8 @@ class ColumnTiles {
   int num_gathered_, num_tiles_, num_left_, num_interior_;
 };
 
-// Loads a tile of keys or values: zeros from `stop` on, and in place of padding if has_padding. Not up to the
-// sequence's end: has_padding is known of the columns below `stop` alone, and 0 times a NaN of padding is
-// NaN.
+// Loads a tile of keys or values: zeros from `stop` on, and in place of padding if has_padding. Of the
+// columns from `stop` on nobody knows whether they hold padding, and 0 times a NaN of padding is NaN.
 template <class P, bool kIsMasked>
 __device__ __forceinline__ void load_keys(typename P::Element* shared, const Source& x, const Tile& tile,
                                           int stop, const Sequence& seq, bool has_padding) {
@@ -106,8 +104,8 @@ struct SharedTiles {
 };
 
 // Calls begin() when the copies issued so far have arrived, then attend(tile, is_masked, stage) for each
-// tile, which load(tile, is_masked, stage) has fetched before. is_masked is a std::bool_constant, so that
-// interior tiles carry no mask.
+// tile, which load(tile, is_masked, stage) has fetched before. is_masked is a std::bool_constant: interior
+// tiles carry no mask.
 template <int kStages, int kColumns, class Load, class Begin, class Attend>
 __device__ __forceinline__ void for_each_tile(const ColumnTiles<kColumns>& tiles, Load load, Begin begin,
                                               Attend attend) {
@@ -206,8 +204,7 @@ __device__ __forceinline__ void mask_scores(Fragment<kColumns, kRowsPerLane>& sc
   keep_elements(scores, seen, -INFINITY);
 }
 
-// Writes x times factor(r), or zeros where !has_result(r), to row(r) of a tensor, for each row(r) < num_rows.
-// num_rows.
+// Writes x times factor(r), or zeros where !has_result(r), to row(r) of a tensor, if that is below num_rows.
 template <class P, class RowAt, class HasResult, class Factor>
 __device__ __forceinline__ void write_rows(const Target& target, const typename P::Result& x, int num_rows,
                                            RowAt row, HasResult has_result, Factor factor) {
@@ -224,7 +221,7 @@ __device__ __forceinline__ void write_rows(const Target& target, const typename 
   }
 }
 
-// Writes x to row(r) of an array of rows of row_stride floats, for each row(r) < num_rows.
+// Writes x to row(r) of an array of rows of row_stride floats, if that is below num_rows.
 template <class P, class RowAt>
 __device__ __forceinline__ void write_partial(float* data, int64_t row_stride, int head_dim,
                                               const typename P::Result& x, int num_rows, RowAt row) {

@@ -1,5 +1,4 @@
-// Which probabilities dropout keeps: the bits of led_kernels/philox.py, a lane's share of a fragment at a
-// time.
+// Which probabilities dropout keeps: the bits of led_kernels/philox.py, for a lane's share of a fragment.
 #pragma once
 
 #include "../philox.h"

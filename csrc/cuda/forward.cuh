@@ -10,8 +10,7 @@ namespace led::cuda {
 
 // The running maximum of a row that has seen no key: finite, so that no difference of maxima is inf - inf.
 constexpr float kNoKey = -3.0e38f;
-// Probabilities are relative to a maximum that may be 2^kSlack too small: few tiles then rescale what was
-// summed.
+// Probabilities are relative to a maximum that may be 2^kSlack too small: few tiles then rescale the sums.
 constexpr float kSlack = 8;
 
 template <class P>

@@ -99,10 +99,10 @@ __device__ __forceinline__ uint32_t pack<BFloat16>(float low, float high) {
   return y;
 }
 
-// d[16, 8] = a[16, 16] b[16, 8] + c[16, 8]. With g = lane / 4 and t = lane % 4 a lane holds d at (g, 2t), (g,
-// 2t + 1), (g + 8, 2t), (g + 8, 2t + 1); a, in pairs, from (g, 2t), (g + 8, 2t), (g, 2t + 8), (g + 8, 2t +
-// 8); b, in pairs down its columns, from (2t, g) as b0 and (2t + 8, g) as b1; c is laid out like d and may be
-// d.
+// d[16, 8] = a[16, 16] b[16, 8] + c[16, 8]. With g = lane / 4 and t = lane % 4 a lane holds
+//   d at (g, 2t), (g, 2t + 1), (g + 8, 2t), (g + 8, 2t + 1), and so c, which may be d;
+//   a, in pairs, from (g, 2t), (g + 8, 2t), (g, 2t + 8), (g + 8, 2t + 8);
+//   b, in pairs down its columns, from (2t, g) as b0 and (2t + 8, g) as b1.
 template <class T>
 __device__ __forceinline__ void mma(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1,
                                     const float (&c)[4]);
