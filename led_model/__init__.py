@@ -2,13 +2,25 @@
 
 from led_model.cache import StaticKVCache
 from led_model.config import GenerationConfig, LEDConfig
-from led_model.model import LEDForConditionalGeneration, LEDModel, Seq2SeqLMOutput
+from led_model.heads import LEDForQuestionAnswering, LEDForSequenceClassification
+from led_model.model import LEDForConditionalGeneration, LEDModel
+from led_model.outputs import (
+    Seq2SeqLMOutput,
+    Seq2SeqModelOutput,
+    Seq2SeqQuestionAnsweringModelOutput,
+    Seq2SeqSequenceClassifierOutput,
+)
 
 __all__ = [
     "GenerationConfig",
     "LEDConfig",
     "LEDForConditionalGeneration",
+    "LEDForQuestionAnswering",
+    "LEDForSequenceClassification",
     "LEDModel",
     "Seq2SeqLMOutput",
+    "Seq2SeqModelOutput",
+    "Seq2SeqQuestionAnsweringModelOutput",
+    "Seq2SeqSequenceClassifierOutput",
     "StaticKVCache",
 ]

@@ -1,4 +1,4 @@
-"""Reads Hugging Face checkpoints: finds the files, maps tensor names, and names what does not fit.
+"""Reads and writes Hugging Face checkpoints: finds files, maps tensor names, and names what does not fit.
 
 :func:`hf_names` is the one place that knows what our parameters are called in a checkpoint; reading and
 :func:`to_hf_state_dict` both follow it.
@@ -6,16 +6,18 @@
 
 from __future__ import annotations
 
+import json
 import os
 import pickle
 import re
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from led_model.config import GenerationConfig, LEDConfig, read_json
@@ -32,8 +34,9 @@ _EMBEDDINGS = (
     "led.decoder.embed_tokens.weight",
     "lm_head.weight",
 )
-_ENCODER_ATTENTION = re.compile(r"(led\.encoder\.layers\.\d+\.self_attn)\.(qkv|\w+_global)\.(\w+)")
-_DECODER_QKV = re.compile(r"(led\.decoder\.layers\.\d+\.self_attn)\.qkv\.(\w+)")
+_HEADS = ("lm_head.", "final_logits_bias", "qa_outputs.", "classification_head.")
+_ENCODER_ATTENTION = re.compile(r"((?:led\.)?encoder\.layers\.\d+\.self_attn)\.(qkv|\w+_global)\.(\w+)")
+_DECODER_QKV = re.compile(r"((?:led\.)?decoder\.layers\.\d+\.self_attn)\.qkv\.(\w+)")
 
 Model = TypeVar("Model", bound=nn.Module)
 Fetch = Callable[[str], Path | None]  # a file of the checkpoint by name, None when it has no such file
@@ -67,29 +70,68 @@ def load_pretrained(
     dtype: torch.dtype | None = None,
     device: torch.device | str = "cpu",
     revision: str | None = None,
+    settings: Mapping[str, Any] | None = None,
 ) -> Model:
-    """Builds ``model_class`` from a checkpoint; see ``LEDForConditionalGeneration.from_pretrained``."""
+    """Builds ``model_class`` from a checkpoint; see ``LEDPreTrainedModel.from_pretrained``."""
     fetch = checkpoint_files(path_or_id, revision)
-    settings = read_json(_required(fetch, "config.json", path_or_id))
-    config = LEDConfig.from_dict(settings)
+    stored = read_json(_required(fetch, "config.json", path_or_id))
+    if settings and "num_labels" in settings:
+        stored.pop("id2label", None)
+    stored |= settings or {}
+    config = LEDConfig.from_dict(stored)
     tensors = _named_as_head_model(_read_tensors(fetch, path_or_id))
     _fill_embeddings(tensors, config.tie_word_embeddings, path_or_id)
     tensors.setdefault("final_logits_bias", torch.zeros(1, config.vocab_size))
 
     with torch.device("meta"):
         model = model_class(config)
-    _check_tensors(model.state_dict(), tensors, path_or_id)
-    model = model.to(dtype or tensors["led.shared.weight"].dtype).to_empty(device=device)
+    expected = model.state_dict()
+    tensors = _without_other_heads(tensors, expected, model.base_prefix)
+    new_heads = _missing_heads(expected, tensors)
+    _check_tensors({n: t for n, t in expected.items() if not n.startswith(new_heads)}, tensors, path_or_id)
+    own_dtype = tensors[f"{model.base_prefix}shared.weight"].dtype
+    model = model.to(dtype or own_dtype).to_empty(device=device)
     model.tie_weights()
     for name, target in to_hf_state_dict(model.state_dict()).items():
-        target.copy_(tensors[name])  # into views of the fused projections: no second copy of the weights
+        if name in tensors:
+            target.copy_(tensors[name])  # into views of the fused projections: no second copy of the weights
+    for head in new_heads:
+        model.init_weights(model.get_submodule(head.removesuffix(".")))
+        warnings.warn(
+            f"{path_or_id} has no {head.removesuffix('.')}: it starts out random; train it.", stacklevel=3
+        )
 
-    generation_file = fetch("generation_config.json")
-    if generation_file is not None:
-        overrides = read_json(generation_file)
-        settings = settings | {key: value for key, value in overrides.items() if value is not None}
-    model.generation_config = GenerationConfig.from_dict(vars(config) | settings)
+    if hasattr(model, "generation_config"):
+        generation_file = fetch("generation_config.json")
+        overrides = read_json(generation_file) if generation_file is not None else {}
+        stored |= {key: value for key, value in overrides.items() if value is not None}
+        model.generation_config = GenerationConfig.from_dict(vars(config) | stored)
     return model.eval()
+
+
+def save_pretrained(model: nn.Module, directory: Path) -> None:
+    """Writes ``model``; see ``LEDPreTrainedModel.save_pretrained``."""
+    config, prefix = model.config, model.base_prefix
+    tensors = to_hf_state_dict(model.state_dict())
+    shared = tensors[f"{prefix}shared.weight"]
+    if config.tie_word_embeddings:
+        for name in (n.removeprefix("led.") if not prefix else n for n in _EMBEDDINGS[1:]):
+            tied = tensors.pop(name, shared)
+            if tied.data_ptr() != shared.data_ptr() and not torch.equal(tied, shared):
+                raise ValueError(
+                    f"the config ties {name} to {prefix}shared.weight but they differ; call tie_weights() or "
+                    "set config.tie_word_embeddings to False."
+                )
+    directory.mkdir(parents=True, exist_ok=True)
+    tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+    about = {"architectures": [type(model).__name__], "dtype": str(shared.dtype).removeprefix("torch.")}
+    _write_json(directory / "config.json", config.to_dict() | about)
+    if hasattr(model, "generation_config"):
+        settings = {"bos_token_id": config.bos_token_id} | vars(model.generation_config)
+        settings |= settings.pop("not_greedy", {})
+        settings = {key: value for key, value in settings.items() if value is not None}
+        _write_json(directory / "generation_config.json", settings)
 
 
 def checkpoint_files(path_or_id: str | os.PathLike[str], revision: str | None = None) -> Fetch:
@@ -193,6 +235,30 @@ def _fill_embeddings(tensors: dict[str, Tensor], tied: bool, source: object) -> 
         tensors[name] = tensors[present[0]]
 
 
+def _without_other_heads(
+    tensors: Mapping[str, Tensor], expected: Iterable[str], prefix: str
+) -> dict[str, Tensor]:
+    """The tensors, named from a base model's view if it is one, without heads that the model does not have."""
+    own = tuple(head for head in _HEADS if any(name.startswith(head) for name in expected))
+    foreign = tuple(head for head in _HEADS if head not in own)
+    return {
+        name if prefix else name.removeprefix("led."): tensor
+        for name, tensor in tensors.items()
+        if not name.startswith(foreign)
+    }
+
+
+def _missing_heads(expected: Iterable[str], tensors: Iterable[str]) -> tuple[str, ...]:
+    """Heads to be trained of which a checkpoint has nothing."""
+    names = list(tensors)
+    return tuple(
+        head
+        for head in ("qa_outputs.", "classification_head.")
+        if any(name.startswith(head) for name in expected)
+        and not any(name.startswith(head) for name in names)
+    )
+
+
 def _check_tensors(ours: Mapping[str, Tensor], tensors: Mapping[str, Tensor], source: object) -> None:
     expected = {}
     for name, tensor in ours.items():
@@ -211,6 +277,10 @@ def _check_tensors(ours: Mapping[str, Tensor], tensors: Mapping[str, Tensor], so
             f"the weights of {source} do not fit its config.json: the file {' and '.join(problems)}; "
             "use the config.json that was saved with the weights."
         )
+
+
+def _write_json(path: Path, values: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def _listed(names: Iterable[str], limit: int = 8) -> str:

@@ -23,7 +23,8 @@ class LEDConfig:
     """Shape and special tokens of an LED; names and defaults are those of transformers' ``LEDConfig``.
 
     ``attention_window`` is the even total width as in config.json, one for all layers or one per layer;
-    attention reaches ``attention_window // 2`` tokens to either side (:meth:`window_size`).
+    attention reaches ``attention_window // 2`` tokens to either side (:meth:`window_size`). ``num_labels``,
+    ``id2label`` and ``problem_type`` concern sequence classification only.
 
     Raises:
         ValueError: for a window that is odd or not positive, windows that do not match the layers, or heads
@@ -55,6 +56,9 @@ class LEDConfig:
     eos_token_id: int | list[int] | None = 2
     use_cache: bool = True
     tie_word_embeddings: bool = True
+    num_labels: int = 2
+    id2label: dict[int, str] | None = None
+    problem_type: str | None = None
 
     def __post_init__(self) -> None:
         if isinstance(self.attention_window, int):
@@ -89,9 +93,20 @@ class LEDConfig:
         model_type = values.get("model_type", "led")
         if model_type != "led":
             raise ValueError(f"model_type in config.json is {model_type!r}; give a checkpoint of 'led'.")
+        labels = values.get("id2label")
+        if labels is not None:
+            labels = {int(label_id): label for label_id, label in labels.items()}  # JSON has no integer keys
+            values = {**values, "id2label": labels, "num_labels": len(labels)}
         renamed = {_ALIASES[key]: value for key, value in values.items() if key in _ALIASES}
         known = {f.name for f in fields(cls)}
         return cls(**renamed | {key: value for key, value in values.items() if key in known})
+
+    def to_dict(self) -> dict[str, Any]:
+        """The contents of config.json, as transformers reads them: labels by ``id2label`` alone."""
+        values = {key: value for key, value in vars(self).items() if key != "num_labels"}
+        labels = self.id2label or {label_id: f"LABEL_{label_id}" for label_id in range(self.num_labels)}
+        label2id = {label: label_id for label_id, label in labels.items()}
+        return values | {"model_type": "led", "id2label": labels, "label2id": label2id}
 
 
 @dataclass

@@ -13,6 +13,7 @@ from led_kernels import LongformerMask
 from led_model.attention import CrossAttention, DecoderSelfAttention, EncoderSelfAttention
 from led_model.cache import StaticKVCache
 from led_model.config import LEDConfig
+from led_model.outputs import LayerRecord
 
 _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": F.gelu,
@@ -96,9 +97,14 @@ class DecoderLayer(_Layer):
         cross_keys_values: tuple[Tensor, Tensor],
         cross_mask: Tensor | None,
         cache: StaticKVCache | None,
+        record: LayerRecord | None = None,
     ) -> Tensor:
+        if record is not None:
+            record.self_attention.append((self.self_attn, hidden))
         attended = self.self_attn(hidden, mask, position, cache)
         hidden = self.add_and_norm(hidden, attended, self.self_attn_layer_norm)
+        if record is not None:
+            record.cross_attention.append((self.encoder_attn, hidden))
         attended = self.encoder_attn(hidden, cross_keys_values, cross_mask)
         hidden = self.add_and_norm(hidden, attended, self.encoder_attn_layer_norm)
         return self.feed_forward(hidden)

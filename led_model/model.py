@@ -6,31 +6,19 @@ Longformer, https://arxiv.org/abs/2004.05150; BART, https://arxiv.org/abs/1910.1
 
 from __future__ import annotations
 
-import os
-from dataclasses import dataclass
-from functools import partial
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from led_kernels import LongformerMask
+from led_model.attention_weights import cross_attentions, decoder_attentions, encoder_attentions
 from led_model.cache import StaticKVCache
-from led_model.checkpoint import load_pretrained
 from led_model.config import GenerationConfig, LEDConfig
 from led_model.generate import greedy_generate
 from led_model.layers import DecoderLayer, EncoderLayer
-
-
-@dataclass
-class Seq2SeqLMOutput:
-    """``loss`` (scalar, or ``None`` without labels), ``logits`` ``[batch, target, vocab_size]`` and
-    ``encoder_last_hidden_state`` ``[batch, source, d_model]``."""
-
-    logits: Tensor
-    encoder_last_hidden_state: Tensor
-    loss: Tensor | None = None
+from led_model.outputs import LayerRecord, Seq2SeqLMOutput, Seq2SeqModelOutput
+from led_model.pretrained import LEDPreTrainedModel, resized
 
 
 class LEDEncoder(nn.Module):
@@ -46,24 +34,45 @@ class LEDEncoder(nn.Module):
         self.layernorm_embedding = nn.LayerNorm(config.d_model)
         self.layers = nn.ModuleList([EncoderLayer(config, i) for i in range(config.encoder_layers)])
 
-    def forward(self, input_ids: Tensor, mask: LongformerMask) -> Tensor:
+    def forward(
+        self,
+        input_ids: Tensor | None,
+        mask: LongformerMask,
+        *,
+        inputs_embeds: Tensor | None = None,
+        record: LayerRecord | None = None,
+    ) -> Tensor:
         """``[batch, seqlen]`` token ids to ``[batch, seqlen, d_model]``; nothing is padded to the window.
+
+        Args:
+            inputs_embeds: ``[batch, seqlen, d_model]``, taken for the embedded tokens instead of ids.
+            record: filled with what the layers see.
 
         Raises:
             ValueError: for ids of another shape or outside the vocabulary, or more tokens than positions.
         """
-        _check_ids("input_ids", input_ids, self.embed_tokens, self.embed_positions)
-        hidden = self.embed_tokens(input_ids)
-        hidden += self.embed_positions.weight[: input_ids.shape[1]]
+        embedded = self.embed(input_ids, inputs_embeds)
+        hidden = embedded + self.embed_positions.weight[: embedded.shape[1]]
+        del embedded
         hidden = F.dropout(self.layernorm_embedding(hidden), self.dropout, self.training)
+        if record is not None:
+            record.mask = mask
         for layer in self.layers:
+            if record is not None:
+                record.hidden_states.append(hidden)
             if self.training and self.layerdrop and torch.rand([]) < self.layerdrop:
                 continue
+            if record is not None:
+                record.self_attention.append((layer.self_attn, hidden))
             if self.training and self.gradient_checkpointing:
                 hidden = checkpoint(layer, hidden, mask, use_reentrant=False)
             else:
                 hidden = layer(hidden, mask)
         return hidden
+
+    def embed(self, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
+        """Embedded tokens ``[batch, seqlen, d_model]``, from ids or as given."""
+        return _embed("input_ids", input_ids, "inputs_embeds", inputs_embeds, self)
 
 
 class LEDDecoder(nn.Module):
@@ -84,73 +93,151 @@ class LEDDecoder(nn.Module):
 
     def forward(
         self,
-        input_ids: Tensor,
+        input_ids: Tensor | None,
         cross_keys_values: list[tuple[Tensor, Tensor]],
         *,
+        inputs_embeds: Tensor | None = None,
         cross_mask: Tensor | None = None,
         attention_mask: Tensor | None = None,
         cache: StaticKVCache | None = None,
         position: Tensor | None = None,
+        record: LayerRecord | None = None,
     ) -> Tensor:
         """``[batch, target]`` token ids to ``[batch, target, d_model]``.
 
         Args:
             cross_keys_values: from :meth:`cross_keys_values`.
+            inputs_embeds: ``[batch, target, d_model]``, taken for the embedded tokens instead of ids.
             cross_mask: ``[batch, source]``, nonzero for the encoder's tokens; default: all are tokens.
             attention_mask: ``[batch, target]``, nonzero for tokens; with a cache ``[batch, slots]``.
             cache: written at ``position``, attended to as far as it is filled.
             position: int64 ``[target]`` of ``input_ids``; default: 0, 1, …
+            record: filled with what the layers see; without a cache.
 
         Raises:
             ValueError: for ids of another shape or outside the vocabulary, or more tokens than positions.
         """
-        _check_ids("decoder_input_ids", input_ids, self.embed_tokens, self.embed_positions)
+        hidden = _embed("decoder_input_ids", input_ids, "decoder_inputs_embeds", inputs_embeds, self)
         if position is None:
-            position = torch.arange(input_ids.shape[1], device=input_ids.device)
+            position = torch.arange(hidden.shape[1], device=hidden.device)
         mask = None
         if cache is not None:
             mask = cache.attention_mask(position, attention_mask)
         elif attention_mask is not None:
             mask = (position <= position[:, None]) & (attention_mask != 0)[:, None, None, :]
-        hidden = self.embed_tokens(input_ids)
         if cross_mask is not None:
             # added to the scores; finite, so that a document of only padding gives no NaN
             lowest = torch.finfo(hidden.dtype).min
             cross_mask = torch.where(cross_mask != 0, 0.0, lowest).to(hidden.dtype)[:, None, None, :]
-        hidden += self.embed_positions(position)
+        hidden = hidden + self.embed_positions(position)
         hidden = F.dropout(self.layernorm_embedding(hidden), self.dropout, self.training)
         for layer, keys_values in zip(self.layers, cross_keys_values, strict=True):
+            if record is not None:
+                record.hidden_states.append(hidden)
             if self.training and self.layerdrop and torch.rand([]) < self.layerdrop:
                 continue
-            hidden = layer(hidden, mask, position, keys_values, cross_mask, cache)
+            hidden = layer(hidden, mask, position, keys_values, cross_mask, cache, record)
         return hidden
 
 
-class LEDModel(nn.Module):
+class LEDModel(LEDPreTrainedModel):
     """Encoder and decoder over one embedding table (three, when the config does not tie them)."""
 
+    base_prefix = ""
+
     def __init__(self, config: LEDConfig) -> None:
-        super().__init__()
-        self.config = config
+        super().__init__(config)
         self.shared = _embedding(config)
         tied = config.tie_word_embeddings
         self.encoder = LEDEncoder(config, self.shared if tied else _embedding(config))
         self.decoder = LEDDecoder(config, self.shared if tied else _embedding(config))
+        self.init_weights(self)
 
     def encode(
         self,
-        input_ids: Tensor,
+        input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         global_attention_mask: Tensor | None = None,
+        *,
+        inputs_embeds: Tensor | None = None,
+        record: LayerRecord | None = None,
     ) -> Tensor:
         """Runs the encoder under one mask for all layers, built by :meth:`LongformerMask.from_padding`."""
-        _check_ids("input_ids", input_ids, self.encoder.embed_tokens, self.encoder.embed_positions)
+        inputs_embeds = self.encoder.embed(input_ids, inputs_embeds)
         if attention_mask is None:
-            attention_mask = torch.ones_like(input_ids)
-        return self.encoder(input_ids, LongformerMask.from_padding(attention_mask, global_attention_mask))
+            attention_mask = torch.ones(
+                inputs_embeds.shape[:2], dtype=torch.long, device=inputs_embeds.device
+            )
+        mask = LongformerMask.from_padding(attention_mask, global_attention_mask)
+        return self.encoder(None, mask, inputs_embeds=inputs_embeds, record=record)
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        *,
+        decoder_input_ids: Tensor | None = None,
+        decoder_attention_mask: Tensor | None = None,
+        global_attention_mask: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        decoder_inputs_embeds: Tensor | None = None,
+        output_attentions: bool = False,
+        output_hidden_states: bool = False,
+    ) -> Seq2SeqModelOutput:
+        """One teacher-forced pass.
+
+        Args:
+            input_ids: int ``[batch, source]``.
+            attention_mask, global_attention_mask: ``[batch, source]``, as :meth:`LongformerMask.from_padding`
+                takes them.
+            decoder_input_ids: int ``[batch, target]``; default: ``input_ids``, shifted.
+            decoder_attention_mask: ``[batch, target]``, nonzero for tokens.
+            inputs_embeds, decoder_inputs_embeds: ``[batch, source or target, d_model]``, instead of ids.
+            output_attentions: also return the probabilities, which the kernels never write: they are
+                computed apart, and take ``batch * heads * source * (max_globals + attention_window + 1)``
+                numbers per encoder layer.
+            output_hidden_states: also return what each layer saw, and the results.
+
+        Raises:
+            ValueError: for ids of another shape or outside the vocabulary, for more tokens than positions,
+                and for ids and embeddings both given or both missing.
+        """
+        if decoder_input_ids is None and decoder_inputs_embeds is None:
+            if input_ids is None:
+                raise ValueError(
+                    "decoder_input_ids and decoder_inputs_embeds are both missing, and there are no input_ids "
+                    "to shift; give one of them."
+                )
+            decoder_input_ids = self.shift_right(input_ids)
+        keep = output_attentions or output_hidden_states
+        encoder_record, decoder_record = (LayerRecord(), LayerRecord()) if keep else (None, None)
+        encoded = self.encode(
+            input_ids,
+            attention_mask,
+            global_attention_mask,
+            inputs_embeds=inputs_embeds,
+            record=encoder_record,
+        )
+        decoded = self.decoder(
+            decoder_input_ids,
+            self.decoder.cross_keys_values(encoded),
+            inputs_embeds=decoder_inputs_embeds,
+            cross_mask=attention_mask,
+            attention_mask=decoder_attention_mask,
+            record=decoder_record,
+        )
+        output = Seq2SeqModelOutput(last_hidden_state=decoded, encoder_last_hidden_state=encoded)
+        if output_hidden_states:
+            output.encoder_hidden_states = (*encoder_record.hidden_states, encoded)
+            output.decoder_hidden_states = (*decoder_record.hidden_states, decoded)
+        if output_attentions:
+            output.encoder_attentions, output.encoder_global_attentions = encoder_attentions(encoder_record)
+            output.decoder_attentions = decoder_attentions(decoder_record, decoder_attention_mask)
+            output.cross_attentions = cross_attentions(decoder_record, encoded, attention_mask)
+        return output
 
 
-class LEDForConditionalGeneration(nn.Module):
+class LEDForConditionalGeneration(LEDPreTrainedModel):
     """LED with a language-modelling head: summaries, answers, translations.
 
     >>> model = LEDForConditionalGeneration.from_pretrained("allenai/led-base-16384")
@@ -158,87 +245,59 @@ class LEDForConditionalGeneration(nn.Module):
     """
 
     def __init__(self, config: LEDConfig) -> None:
-        super().__init__()
-        self.config = config
+        super().__init__(config)
         self.generation_config = GenerationConfig.from_dict(vars(config))
         self.led = LEDModel(config)
         self.lm_head = nn.Linear(config.d_model, config.vocab_size, bias=False)
         self.register_buffer("final_logits_bias", torch.zeros(1, config.vocab_size))
-        self.apply(partial(_init_weights, std=config.init_std))
+        self.init_weights(self.lm_head)
         self.tie_weights()
 
-    @classmethod
-    def from_pretrained(
-        cls,
-        path_or_id: str | os.PathLike[str],
-        *,
-        dtype: torch.dtype | None = None,
-        device: torch.device | str = "cpu",
-        revision: str | None = None,
-    ) -> LEDForConditionalGeneration:
-        """A model, in eval mode, from a directory that transformers wrote or from the Hugging Face hub.
-
-        Args:
-            path_or_id: directory with config.json and the weights (``model.safetensors``,
-                ``pytorch_model.bin``, or either in shards with its index), or a hub id (extra ``text``).
-            dtype: default: the checkpoint's own.
-            revision: branch, tag or commit on the hub.
-
-        Raises:
-            FileNotFoundError: when a file is not there.
-            ValueError: when a file cannot be read, or tensors are missing, unexpected or of another shape.
-        """
-        return load_pretrained(cls, path_or_id, dtype=dtype, device=device, revision=revision)
-
     def tie_weights(self) -> None:
-        """Makes the head read the shared embedding again, after its parameters were replaced."""
+        super().tie_weights()
         if self.config.tie_word_embeddings:
             self.lm_head.weight = self.led.shared.weight
 
+    def resize_token_embeddings(
+        self, new_num_tokens: int, pad_to_multiple_of: int | None = None
+    ) -> nn.Embedding:
+        shared = super().resize_token_embeddings(new_num_tokens, pad_to_multiple_of)
+        rows = shared.num_embeddings
+        if not self.config.tie_word_embeddings:
+            self.lm_head.weight = resized(self.lm_head.weight, rows)
+        self.lm_head.out_features = rows
+        bias = self.final_logits_bias
+        self.final_logits_bias = F.pad(bias, (0, rows - bias.shape[1]))  # a negative width cuts
+        return shared
+
     def forward(
         self,
-        input_ids: Tensor,
+        input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         *,
-        decoder_input_ids: Tensor | None = None,
-        decoder_attention_mask: Tensor | None = None,
-        global_attention_mask: Tensor | None = None,
         labels: Tensor | None = None,
+        decoder_input_ids: Tensor | None = None,
+        decoder_inputs_embeds: Tensor | None = None,
+        **inputs,
     ) -> Seq2SeqLMOutput:
-        """One teacher-forced pass.
-
-        Args:
-            input_ids: int ``[batch, source]``.
-            attention_mask, global_attention_mask: ``[batch, source]``, as :meth:`LongformerMask.from_padding`
-                takes them.
-            decoder_input_ids: int ``[batch, target]``; default: ``labels``, else ``input_ids``, shifted.
-            decoder_attention_mask: ``[batch, target]``, nonzero for tokens.
-            labels: int ``[batch, target]``, -100 where no loss is wanted; the loss is the mean cross-entropy.
-        """
-        if decoder_input_ids is None:
-            decoder_input_ids = self.shift_right(input_ids if labels is None else labels)
-        encoded = self.led.encode(input_ids, attention_mask, global_attention_mask)
-        hidden = self.led.decoder(
-            decoder_input_ids,
-            self.led.decoder.cross_keys_values(encoded),
-            cross_mask=attention_mask,
-            attention_mask=decoder_attention_mask,
+        """Arguments of :meth:`LEDModel.forward`, and ``labels``: int ``[batch, target]``, -100 where no loss
+        is wanted. The loss is their mean cross-entropy; shifted, they are the default decoder input."""
+        if labels is not None and decoder_input_ids is None and decoder_inputs_embeds is None:
+            decoder_input_ids = self.shift_right(labels)
+        output = self.led(
+            input_ids,
+            attention_mask,
+            decoder_input_ids=decoder_input_ids,
+            decoder_inputs_embeds=decoder_inputs_embeds,
+            **inputs,
         )
-        logits = self.logits(hidden)
+        logits = self.logits(output.last_hidden_state)
         loss = None if labels is None else F.cross_entropy(logits.flatten(0, 1), labels.flatten())
-        return Seq2SeqLMOutput(logits, encoded, loss)
+        return Seq2SeqLMOutput(loss=loss, logits=logits, **output.shared())
 
     def logits(self, hidden: Tensor) -> Tensor:
         """``[..., d_model]`` of the decoder to ``[..., vocab_size]``."""
         return self.lm_head(hidden) + self.final_logits_bias
-
-    def shift_right(self, ids: Tensor) -> Tensor:
-        """Decoder input for teacher forcing: start token, then all but the last id; -100 becomes padding."""
-        start = torch.full_like(ids[:, :1], self.config.decoder_start_token_id)
-        shifted = torch.cat([start, ids[:, :-1]], dim=1)
-        if self.config.pad_token_id is None:
-            return shifted
-        return shifted.masked_fill(shifted == -100, self.config.pad_token_id)
 
     generate = greedy_generate
 
@@ -247,14 +306,26 @@ def _embedding(config: LEDConfig) -> nn.Embedding:
     return nn.Embedding(config.vocab_size, config.d_model, config.pad_token_id)
 
 
-def _init_weights(module: nn.Module, std: float) -> None:
-    if isinstance(module, (nn.Linear, nn.Embedding)):
-        nn.init.normal_(module.weight, std=std)
-        if getattr(module, "bias", None) is not None:
-            nn.init.zeros_(module.bias)
-        if getattr(module, "padding_idx", None) is not None:
-            with torch.no_grad():
-                module.weight[module.padding_idx].zero_()
+def _embed(
+    ids_name: str,
+    ids: Tensor | None,
+    embeds_name: str,
+    embeds: Tensor | None,
+    stack: LEDEncoder | LEDDecoder,
+) -> Tensor:
+    if (ids is None) == (embeds is None):
+        both = "missing" if ids is None else "given"
+        raise ValueError(f"{ids_name} and {embeds_name} are both {both}; give one of them.")
+    if ids is not None:
+        _check_ids(ids_name, ids, stack.embed_tokens, stack.embed_positions)
+        return stack.embed_tokens(ids)
+    positions, d_model = stack.embed_positions.weight.shape
+    if embeds.dim() != 3 or embeds.shape[2] != d_model:
+        raise ValueError(
+            f"{embeds_name} has shape {tuple(embeds.shape)}; give [batch, length, d_model = {d_model}]."
+        )
+    _check_length(embeds_name, embeds.shape[1], positions)
+    return embeds
 
 
 def _check_ids(name: str, ids: Tensor, tokens: nn.Embedding, positions: nn.Embedding) -> None:
@@ -262,11 +333,7 @@ def _check_ids(name: str, ids: Tensor, tokens: nn.Embedding, positions: nn.Embed
         raise ValueError(
             f"{name} is {ids.dtype} of shape {tuple(ids.shape)}; give integer ids as [batch, length]."
         )
-    if ids.shape[1] > positions.num_embeddings:
-        raise ValueError(
-            f"{name} has {ids.shape[1]} tokens but the position table holds {positions.num_embeddings}; "
-            "cut or split the text."
-        )
+    _check_length(name, ids.shape[1], positions.num_embeddings)
     # on a GPU the check would cost a sync, and there the lookup asserts by itself
     if ids.device.type == "cpu" and not torch.compiler.is_compiling() and ids.numel():
         low, high = (int(x) for x in ids.aminmax())
@@ -276,3 +343,10 @@ def _check_ids(name: str, ids: Tensor, tokens: nn.Embedding, positions: nn.Embed
                 f"{name} holds id {wrong}, outside the vocabulary of {tokens.num_embeddings}; "
                 "use the tokenizer that belongs to the checkpoint."
             )
+
+
+def _check_length(name: str, length: int, positions: int) -> None:
+    if length > positions:
+        raise ValueError(
+            f"{name} has {length} tokens but the position table holds {positions}; cut or split the text."
+        )

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from led_kernels.hf.attention_weights import banded_attention_weights, global_attention_weights
+from led_kernels.attention_weights import banded_attention_weights, global_attention_weights
 from led_kernels.mask import LongformerMask
 from led_kernels.projection import encoder_self_attention, project_global_queries
 

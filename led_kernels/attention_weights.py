@@ -64,8 +64,20 @@ def global_attention_weights(q_global: Tensor, k_global: Tensor, mask: Longforme
     """
     is_slot = (mask.global_index >= 0)[:, None, :, None]
     exists = (mask.token_kind != PADDING)[:, None, None, :]
-    scores = _scores(q_global.transpose(1, 2), k_global.transpose(1, 2))
-    return _softmax_over(scores, is_slot & exists).to(q_global.dtype)
+    return attention_weights(q_global.transpose(1, 2), k_global.transpose(1, 2), is_slot & exists)
+
+
+def attention_weights(q: Tensor, k: Tensor, allowed: Tensor) -> Tensor:
+    """Probabilities of full attention.
+
+    Args:
+        q, k: ``[batch, heads, queries, head_dim]`` and ``[batch, heads, keys, head_dim]``.
+        allowed: bool that broadcasts to ``[batch, heads, queries, keys]``, true where a query sees a key.
+
+    Returns:
+        ``[batch, heads, queries, keys]`` like q; zeros where not allowed, also in rows that see no key.
+    """
+    return _softmax_over(_scores(q, k), allowed).to(q.dtype)
 
 
 def _scores(q: Tensor, k: Tensor) -> Tensor:

@@ -1,0 +1,134 @@
+"""What all models share: checkpoints in and out, tied weights, a vocabulary that can grow."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from led_model.checkpoint import Model, load_pretrained, save_pretrained
+from led_model.config import LEDConfig
+
+
+class LEDPreTrainedModel(nn.Module):
+    """Base of :class:`LEDModel` and of the models with a head, whose ``led`` it is."""
+
+    base_prefix = "led."  # of the encoder's and decoder's tensors in this class's checkpoints
+
+    def __init__(self, config: LEDConfig) -> None:
+        super().__init__()
+        self.config = config
+
+    @classmethod
+    def from_pretrained(
+        cls: type[Model],
+        path_or_id: str | os.PathLike[str],
+        *,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str = "cpu",
+        revision: str | None = None,
+        **settings: Any,
+    ) -> Model:
+        """A model, in eval mode, from a directory that transformers wrote or from the Hugging Face hub.
+
+        A checkpoint of another head's model will do: its head is left aside. A question answering or
+        classification head that the checkpoint lacks starts out random, with a warning.
+
+        Args:
+            path_or_id: directory with config.json and the weights (``model.safetensors``,
+                ``pytorch_model.bin``, or either in shards with its index), or a hub id (extra ``text``).
+            dtype: default: the checkpoint's own.
+            revision: branch, tag or commit on the hub.
+            settings: replace those of config.json, ``num_labels=5``.
+
+        Raises:
+            FileNotFoundError: when a file is not there.
+            ValueError: when a file cannot be read, or tensors are missing, unexpected or of another shape.
+        """
+        return load_pretrained(
+            cls, path_or_id, dtype=dtype, device=device, revision=revision, settings=settings
+        )
+
+    def save_pretrained(self, directory: str | os.PathLike[str]) -> None:
+        """Writes config.json, model.safetensors and, for a generating model, generation_config.json.
+
+        :meth:`from_pretrained` and transformers read them back, every bit the same. Tied tensors are stored
+        once. The directory is made if need be; files of these names in it are replaced.
+
+        Raises:
+            ValueError: when embeddings that the config ties are no longer one tensor.
+        """
+        save_pretrained(self, Path(directory))
+
+    @property
+    def base_model(self) -> LEDPreTrainedModel:
+        """The :class:`LEDModel` itself."""
+        return self.get_submodule(self.base_prefix.removesuffix("."))
+
+    def tie_weights(self) -> None:
+        """Makes encoder, decoder and head read the shared embedding again, after it was replaced."""
+        base = self.base_model
+        if self.config.tie_word_embeddings:
+            base.encoder.embed_tokens = base.decoder.embed_tokens = base.shared
+
+    def resize_token_embeddings(
+        self, new_num_tokens: int, pad_to_multiple_of: int | None = None
+    ) -> nn.Embedding:
+        """Gives every embedding table, and the head, ``new_num_tokens`` rows, and returns the shared table.
+
+        Old rows keep every bit; new ones are the mean of the old ones, with a logits bias of 0 (Hewitt, 2021,
+        "Initializing New Word Embeddings for Pretrained Language Models"). The parameters are new ones: build
+        the optimizer afterwards.
+
+        Args:
+            pad_to_multiple_of: rounds ``new_num_tokens`` up.
+
+        Raises:
+            ValueError: when the padding token would be cut off.
+        """
+        step = pad_to_multiple_of or 1
+        rows = -(-new_num_tokens // step) * step
+        lowest = 0 if self.config.pad_token_id is None else self.config.pad_token_id
+        if rows <= lowest:
+            raise ValueError(
+                f"new_num_tokens is {new_num_tokens} but the padding token has id {lowest}; "
+                f"keep at least {lowest + 1} rows."
+            )
+        base = self.base_model
+        for table in {base.shared, base.encoder.embed_tokens, base.decoder.embed_tokens}:
+            table.weight = resized(table.weight, rows)
+            table.num_embeddings = rows
+        self.config.vocab_size = rows
+        self.tie_weights()
+        return base.shared
+
+    def shift_right(self, ids: Tensor) -> Tensor:
+        """Decoder input for teacher forcing: start token, then all but the last id; -100 becomes padding."""
+        start = torch.full_like(ids[:, :1], self.config.decoder_start_token_id)
+        shifted = torch.cat([start, ids[:, :-1]], dim=1)
+        if self.config.pad_token_id is None:
+            return shifted
+        return shifted.masked_fill(shifted == -100, self.config.pad_token_id)
+
+    def init_weights(self, module: nn.Module) -> None:
+        """Fills the linear layers and embeddings in ``module`` as before training; biases and padding: 0."""
+        for part in module.modules():
+            if not isinstance(part, (nn.Linear, nn.Embedding)):
+                continue
+            nn.init.normal_(part.weight, std=self.config.init_std)
+            if getattr(part, "bias", None) is not None:
+                nn.init.zeros_(part.bias)
+            if getattr(part, "padding_idx", None) is not None:
+                with torch.no_grad():
+                    part.weight[part.padding_idx].zero_()
+
+
+def resized(table: nn.Parameter, rows: int) -> nn.Parameter:
+    """``[old rows, dim]`` cut or filled up to ``[rows, dim]`` with the mean row."""
+    with torch.no_grad():
+        mean = table.to(torch.promote_types(table.dtype, torch.float32)).mean(0).to(table.dtype)
+        filled = torch.cat([table[:rows], mean.expand(max(rows - len(table), 0), -1)])
+    return nn.Parameter(filled, requires_grad=table.requires_grad)
