@@ -15,6 +15,7 @@ from led_kernels import LongformerMask
 from led_model.attention_weights import cross_attentions, decoder_attentions, encoder_attentions
 from led_model.cache import StaticKVCache
 from led_model.config import GenerationConfig, LEDConfig
+from led_model.embedding import embed
 from led_model.generate import greedy_generate
 from led_model.layers import DecoderLayer, EncoderLayer
 from led_model.outputs import LayerRecord, Seq2SeqLMOutput, Seq2SeqModelOutput
@@ -72,7 +73,7 @@ class LEDEncoder(nn.Module):
 
     def embed(self, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
         """Embedded tokens ``[batch, seqlen, d_model]``, from ids or as given."""
-        return _embed("input_ids", input_ids, "inputs_embeds", inputs_embeds, self)
+        return embed("input_ids", input_ids, "inputs_embeds", inputs_embeds, self)
 
 
 class LEDDecoder(nn.Module):
@@ -117,7 +118,7 @@ class LEDDecoder(nn.Module):
         Raises:
             ValueError: for ids of another shape or outside the vocabulary, or more tokens than positions.
         """
-        hidden = _embed("decoder_input_ids", input_ids, "decoder_inputs_embeds", inputs_embeds, self)
+        hidden = embed("decoder_input_ids", input_ids, "decoder_inputs_embeds", inputs_embeds, self)
         if position is None:
             position = torch.arange(hidden.shape[1], device=hidden.device)
         mask = None
@@ -304,49 +305,3 @@ class LEDForConditionalGeneration(LEDPreTrainedModel):
 
 def _embedding(config: LEDConfig) -> nn.Embedding:
     return nn.Embedding(config.vocab_size, config.d_model, config.pad_token_id)
-
-
-def _embed(
-    ids_name: str,
-    ids: Tensor | None,
-    embeds_name: str,
-    embeds: Tensor | None,
-    stack: LEDEncoder | LEDDecoder,
-) -> Tensor:
-    if (ids is None) == (embeds is None):
-        both = "missing" if ids is None else "given"
-        raise ValueError(f"{ids_name} and {embeds_name} are both {both}; give one of them.")
-    if ids is not None:
-        _check_ids(ids_name, ids, stack.embed_tokens, stack.embed_positions)
-        return stack.embed_tokens(ids)
-    positions, d_model = stack.embed_positions.weight.shape
-    if embeds.dim() != 3 or embeds.shape[2] != d_model:
-        raise ValueError(
-            f"{embeds_name} has shape {tuple(embeds.shape)}; give [batch, length, d_model = {d_model}]."
-        )
-    _check_length(embeds_name, embeds.shape[1], positions)
-    return embeds
-
-
-def _check_ids(name: str, ids: Tensor, tokens: nn.Embedding, positions: nn.Embedding) -> None:
-    if ids.dim() != 2 or ids.is_floating_point():
-        raise ValueError(
-            f"{name} is {ids.dtype} of shape {tuple(ids.shape)}; give integer ids as [batch, length]."
-        )
-    _check_length(name, ids.shape[1], positions.num_embeddings)
-    # on a GPU the check would cost a sync, and there the lookup asserts by itself
-    if ids.device.type == "cpu" and not torch.compiler.is_compiling() and ids.numel():
-        low, high = (int(x) for x in ids.aminmax())
-        if low < 0 or high >= tokens.num_embeddings:
-            wrong = low if low < 0 else high
-            raise ValueError(
-                f"{name} holds id {wrong}, outside the vocabulary of {tokens.num_embeddings}; "
-                "use the tokenizer that belongs to the checkpoint."
-            )
-
-
-def _check_length(name: str, length: int, positions: int) -> None:
-    if length > positions:
-        raise ValueError(
-            f"{name} has {length} tokens but the position table holds {positions}; cut or split the text."
-        )
