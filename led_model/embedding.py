@@ -7,14 +7,17 @@ from torch import Tensor, nn
 
 
 def embed(
-    ids_name: str,
-    ids: Tensor | None,
-    embeds_name: str,
-    embeds: Tensor | None,
-    stack: nn.Module,
+    ids_name: str, ids: Tensor | None, embeds_name: str, embeds: Tensor | None, stack: nn.Module
 ) -> Tensor:
-    """``[batch, length, d_model]``, from ids ``[batch, length]`` or as given, checked against the tables of
-    ``stack``: ``embed_tokens`` and ``embed_positions``.
+    """``[batch, length, d_model]``, from ids ``[batch, length]`` or as given, after :func:`check_inputs`."""
+    check_inputs(ids_name, ids, embeds_name, embeds, stack)
+    return embeds if ids is None else stack.embed_tokens(ids)
+
+
+def check_inputs(
+    ids_name: str, ids: Tensor | None, embeds_name: str, embeds: Tensor | None, stack: nn.Module
+) -> None:
+    """Holds ids or embeddings against the tables of ``stack``: ``embed_tokens`` and ``embed_positions``.
 
     Raises:
         ValueError: for both or neither given, another shape, ids outside the vocabulary, or more tokens than
@@ -25,14 +28,13 @@ def embed(
         raise ValueError(f"{ids_name} and {embeds_name} are both {both}; give one of them.")
     if ids is not None:
         _check_ids(ids_name, ids, stack.embed_tokens, stack.embed_positions)
-        return stack.embed_tokens(ids)
+        return
     positions, d_model = stack.embed_positions.weight.shape
     if embeds.dim() != 3 or embeds.shape[2] != d_model:
         raise ValueError(
             f"{embeds_name} has shape {tuple(embeds.shape)}; give [batch, length, d_model = {d_model}]."
         )
     _check_length(embeds_name, embeds.shape[1], positions)
-    return embeds
 
 
 def _check_ids(name: str, ids: Tensor, tokens: nn.Embedding, positions: nn.Embedding) -> None:

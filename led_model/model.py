@@ -15,7 +15,7 @@ from led_kernels import LongformerMask
 from led_model.attention_weights import cross_attentions, decoder_attentions, encoder_attentions
 from led_model.cache import StaticKVCache
 from led_model.config import GenerationConfig, LEDConfig
-from led_model.embedding import embed
+from led_model.embedding import check_inputs, embed
 from led_model.generate import greedy_generate
 from led_model.layers import DecoderLayer, EncoderLayer
 from led_model.outputs import LayerRecord, Seq2SeqLMOutput, Seq2SeqModelOutput
@@ -52,7 +52,7 @@ class LEDEncoder(nn.Module):
         Raises:
             ValueError: for ids of another shape or outside the vocabulary, or more tokens than positions.
         """
-        embedded = self.embed(input_ids, inputs_embeds)
+        embedded = embed("input_ids", input_ids, "inputs_embeds", inputs_embeds, self)
         hidden = embedded + self.embed_positions.weight[: embedded.shape[1]]
         del embedded
         hidden = F.dropout(self.layernorm_embedding(hidden), self.dropout, self.training)
@@ -70,10 +70,6 @@ class LEDEncoder(nn.Module):
             else:
                 hidden = layer(hidden, mask)
         return hidden
-
-    def embed(self, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
-        """Embedded tokens ``[batch, seqlen, d_model]``, from ids or as given."""
-        return embed("input_ids", input_ids, "inputs_embeds", inputs_embeds, self)
 
 
 class LEDDecoder(nn.Module):
@@ -164,13 +160,12 @@ class LEDModel(LEDPreTrainedModel):
         record: LayerRecord | None = None,
     ) -> Tensor:
         """Runs the encoder under one mask for all layers, built by :meth:`LongformerMask.from_padding`."""
-        inputs_embeds = self.encoder.embed(input_ids, inputs_embeds)
+        check_inputs("input_ids", input_ids, "inputs_embeds", inputs_embeds, self.encoder)
         if attention_mask is None:
-            attention_mask = torch.ones(
-                inputs_embeds.shape[:2], dtype=torch.long, device=inputs_embeds.device
-            )
+            given = input_ids if inputs_embeds is None else inputs_embeds
+            attention_mask = torch.ones(given.shape[:2], dtype=torch.long, device=given.device)
         mask = LongformerMask.from_padding(attention_mask, global_attention_mask)
-        return self.encoder(None, mask, inputs_embeds=inputs_embeds, record=record)
+        return self.encoder(input_ids, mask, inputs_embeds=inputs_embeds, record=record)
 
     def forward(
         self,

@@ -316,6 +316,10 @@ def test_transformers_reads_what_is_saved_and_back(model_class, tied, tmp_path):
     if not hasattr(transformers, model_class.__name__):
         pytest.skip("transformers no longer has this class")
     model = random_model(model_class, 2, tie_word_embeddings=tied, attention_window=[4, 16], num_labels=2)
+    shares = int(transformers.__version__.split(".")[0]) < 5  # encoder and decoder always share there
+    if shares and not tied:
+        for stack in (model.base_model.encoder, model.base_model.decoder):
+            stack.embed_tokens.load_state_dict(model.base_model.shared.state_dict())
     model.save_pretrained(tmp_path / "ours")
     stock, info = getattr(transformers, model_class.__name__).from_pretrained(
         tmp_path / "ours", output_loading_info=True
@@ -331,8 +335,9 @@ def test_transformers_reads_what_is_saved_and_back(model_class, tied, tmp_path):
     stock.save_pretrained(tmp_path / "theirs")
     assert_same_weights(model_class.from_pretrained(tmp_path / "theirs"), model)
     ours, theirs = (load_file(tmp_path / d / "model.safetensors") for d in ("ours", "theirs"))
-    assert ours.keys() == theirs.keys()  # tied tensors once, under the same name
-    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    if tied or not shares:
+        assert ours.keys() == theirs.keys()  # tied tensors once, under the same name
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
 def test_generation_settings_are_saved(small_model, tmp_path):
