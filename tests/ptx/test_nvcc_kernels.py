@@ -1,0 +1,92 @@
+"""The forward kernels of the ``cuda`` backend as nvcc compiles them for sm_80, against the fp64 reference.
+
+Padding rows hold NaN, fresh buffers too; the interpreter checks every address, wait and barrier.
+"""
+
+from __future__ import annotations
+
+import sys
+
+import pytest
+import torch
+
+from led_kernels import dispatch
+from led_kernels.testing import AttentionCase, assert_within_error_bound, attention_function
+from tests.ptx.faults import PtxFault
+from tests.ptx.mutations import Mutation, mutations, spread
+from tests.ptx.nvcc import InterpretedCuda, nvcc_path
+
+pytestmark = pytest.mark.skipif(nvcc_path() is None, reason="there is no nvcc in CUDA_HOME or on PATH")
+
+SIZES = dict(batch=1, heads=1, head_dim=64, seqlen=197)
+CASES = {
+    "holes": AttentionCase(**SIZES, window_size=40, padding="holes", globals_per_row=((0, 5, 77, 190),)),
+    "packed_dropout": AttentionCase(
+        **(SIZES | dict(batch=2)),
+        window_size=(60, 30),
+        globals_per_row=((2,), ()),
+        packed=True,
+        dropout_p=0.2,
+    ),
+    # interior tiles; more global tokens than one warp's rows hold
+    "many_globals": AttentionCase(
+        **(SIZES | dict(heads=2, head_dim=32, seqlen=333)),
+        window_size=(100, 130),
+        globals_per_row=(tuple(range(40, 66)),),
+    ),
+}
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+TEMPLATES = {
+    "banded": ["banded_forward_kernel"],
+    "global": ["global_forward_kernel", "global_merge_kernel"],
+}
+
+
+def check(op: str, case: AttentionCase, dtype: torch.dtype, cuda: InterpretedCuda) -> None:
+    """out and lse within the error bound."""
+    mask = case.mask()
+    inputs = case.inputs(mask, dtype)
+
+    def run(backend: str, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+        torch.manual_seed(0)
+        return attention_function(op, case, mask, backend)(*[x.to(dtype) for x in inputs])
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, "led_kernels.backends.cuda", cuda)
+        patch.setitem(dispatch._CAN_RUN, "cuda", lambda device=None, dtype=None, raise_error=False: True)
+        actual = run("cuda", dtype)
+    oracle, plain = run("reference", torch.float64), run("reference", dtype)
+    for name, *results in zip(("out", "lse"), actual, oracle, plain, strict=True):
+        assert_within_error_bound(*results, name)
+
+
+@pytest.mark.parametrize("op", TEMPLATES)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("case", CASES)
+def test_forward(op, case, dtype):
+    cuda = InterpretedCuda()
+    check(op, CASES[case], DTYPES[dtype], cuda)
+    assert [kernel.name for kernel in cuda.launched] == TEMPLATES[op]
+
+
+@pytest.mark.parametrize("kind", ["compare", "wait", "operator", "shared address", "barrier"])
+@pytest.mark.parametrize("op", TEMPLATES)
+def test_planted_faults_are_caught(op, kind):
+    """Half of them: some mutants are the same program in effect, as in test_mutations."""
+    case, dtype, original = CASES["many_globals"], torch.bfloat16, InterpretedCuda()
+    check(op, case, dtype, original)
+    kernel = original.launched[0]
+
+    def is_caught(mutation: Mutation) -> bool:
+        mutant = InterpretedCuda(lambda name, ptx: mutation.apply(ptx) if name == kernel.name else ptx)
+        try:
+            check(op, case, dtype, mutant)
+        except (PtxFault, AssertionError):
+            return True
+        return False
+
+    planted = spread(mutations(kernel.ptx, kind), count=4)
+    survivors = [mutation for mutation in planted if not is_caught(mutation)]
+    print(f"{kernel.name}, {kind}: {len(survivors)} of {len(planted)} survive", *survivors, sep="\n  ")
+    assert planted
+    assert len(survivors) <= len(planted) / 2
