@@ -28,6 +28,6 @@ calls, local memory, and everything of sm_90 and later. An opcode outside the ta
 ``warp``         shuffles, ldmatrix, mma
 ``machine``      runs waves of lanes
 ``launch``       runs what ``benchmarks.fake_driver`` captured of Triton's kernels
-``nvcc``         compiles csrc/cuda, runs its forward kernels
+``nvcc``         compiles csrc/cuda; ``cuda_backend`` runs its kernels
 =============  =====================================================================================
 """

@@ -235,7 +235,14 @@ def _bind_cp(instruction: Instruction, binder: Binder) -> Step:
 
 
 def _bind_bar(instruction: Instruction, binder: Binder) -> Step:
-    """``bar.sync 0``: all threads of the CTA; named and partial barriers are not modelled."""
+    """``bar.sync 0`` and ``bar.red.{and|or}.pred p, 0, a``; named and partial barriers are not modelled."""
+    if instruction.opcode in ("bar.red.or.pred", "bar.red.and.pred"):
+        destination, number, source = instruction.operands
+        if number != Immediate(0) or instruction.predicate:
+            raise UnknownInstruction(f"unknown barrier {instruction.text}")
+        write, read = binder.writer(destination, "pred", instruction), binder.reader(source, "pred")
+        reduction = np.logical_or if "or" in instruction.modifiers else np.logical_and
+        return lambda wave: write(wave, wave.reducing_barrier(reduction, read(wave)))
     number = instruction.operands[0] if instruction.operands else None
     whole = instruction.opcode in ("bar.sync", "barrier.sync", "barrier.sync.aligned")
     if not whole or number != Immediate(0) or len(instruction.operands) > 1 or instruction.predicate:

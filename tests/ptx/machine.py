@@ -257,6 +257,15 @@ class Wave:
             raise DivergenceFault("a barrier that not all threads of the CTA reach together")
         self.group.shared.barrier(ctas)
 
+    def reducing_barrier(self, function: np.ufunc, values: np.ndarray) -> np.ndarray:
+        """-> [lanes], of each CTA's ``values``"""
+        self.barrier()
+        order = np.argsort(self._cta, kind="stable")
+        by_cta = np.broadcast_to(values, self.size)[order].reshape(-1, self.group.threads)
+        result = np.empty(self.size, by_cta.dtype)
+        result[order] = np.repeat(function.reduce(by_cta, axis=1), self.group.threads)
+        return result
+
     def expect_whole_warps(self) -> None:
         if not self._has_whole_warps:
             raise DivergenceFault("an instruction of whole warps, but not all lanes are here")

@@ -78,14 +78,18 @@ class Instruction:
     def modifiers(self) -> list[str]:
         return self.opcode.split(".")[1:]
 
+    @property
+    def _has_no_destination(self) -> bool:
+        return self.name in WITHOUT_DESTINATION and not self.opcode.startswith("bar.red")
+
     def written(self) -> set[str]:
-        if self.name in WITHOUT_DESTINATION or not self.operands:
+        if self._has_no_destination or not self.operands:
             return set()
         return set(_registers(self.operands[:1]))
 
     def read(self) -> set[str]:
         """With the destinations of a predicated instruction, which keeps them where the predicate is off."""
-        sources = self.operands if self.name in WITHOUT_DESTINATION else self.operands[1:]
+        sources = self.operands if self._has_no_destination else self.operands[1:]
         names = set(_registers(sources))
         return names | {self.predicate.name} | self.written() if self.predicate else names
 

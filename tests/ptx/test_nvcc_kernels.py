@@ -1,4 +1,4 @@
-"""The forward kernels of the ``cuda`` backend as nvcc compiles them for sm_80, against the fp64 reference.
+"""The kernels of the ``cuda`` backend as nvcc compiles them for sm_80, against the fp64 reference.
 
 Padding rows hold NaN, fresh buffers too; the interpreter checks every address, wait and barrier.
 """
@@ -6,15 +6,24 @@ Padding rows hold NaN, fresh buffers too; the interpreter checks every address, 
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 
 import pytest
 import torch
 
 from led_kernels import dispatch
-from led_kernels.testing import AttentionCase, assert_within_error_bound, attention_function
+from led_kernels.testing import (
+    AttentionCase,
+    assert_matches_reference,
+    assert_within_error_bound,
+    attention_function,
+)
+from tests.ptx.cuda_backend import InterpretedCuda
 from tests.ptx.faults import PtxFault
 from tests.ptx.mutations import Mutation, mutations, spread
-from tests.ptx.nvcc import InterpretedCuda, nvcc_path
+from tests.ptx.nvcc import nvcc_path
 
 pytestmark = pytest.mark.skipif(nvcc_path() is None, reason="there is no nvcc in CUDA_HOME or on PATH")
 
@@ -36,13 +45,28 @@ CASES = {
     ),
 }
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-TEMPLATES = {
+FORWARD = {
     "banded": ["banded_forward_kernel"],
     "global": ["global_forward_kernel", "global_merge_kernel"],
 }
+BACKWARD = {
+    "banded": [
+        "banded_dq_kernel", "banded_dkdv_kernel", "banded_dkdv_globals_kernel", "banded_sum_splits_kernel",
+    ],
+    "global": ["global_dq_kernel", "global_sum_splits_kernel", "global_dkdv_kernel"],
+}  # fmt: skip
 
 
-def check(op: str, case: AttentionCase, dtype: torch.dtype, cuda: InterpretedCuda) -> None:
+@contextmanager
+def backend_of(cuda: InterpretedCuda) -> Iterator[None]:
+    """It is the ``cuda`` backend, on CPU tensors."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, "led_kernels.backends.cuda", cuda)
+        patch.setitem(dispatch._CAN_RUN, "cuda", lambda device=None, dtype=None, raise_error=False: True)
+        yield
+
+
+def check_forward(op: str, case: AttentionCase, dtype: torch.dtype, cuda: InterpretedCuda) -> None:
     """out and lse within the error bound."""
     mask = case.mask()
     inputs = case.inputs(mask, dtype)
@@ -51,36 +75,54 @@ def check(op: str, case: AttentionCase, dtype: torch.dtype, cuda: InterpretedCud
         torch.manual_seed(0)
         return attention_function(op, case, mask, backend)(*[x.to(dtype) for x in inputs])
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(sys.modules, "led_kernels.backends.cuda", cuda)
-        patch.setitem(dispatch._CAN_RUN, "cuda", lambda device=None, dtype=None, raise_error=False: True)
+    with backend_of(cuda):
         actual = run("cuda", dtype)
     oracle, plain = run("reference", torch.float64), run("reference", dtype)
     for name, *results in zip(("out", "lse"), actual, oracle, plain, strict=True):
         assert_within_error_bound(*results, name)
 
 
-@pytest.mark.parametrize("op", TEMPLATES)
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("op", FORWARD)
+@pytest.mark.parametrize(("case", "dtype"), [("holes", "bf16"), ("packed_dropout", "fp16")])
 def test_forward(op, case, dtype):
     cuda = InterpretedCuda()
-    check(op, CASES[case], DTYPES[dtype], cuda)
-    assert [kernel.name for kernel in cuda.launched] == TEMPLATES[op]
+    check_forward(op, CASES[case], DTYPES[dtype], cuda)
+    assert [kernel.name for kernel in cuda.launched] == FORWARD[op]
+
+
+@pytest.mark.parametrize("op", FORWARD)
+@pytest.mark.parametrize(("case", "dtype"), [("many_globals", "bf16"), ("packed_dropout", "fp16")])
+def test_backward(op, case, dtype):
+    """And forward."""
+    cuda = InterpretedCuda()
+    with backend_of(cuda):
+        assert_matches_reference(op, replace(CASES[case], head_dim=32), "cuda", dtype=DTYPES[dtype])
+    assert [kernel.name for kernel in cuda.launched] == FORWARD[op] + BACKWARD[op]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize("op", FORWARD)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("head_dim", [32, 64])
+def test_every_dtype(op, case, dtype, head_dim):
+    with backend_of(InterpretedCuda()):
+        assert_matches_reference(op, replace(CASES[case], head_dim=head_dim), "cuda", dtype=DTYPES[dtype])
 
 
 @pytest.mark.parametrize("kind", ["compare", "wait", "operator", "shared address", "barrier"])
-@pytest.mark.parametrize("op", TEMPLATES)
+@pytest.mark.parametrize("op", FORWARD)
 def test_planted_faults_are_caught(op, kind):
     """Half of them: some mutants are the same program in effect, as in test_mutations."""
     case, dtype, original = CASES["many_globals"], torch.bfloat16, InterpretedCuda()
-    check(op, case, dtype, original)
+    check_forward(op, case, dtype, original)
     kernel = original.launched[0]
 
     def is_caught(mutation: Mutation) -> bool:
         mutant = InterpretedCuda(lambda name, ptx: mutation.apply(ptx) if name == kernel.name else ptx)
         try:
-            check(op, case, dtype, mutant)
+            check_forward(op, case, dtype, mutant)
         except (PtxFault, AssertionError):
             return True
         return False

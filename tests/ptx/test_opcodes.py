@@ -300,6 +300,13 @@ def test_votes():
     assert evaluate(body.format("any"), [[5] * 64]) == [0] * 64
 
 
+def test_barriers_that_reduce():
+    body = "setp.lt.u32 %p1, %r10, 5; bar.red.{}.pred %p2, 0, %p1; selp.b32 %r20, 1, 0, %p2;"
+    for values, any_small, all_small in (([9] * 63 + [4], 1, 0), ([4] * 64, 1, 1), ([5] * 64, 0, 0)):
+        assert evaluate(body.format("or"), [values]) == [any_small] * 64
+        assert evaluate(body.format("and"), [values]) == [all_small] * 64
+
+
 def test_subnormals_are_flushed_where_asked():
     operands = [[bits_of(2.0**-130)] * LANES, [bits_of(1.0)] * LANES]
     assert set(evaluate("mul.f32 %r20, %r10, %r11;", operands)) == {bits_of(2.0**-130)}
