@@ -62,8 +62,8 @@ struct AttentionParams {
 
   // The CUDA kernels' alone; pointers are to memory of the device.
   int device = 0;
-  uintptr_t stream = 0;                   // a cudaStream_t
-  const int64_t* device_seed = nullptr;   // in place of dropout_seed; null without dropout
+  uintptr_t stream = 0;                  // a cudaStream_t
+  const int64_t* device_seed = nullptr;  // in place of dropout_seed; null without dropout
   float* workspace = nullptr;
 };
 

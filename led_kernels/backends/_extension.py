@@ -88,23 +88,18 @@ def run_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Allocates dq, dk and dv, and runs a backward kernel."""
     d_out = d_out if d_out.stride(-1) == 1 or d_out.shape[-1] == 1 else d_out.contiguous()
-    lse = _canonical(lse)
+    lse = lse.contiguous()
     grads = tuple(torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
     params.set_out(_rows(out))
     params.set_lse(_lse(lse))
     params.set_d_out(_rows(d_out))
     if d_lse is not None:
-        d_lse = _canonical(d_lse)
+        d_lse = d_lse.contiguous()
         params.set_d_lse(_lse(d_lse))
     for set_grad, grad in zip((params.set_dq, params.set_dk, params.set_dv), grads, strict=True):
         set_grad(_rows(grad))
     kernel(params)
     return grads
-
-
-def _canonical(x: Tensor) -> Tensor:
-    """Contiguous, and with the strides of a new tensor also in dimensions of size 1, which may have any."""
-    return x.reshape(-1).view(x.shape)
 
 
 def _rows(x: Tensor) -> tuple[int, int, int, int]:
@@ -115,6 +110,6 @@ def _rows(x: Tensor) -> tuple[int, int, int, int]:
 
 
 def _lse(x: Tensor) -> tuple[int, int, int]:
-    """Address and strides (batch, head) of ``[batch, heads, rows]`` or ``[heads, total_rows]``."""
-    batch_stride = x.stride(0) if x.dim() == 3 else 0
-    return x.data_ptr(), batch_stride, x.stride(-2)
+    """Address and strides (batch, head) of a contiguous ``[batch, heads, rows]`` or ``[heads, total_rows]``."""
+    *lead, heads, rows = x.shape  # not x.stride(): where a size is 1, that may be anything
+    return x.data_ptr(), heads * rows if lead else 0, rows

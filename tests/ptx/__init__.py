@@ -1,4 +1,4 @@
-"""A PTX interpreter in numpy, for the sm_80 artefacts that Triton emits.
+"""A PTX interpreter in numpy, for the sm_80 artefacts that Triton and nvcc emit.
 
 The compiled kernel itself runs, all threads of many thread blocks (CTAs) at once, one numpy vector a register, so that
 layouts, masks, cp.async waits, barriers and addresses are tested on a machine without a GPU.
@@ -27,6 +27,7 @@ calls, local memory, and everything of sm_90 and later. An opcode outside the ta
 ``instructions`` binding: loads, stores, moves, barriers
 ``warp``         shuffles, ldmatrix, mma
 ``machine``      runs waves of lanes
-``launch``       runs what ``benchmarks.fake_driver`` captured
+``launch``       runs what ``benchmarks.fake_driver`` captured of Triton's kernels
+``nvcc``         compiles csrc/cuda; ``cuda_backend`` runs its kernels
 =============  =====================================================================================
 """

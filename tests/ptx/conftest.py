@@ -1,4 +1,4 @@
-"""The Triton kernels' sm_80 PTX executed on CPU tensors: ``pytest tests/ptx``."""
+"""The GPU kernels' sm_80 PTX executed on CPU tensors: ``pytest tests/ptx``."""
 
 from __future__ import annotations
 

@@ -11,7 +11,7 @@ from .arithmetic import OPERATIONS, comparison
 from .faults import UnknownInstruction
 from .formats import TYPES, fp32_to_tf32
 from .operands import Binder, items
-from .parser import Address, Immediate, Instruction, Symbol, Vector
+from .parser import Immediate, Instruction, Operand, Vector
 from .warp import distribute_matrices, multiply_accumulate, reduce_warps, shuffle_source
 
 if TYPE_CHECKING:
@@ -31,6 +31,7 @@ _MMA_SHAPES = {
     "m16n8k8.row.col.f32.tf32.tf32.f32": "tf32",
     "m16n8k4.row.col.f32.tf32.tf32.f32": "tf32",
 }
+_ALL_LANES = np.uint32(0xFFFFFFFF)
 _FLOAT_TO_INTEGER = {"rni": np.rint, "rzi": np.trunc, "rmi": np.floor, "rpi": np.ceil}
 _REDUCTIONS = {"add": np.add, "min": np.minimum, "max": np.maximum}
 _REDUCTIONS |= {"and": np.bitwise_and, "or": np.bitwise_or, "xor": np.bitwise_xor}
@@ -155,17 +156,11 @@ def _value_dtype(type_name: str) -> np.dtype:
 def _bind_ld(instruction: Instruction, binder: Binder) -> Step:
     space, count, type_name = _memory_access(instruction)
     destination, source = instruction.operands
-    if space == "param":
-        write = binder.writer(destination, type_name, instruction)
-        if not isinstance(source, Address) or not isinstance(source.base, Symbol) or source.offset:
-            raise UnknownInstruction(f"cannot read the parameter {source}")
-        name, ptx_type = source.base.name, TYPES[type_name]
-        return lambda wave: write(wave, ptx_type.decode(wave.parameter(name, ptx_type.storage)))
     writes = [binder.writer(x, type_name, instruction) for x in items(destination)]
     if len(writes) != count:
         raise UnknownInstruction(f"{count} destinations expected")
     active = binder.active(instruction)
-    address = binder.address_reader(source, "u64" if space == "global" else "u32")
+    address = binder.address_reader(source, "u32" if space == "shared" else "u64")
     ptx_type = TYPES[type_name]
     nbytes = count * ptx_type.storage.itemsize
 
@@ -240,7 +235,14 @@ def _bind_cp(instruction: Instruction, binder: Binder) -> Step:
 
 
 def _bind_bar(instruction: Instruction, binder: Binder) -> Step:
-    """``bar.sync 0``: all threads of the CTA; named and partial barriers are not modelled."""
+    """``bar.sync 0`` and ``bar.red.{and|or}.pred p, 0, a``; named and partial barriers are not modelled."""
+    if instruction.opcode in ("bar.red.or.pred", "bar.red.and.pred"):
+        destination, number, source = instruction.operands
+        if number != Immediate(0) or instruction.predicate:
+            raise UnknownInstruction(f"unknown barrier {instruction.text}")
+        write, read = binder.writer(destination, "pred", instruction), binder.reader(source, "pred")
+        reduction = np.logical_or if "or" in instruction.modifiers else np.logical_and
+        return lambda wave: write(wave, wave.reducing_barrier(reduction, read(wave)))
     number = instruction.operands[0] if instruction.operands else None
     whole = instruction.opcode in ("bar.sync", "barrier.sync", "barrier.sync.aligned")
     if not whole or number != Immediate(0) or len(instruction.operands) > 1 or instruction.predicate:
@@ -254,14 +256,14 @@ def _bind_shfl(instruction: Instruction, binder: Binder) -> Step:
             destination, source, lane, clamp, members = instruction.operands
         case _:
             raise UnknownInstruction(f"unknown shuffle {instruction.opcode}")
-    _expect_whole_warp(instruction, members)
+    expect_whole_warps = _whole_warps(instruction, members, binder)
     write, *write_in_range = [
         binder.writer(x, t, instruction) for x, t in zip(items(destination), ("b32", "pred"), strict=False)
     ]
     reads = [binder.reader(x, "u32") for x in (source, lane, clamp)]
 
     def step(wave: Wave) -> None:
-        wave.expect_whole_warps()
+        expect_whole_warps(wave)
         values, lane, clamp = (np.broadcast_to(read(wave), wave.size) for read in reads)
         origin, in_range = shuffle_source(mode, lane, clamp)
         write(wave, values[origin])
@@ -271,17 +273,43 @@ def _bind_shfl(instruction: Instruction, binder: Binder) -> Step:
     return step
 
 
+def _bind_vote(instruction: Instruction, binder: Binder) -> Step:
+    match instruction.modifiers:
+        case ["sync", ("any" | "all") as name, "pred"]:
+            destination, source, members = instruction.operands
+        case _:
+            raise UnknownInstruction(f"unknown vote {instruction.opcode}")
+    expect_whole_warps = _whole_warps(instruction, members, binder)
+    write, read = binder.writer(destination, "pred", instruction), binder.reader(source, "pred")
+    reduction = {"any": np.logical_or, "all": np.logical_and}[name]
+
+    def step(wave: Wave) -> None:
+        expect_whole_warps(wave)
+        write(wave, reduce_warps(reduction, np.broadcast_to(read(wave), wave.size)))
+
+    return step
+
+
+def _bind_cvta(instruction: Instruction, binder: Binder) -> Step:
+    """Global addresses are generic ones; other spaces are not modelled."""
+    if instruction.opcode not in ("cvta.to.global.u64", "cvta.global.u64"):
+        raise UnknownInstruction(f"unknown conversion of an address {instruction.opcode}")
+    destination, source = instruction.operands
+    read, write = binder.reader(source, "u64"), binder.writer(destination, "u64", instruction)
+    return lambda wave: write(wave, read(wave))
+
+
 def _bind_redux(instruction: Instruction, binder: Binder) -> Step:
     match instruction.modifiers:
         case ["sync", name, ("s32" | "u32" | "b32") as type_name] if name in _REDUCTIONS:
             destination, source, members = instruction.operands
         case _:
             raise UnknownInstruction(f"unknown reduction {instruction.opcode}")
-    _expect_whole_warp(instruction, members)
+    expect_whole_warps = _whole_warps(instruction, members, binder)
     write, read = binder.writer(destination, type_name, instruction), binder.reader(source, type_name)
 
     def step(wave: Wave) -> None:
-        wave.expect_whole_warps()
+        expect_whole_warps(wave)
         write(wave, reduce_warps(_REDUCTIONS[name], np.broadcast_to(read(wave), wave.size)))
 
     return step
@@ -329,9 +357,18 @@ def _bind_mma(instruction: Instruction, binder: Binder) -> Step:
     return step
 
 
-def _expect_whole_warp(instruction: Instruction, members) -> None:
-    if members not in (Immediate(-1), Immediate(0xFFFFFFFF)) or instruction.predicate:
+def _whole_warps(instruction: Instruction, members: Operand, binder: Binder) -> Callable[[Wave], None]:
+    """Checks that all lanes of the warps are named, and are there."""
+    if instruction.predicate:
         raise UnknownInstruction(f"only whole warps are modelled: {instruction.text}")
+    read_members = binder.reader(members, "u32")
+
+    def check(wave: Wave) -> None:
+        if (read_members(wave) != _ALL_LANES).any():
+            raise UnknownInstruction("only whole warps are modelled")
+        wave.expect_whole_warps()
+
+    return check
 
 
 _BINDERS: dict[str, Callable[[Instruction, Binder], Step]] = {
@@ -344,6 +381,8 @@ _BINDERS: dict[str, Callable[[Instruction, Binder], Step]] = {
     "bar": _bind_bar,
     "barrier": _bind_bar,
     "shfl": _bind_shfl,
+    "vote": _bind_vote,
+    "cvta": _bind_cvta,
     "redux": _bind_redux,
     "ldmatrix": _bind_ldmatrix,
     "mma": _bind_mma,

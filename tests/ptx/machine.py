@@ -15,7 +15,7 @@ import numpy as np
 from .control_flow import Block, basic_blocks
 from .faults import DivergenceFault, EndlessLoop, PtxFault
 from .instructions import Step, bind
-from .memory import GlobalMemory
+from .memory import GlobalMemory, load_parameters
 from .operands import Binder
 from .parser import Instruction, parse
 from .shared_memory import SharedMemory
@@ -41,7 +41,7 @@ class Program:
     def __init__(self, ptx: str) -> None:
         self.entry = parse(ptx)
         self.blocks: list[Block] = basic_blocks(self.entry)
-        binder = Binder(self.entry.registers)
+        binder = Binder(self.entry)
         self.steps: list[list[tuple[Instruction, Step]]] = [
             [(x, _bind_with_place(x, binder)) for x in block.body] for block in self.blocks
         ]
@@ -60,22 +60,26 @@ def compiled(ptx: str) -> Program:
 def execute(
     program: Program,
     grid: tuple[int, int, int],
-    parameters: dict[str, int | float],
+    parameters: dict[str, int],
     memory: GlobalMemory,
     shared_bytes: int,
 ) -> None:
     """Runs all CTAs of the grid, a group at a time.
 
     Args:
-        parameters: bits of every parameter of the entry, by name.
+        parameters: bits of every parameter of the entry, by name; a struct's first byte is the lowest.
         shared_bytes: dynamic shared memory of a CTA.
     """
     ctas = grid[0] * grid[1] * grid[2]
+    space = bytearray(max((place.stop for place in program.entry.parameters.values()), default=0))
+    for name, place in program.entry.parameters.items():
+        bits = parameters[name] & ((1 << 8 * len(place)) - 1)
+        space[place.start : place.stop] = bits.to_bytes(len(place), "little")
     at_once = max(1, MAX_LANES // program.entry.threads)
     with np.errstate(all="ignore"):
         for first in range(0, ctas, at_once):
             numbers = np.arange(first, min(first + at_once, ctas))
-            Group(program, grid, numbers, parameters, memory, shared_bytes).run()
+            Group(program, grid, numbers, bytes(space), memory, shared_bytes).run()
 
 
 class Group:
@@ -83,6 +87,7 @@ class Group:
 
     Args:
         numbers: of the CTAs in the grid, x fastest.
+        parameters: the parameter space.
     """
 
     def __init__(
@@ -90,7 +95,7 @@ class Group:
         program: Program,
         grid: tuple[int, int, int],
         numbers: np.ndarray,
-        parameters: dict[str, int],
+        parameters: bytes,
         memory: GlobalMemory,
         shared_bytes: int,
     ) -> None:
@@ -98,7 +103,7 @@ class Group:
         self.grid = grid
         self.numbers = numbers
         self.threads = program.entry.threads
-        self.parameters = parameters
+        self.parameters = np.frombuffer(parameters, np.uint8)
         self.memory = memory
         self.shared = SharedMemory(len(numbers), shared_bytes, self.threads, program.granule)
         self._blocks_left = MAX_BLOCKS
@@ -195,9 +200,6 @@ class Wave:
             "warpid": self._warp,
         }[kind]
 
-    def parameter(self, name: str, storage: np.dtype) -> np.ndarray:
-        return np.array([self.group.parameters[name]], np.uint64).astype(storage)
-
     def lanes_where(self, active: Callable[[Wave], np.ndarray] | None) -> slice | np.ndarray:
         """Index of the active lanes."""
         if active is None:
@@ -214,6 +216,8 @@ class Wave:
         """-> uint8 [lanes, nbytes]"""
         if space == "global":
             return self.group.memory.load(address, nbytes, self._number[lanes])
+        if space == "param":
+            return load_parameters(self.group.parameters, address.astype(np.int64), nbytes)
         return self.group.shared.load(self._cta[lanes], self._warp[lanes], address.astype(np.int64), nbytes)
 
     def store(self, space: str, address: np.ndarray, rows: np.ndarray, lanes: slice | np.ndarray) -> None:
@@ -252,6 +256,15 @@ class Wave:
         if (threads != self.group.threads).any():
             raise DivergenceFault("a barrier that not all threads of the CTA reach together")
         self.group.shared.barrier(ctas)
+
+    def reducing_barrier(self, function: np.ufunc, values: np.ndarray) -> np.ndarray:
+        """-> [lanes], of each CTA's ``values``"""
+        self.barrier()
+        order = np.argsort(self._cta, kind="stable")
+        by_cta = np.broadcast_to(values, self.size)[order].reshape(-1, self.group.threads)
+        result = np.empty(self.size, by_cta.dtype)
+        result[order] = np.repeat(function.reduce(by_cta, axis=1), self.group.threads)
+        return result
 
     def expect_whole_warps(self) -> None:
         if not self._has_whole_warps:

@@ -1,4 +1,4 @@
-"""Global memory: one segment for each tensor argument, far apart from each other."""
+"""Global memory: one segment for each tensor argument, far apart from each other. The parameter space."""
 
 from __future__ import annotations
 
@@ -56,6 +56,11 @@ class GlobalMemory:
             None if covered.all() else np.repeat(covered.numpy(), tensor.itemsize),
         )
         return origin + tensor.storage_offset() * tensor.itemsize
+
+    def begin_launch(self) -> None:
+        """What was stored so far is there for every CTA."""
+        for segment in self._segments.values():
+            segment.writer = None
 
     def load(self, address: np.ndarray, nbytes: int, cta: np.ndarray) -> np.ndarray:
         """-> uint8 [lanes, nbytes]
@@ -122,6 +127,20 @@ class GlobalMemory:
             if segment.covered is not None and not _rows(segment.covered, nbytes)[where].all():
                 raise MemoryFault(f"{what} of {nbytes} bytes outside of the view {segment.name}")
             yield segment, lanes, where
+
+
+def load_parameters(space: np.ndarray, address: np.ndarray, nbytes: int) -> np.ndarray:
+    """-> uint8 [lanes, nbytes]
+
+    Args:
+        space: uint8, the bytes of all parameters.
+        address: int64 [lanes].
+    """
+    if (address % nbytes).any():
+        raise MemoryFault(f"misaligned load of {nbytes} bytes in the parameters")
+    if ((address < 0) | (address + nbytes > len(space))).any():
+        raise MemoryFault(f"load of {nbytes} bytes outside of the parameters, which hold {len(space)}")
+    return space[address[:, None] + np.arange(nbytes)]
 
 
 def _rows(array: np.ndarray, nbytes: int) -> np.ndarray:

@@ -88,3 +88,10 @@ def mutations(ptx: str, kind: str) -> list[Mutation]:
         if number in executed and mutated != line:
             changed.setdefault(place if kind == "compare" else number, {})[number] = mutated
     return [Mutation(lines) for lines in changed.values()]
+
+
+def spread(candidates: list, count: int) -> list:
+    """Up to ``count``, evenly."""
+    if len(candidates) <= count:
+        return candidates
+    return [candidates[(2 * i + 1) * len(candidates) // (2 * count)] for i in range(count)]

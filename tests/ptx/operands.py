@@ -9,7 +9,7 @@ import numpy as np
 
 from .faults import PtxFault, UnknownInstruction
 from .formats import STORAGE, TYPES, PtxType
-from .parser import Address, Immediate, Instruction, Operand, Register, Symbol, Vector
+from .parser import Address, Entry, Immediate, Instruction, Operand, Register, Symbol, Vector
 
 if TYPE_CHECKING:
     from .machine import Wave
@@ -18,18 +18,16 @@ Reader = Callable[["Wave"], np.ndarray]
 Writer = Callable[["Wave", np.ndarray], None]
 
 _SPECIAL_REGISTERS = ("tid", "ntid", "ctaid", "nctaid", "laneid", "warpid")
-SHARED_MEMORY_NAME = "global_smem"
 
 
 class Binder:
-    """Turns the operands of one kernel's instructions into functions of a wave.
+    """Turns the operands of one kernel's instructions into functions of a wave."""
 
-    Args:
-        registers: type (``pred``, ``b32`` ...) by name.
-    """
-
-    def __init__(self, registers: dict[str, str]) -> None:
-        self._storage = {name: STORAGE[type_name] for name, type_name in registers.items()}
+    def __init__(self, entry: Entry) -> None:
+        self._storage = {name: STORAGE[type_name] for name, type_name in entry.registers.items()}
+        # dynamic shared memory starts at 0, as the parameter space does
+        self._addresses = dict.fromkeys(entry.shared_memory, 0)
+        self._addresses |= {name: place.start for name, place in entry.parameters.items()}
 
     def reader(self, operand: Operand, type_name: str) -> Reader:
         """Values of an operand as ``type_name``, [lanes] or, for a constant, [1]."""
@@ -39,8 +37,8 @@ class Binder:
         if isinstance(operand, Immediate):
             constant = ptx_type.decode(_bits(operand.bits, ptx_type.storage))
             return lambda wave: constant
-        if isinstance(operand, Symbol) and operand.name == SHARED_MEMORY_NAME:
-            start = ptx_type.decode(_bits(0, ptx_type.storage))
+        if isinstance(operand, Symbol) and operand.name in self._addresses:
+            start = ptx_type.decode(_bits(self._addresses[operand.name], ptx_type.storage))
             return lambda wave: start
         if isinstance(operand, Symbol) and operand.name.lstrip("%").partition(".")[0] in _SPECIAL_REGISTERS:
             name = operand.name.lstrip("%")

@@ -1,4 +1,4 @@
-"""PTX text to instructions: one ``.entry`` per module, as Triton emits it."""
+"""PTX text to instructions: one ``.entry`` per module, as Triton and, cut to one kernel, nvcc emit it."""
 
 from __future__ import annotations
 
@@ -78,14 +78,18 @@ class Instruction:
     def modifiers(self) -> list[str]:
         return self.opcode.split(".")[1:]
 
+    @property
+    def _has_no_destination(self) -> bool:
+        return self.name in WITHOUT_DESTINATION and not self.opcode.startswith("bar.red")
+
     def written(self) -> set[str]:
-        if self.name in WITHOUT_DESTINATION or not self.operands:
+        if self._has_no_destination or not self.operands:
             return set()
         return set(_registers(self.operands[:1]))
 
     def read(self) -> set[str]:
         """With the destinations of a predicated instruction, which keeps them where the predicate is off."""
-        sources = self.operands if self.name in WITHOUT_DESTINATION else self.operands[1:]
+        sources = self.operands if self._has_no_destination else self.operands[1:]
         names = set(_registers(sources))
         return names | {self.predicate.name} | self.written() if self.predicate else names
 
@@ -95,16 +99,18 @@ class Entry:
     """One kernel.
 
     Attributes:
-        parameters: type (``u64``, ``u32``, ``f32`` ...) by name, in order.
-        threads: of a CTA (``.reqntid``).
+        parameters: bytes of each in the parameter space, by name, in order.
+        threads: of a CTA (``.reqntid``, or all that ``.maxntid`` allows).
+        shared_memory: names of the dynamic shared memory.
         registers: type (``pred``, ``b16``, ``b32``, ``b64``) by name.
         instructions: in order.
         labels: index into ``instructions`` by name.
     """
 
     name: str
-    parameters: dict[str, str]
+    parameters: dict[str, range]
     threads: int
+    shared_memory: set[str] = field(default_factory=set)
     registers: dict[str, str] = field(default_factory=dict)
     instructions: list[Instruction] = field(default_factory=list)
     labels: dict[str, int] = field(default_factory=dict)
@@ -125,18 +131,35 @@ def parse(ptx: str) -> Entry:
     if len(heads) != 1:
         raise UnknownInstruction(f"expected one kernel in the module, found {len(heads)}")
     head = heads[0]
-    threads = re.search(r"\.reqntid\s+(\d+)(?:\s*,\s*1)*\s*(?=\.|$)", head[3].strip())
+    threads = re.search(r"\.(?:reqntid|maxntid)\s+(\d+)(?:\s*,\s*1)*\s*(?=\.|$)", head[3].strip())
     if threads is None:
-        raise UnknownInstruction(f"expected a one-dimensional .reqntid, found {head[3].strip()!r}")
-    parameters = {}
-    for declaration in filter(None, (x.split() for x in head[2].split(","))):
-        parameters[declaration[-1]] = declaration[1].removeprefix(".")
-    entry = Entry(head[1], parameters, int(threads[1]))
+        raise UnknownInstruction(
+            f"expected a one-dimensional .reqntid or .maxntid, found {head[3].strip()!r}"
+        )
+    entry = Entry(head[1], _parameter_space(head[2]), int(threads[1]))
+    entry.shared_memory |= set(re.findall(r"\.extern\s+\.shared\s[^;]*?([\w$]+)\[\]\s*;", text))
     # positions of debug information, one a line and without a semicolon
     body = re.sub(r"^[ \t]*\.(?:loc|file)\b.*$", "", text[head.end() :], flags=re.MULTILINE)
     first_line = text.count("\n", 0, head.end()) + 1
     _parse_body(entry, body, first_line)
     return entry
+
+
+def _parameter_space(declarations: str) -> dict[str, range]:
+    """A scalar is as aligned as it is wide, a struct (an array of bytes) as it says."""
+    parameters: dict[str, range] = {}
+    stop = 0
+    for declaration in filter(None, map(str.strip, declarations.split(","))):
+        match = re.fullmatch(
+            r"\.param\s+(?:\.align\s+(\d+)\s+)?\.[bsuf](\d+)\s.*?([\w$]+)(?:\[(\d+)\])?", declaration
+        )
+        if match is None:
+            raise UnknownInstruction(f"cannot read the parameter {declaration!r}")
+        element = int(match[2]) // 8
+        start = -(-stop // int(match[1] or element)) * int(match[1] or element)
+        stop = start + element * int(match[4] or 1)
+        parameters[match[3]] = range(start, stop)
+    return parameters
 
 
 def _parse_body(entry: Entry, body: str, first_line: int) -> None:

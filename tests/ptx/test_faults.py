@@ -63,6 +63,28 @@ class TestGlobalMemory:
             run_ptx("mov.u32 %r1, %ctaid.x; mov.b64 %rd10, %rd0;" + load, words(), grid=(2, 1, 1))
 
 
+class TestParameters:
+    @pytest.mark.parametrize(
+        ("load", "message"),
+        [
+            ("ld.param.b64 %rd1, [p0+8]", "outside of the parameters, which hold 8"),
+            ("ld.param.b64 %rd1, [p0+-8]", "outside of the parameters"),
+            ("ld.param.b64 %rd1, [p0+4]", "misaligned"),
+        ],
+    )
+    def test_out_of_bounds_and_misaligned(self, load, message):
+        with pytest.raises(MemoryFault, match=message):
+            run_ptx(f"{load};", words())
+
+    def test_parts_of_a_parameter(self):
+        out = torch.zeros(2, dtype=torch.int64)
+        body = (
+            "mov.b64 %rd1, p0; ld.param.u32 %r1, [p0]; ld.param.u32 %r2, [%rd1+4]; mov.b64 %rd2, {%r1, %r2};"
+        )
+        run_ptx(body + "st.global.b64 [%rd0], %rd0; st.global.b64 [%rd0+8], %rd2;", out)
+        assert out[0] == out[1] != 0
+
+
 class TestSharedMemory:
     WORD = "shl.b32 %r1, %r0, 2;"
 
@@ -203,6 +225,7 @@ class TestControlFlow:
         [
             "bar.sync 0",
             "shfl.sync.bfly.b32 %r5, %r3, 1, 31, -1",
+            "vote.sync.any.pred %p2, %p1, -1",
             "ldmatrix.sync.aligned.m8n8.x1.shared.b16 {%r5}, [%r0]",
         ],
     )

@@ -16,7 +16,7 @@ import torch
 from led_kernels.testing import AttentionCase, assert_matches_reference
 from tests.ptx.faults import PtxFault
 from tests.ptx.launch import executed_launches
-from tests.ptx.mutations import KINDS, Mutation, mutations
+from tests.ptx.mutations import KINDS, Mutation, mutations, spread
 
 SIZES = dict(heads=1, head_dim=64, seqlen=300)
 CASES = (
@@ -67,13 +67,6 @@ def is_caught(kernel: str, mutation: Mutation) -> bool:
     except (PtxFault, AssertionError):
         return True
     return False
-
-
-def spread(candidates: list, count: int) -> list:
-    """Up to ``count``, evenly."""
-    if len(candidates) <= count:
-        return candidates
-    return [candidates[(2 * i + 1) * len(candidates) // (2 * count)] for i in range(count)]
 
 
 def check(kernel: str, kind: str, count: int, expected_share: float) -> None:

@@ -292,6 +292,21 @@ def test_conversions_between_integers_and_floats():
     assert [signed(x) for x in truncated[:8]] == [0, 1, 0, -2, 2**31 - 1, -(2**31), 0, 7]
 
 
+def test_votes():
+    body = "setp.lt.u32 %p1, %r10, 5; mov.b32 %r1, -1; vote.sync.{}.pred %p2, %p1, %r1; selp.b32 %r20, 1, 0, %p2;"
+    one_small, all_small = [9] * 31 + [4], [4] * 32
+    for quantifier, expected in (("any", [1] * 64), ("all", [0] * 32 + [1] * 32)):
+        assert evaluate(body.format(quantifier), [one_small + all_small]) == expected
+    assert evaluate(body.format("any"), [[5] * 64]) == [0] * 64
+
+
+def test_barriers_that_reduce():
+    body = "setp.lt.u32 %p1, %r10, 5; bar.red.{}.pred %p2, 0, %p1; selp.b32 %r20, 1, 0, %p2;"
+    for values, any_small, all_small in (([9] * 63 + [4], 1, 0), ([4] * 64, 1, 1), ([5] * 64, 0, 0)):
+        assert evaluate(body.format("or"), [values]) == [any_small] * 64
+        assert evaluate(body.format("and"), [values]) == [all_small] * 64
+
+
 def test_subnormals_are_flushed_where_asked():
     operands = [[bits_of(2.0**-130)] * LANES, [bits_of(1.0)] * LANES]
     assert set(evaluate("mul.f32 %r20, %r10, %r11;", operands)) == {bits_of(2.0**-130)}
@@ -309,6 +324,8 @@ def test_subnormals_are_flushed_where_asked():
         "atom.global.add.u32 %r20, [%rd10], %r11",
         "bar.sync 1, 64",
         "shfl.sync.bfly.b32 %r20, %r10, 1, 31, 0xffff",
+        "mov.b32 %r1, 1; vote.sync.any.pred %p1, %p2, %r1",
+        "cvta.to.shared.u64 %rd20, %rd10",
         "mma.sync.aligned.m8n8k4.row.col.f32.f16.f16.f32 {%r1}, {%r2}, {%r3}, {%r4}",
         "cvt.rz.f16.f32 %rs20, %r10",
         "mov.u32 %r20, %clock",

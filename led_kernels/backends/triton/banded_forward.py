@@ -93,8 +93,8 @@ def _attend_band(
 ):  # fmt: skip
     """``num_tiles`` tiles of neighbouring keys from ``start`` on; tile ``gap_at`` follows a gap of ``gap`` tiles.
 
-    Keys from ``length`` on are not loaded. Without ``CHECK_PADDING`` that is the end of the keys that the program was found
-    free of padding for: a tile may reach further, over rows that hold NaN.
+    Keys from ``length`` on are not loaded. Without ``CHECK_PADDING`` that is the end of the keys that the program was
+    found free of padding for: a tile may reach further, over rows that hold NaN.
 
     ``k_desc``, ``v_desc``: tensor descriptors to load by, at ``desc_batch``, row ``desc_row`` + key and ``desc_head``,
     or None to load by pointers, which can leave out rows.

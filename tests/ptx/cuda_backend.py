@@ -1,0 +1,270 @@
+"""The kernels of csrc/cuda, as nvcc compiles them for sm_80, executed on CPU tensors.
+
+:class:`InterpretedCuda` has the four functions of a backend's module and takes the place of the ``cuda`` one.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from led_kernels.mask import LongformerMask
+
+from .machine import compiled, execute
+from .memory import GlobalMemory
+from .nvcc import Kernel, compile_ptx, kernels
+
+_DTYPES = {torch.float32: 0, torch.float16: 2, torch.bfloat16: 3}  # led::DType
+_SPLIT_SIZE = 192  # three tiles: the first stage is filled again
+
+
+class _RowsRef(ctypes.Structure):
+    _fields_ = [(name, ctypes.c_int64) for name in ("data", "batch_stride", "row_stride", "head_stride")]
+
+
+class _LseRef(ctypes.Structure):
+    _fields_ = [(name, ctypes.c_int64) for name in ("data", "batch_stride", "head_stride")]
+
+
+class _MaskRef(ctypes.Structure):
+    _fields_ = [
+        *((name, ctypes.c_int64) for name in ("seq_start", "seq_len", "token_kind", "padding_before")),
+        *((name, ctypes.c_int64) for name in ("global_index", "num_globals", "batch_stride", "max_globals")),
+        ("packed", ctypes.c_bool),
+    ]
+
+
+class _AttentionParams(ctypes.Structure):
+    _fields_ = [
+        ("dtype", ctypes.c_int32),
+        *((name, ctypes.c_int64) for name in ("batch", "max_seqlen", "heads", "head_dim")),
+        *((name, ctypes.c_int64) for name in ("window_left", "window_right")),
+        *((name, ctypes.c_double) for name in ("softmax_scale", "dropout_p")),
+        ("dropout_seed", ctypes.c_uint64),
+        ("num_threads", ctypes.c_int),
+        ("mask", _MaskRef),
+        *((name, _RowsRef) for name in ("q", "k", "v", "out")),
+        ("lse", _LseRef),
+        *((name, _RowsRef) for name in ("d_out", "dq", "dk", "dv")),
+        ("d_lse", _LseRef),
+        ("device", ctypes.c_int),
+        *((name, ctypes.c_int64) for name in ("stream", "device_seed", "workspace")),
+    ]
+
+
+class _Arguments(ctypes.Structure):
+    """``led::cuda::Arguments``"""
+
+    _fields_ = [
+        ("p", _AttentionParams),
+        *((name, ctypes.c_float) for name in ("qk_scale", "softmax_scale", "keep_scale")),
+        ("last_dropped", ctypes.c_uint32),
+        *((name, ctypes.c_int64) for name in ("delta", "partials")),
+        *((name, ctypes.c_int) for name in ("num_splits", "split_size")),
+    ]
+
+
+class InterpretedCuda:
+    """Launches as csrc/cuda does; its functions are those of ``led_kernels.backends.cuda``.
+
+    Args:
+        edit_ptx: ``(kernel template, PTX) -> PTX``, for tests of the tests.
+
+    Attributes:
+        launched: the kernels, in order.
+    """
+
+    def __init__(self, edit_ptx: Callable[[str, str], str] | None = None) -> None:
+        self.launched: list[Kernel] = []
+        self._edit_ptx = edit_ptx
+
+    def banded_forward(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        mask: LongformerMask,
+        window_left: int,
+        window_right: int,
+        *settings: float | Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        """``settings``: softmax_scale, dropout_p, seed."""
+        *lead, rows, heads, _ = q.shape
+        out, lse = _undefined(q.shape, q.dtype), _undefined((*lead, heads, rows))
+        call = _Call("banded_forward", q, k, v, mask, *settings).with_window(window_left, window_right)
+        call.set_rows(out=out).set_statistics(lse=lse)
+        self._launch_tiles(call, "banded_forward_kernel", may_drop=settings[-1] is not None)
+        return out, lse
+
+    def banded_backward(
+        self,
+        d_out: Tensor,
+        d_lse: Tensor | None,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        mask: LongformerMask,
+        window_left: int,
+        window_right: int,
+        *settings: float | Tensor | None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        call = _Call("banded_backward", q, k, v, mask, *settings).with_window(window_left, window_right)
+        grads = call.set_backward(d_out, d_lse, out, lse)
+        call.set_partials(2, mask.batch, q.shape[-2], call.splits, mask.max_globals, q.shape[-1])
+        self._launch_tiles(call, "banded_dq_kernel")
+        self._launch_tiles(call, "banded_dkdv_kernel")
+        if mask.max_globals:
+            self._launch_splits(call, "banded_dkdv_globals_kernel")
+            self._launch_slots(call, "banded_sum_splits_kernel")
+        return grads
+
+    def global_forward(
+        self, q: Tensor, k: Tensor, v: Tensor, mask: LongformerMask, *settings: float | Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        batch, slots, heads, head_dim = q.shape
+        out, lse = _undefined(q.shape, q.dtype), _undefined((batch, heads, slots))
+        call = _Call("global_forward", q, k, v, mask, *settings)
+        call.set_rows(out=out).set_statistics(lse=lse)
+        call.set_partials(batch, heads, call.splits, slots, head_dim + 2)
+        self._launch_splits(call, "global_forward_kernel")
+        self._launch_slots(call, "global_merge_kernel")
+        return out, lse
+
+    def global_backward(
+        self,
+        d_out: Tensor,
+        d_lse: Tensor | None,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        mask: LongformerMask,
+        *settings: float | Tensor | None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        batch, slots, heads, head_dim = q.shape
+        call = _Call("global_backward", q, k, v, mask, *settings)
+        grads = call.set_backward(d_out, d_lse, out, lse)
+        call.set_partials(batch, heads, call.splits, slots, head_dim)
+        self._launch_splits(call, "global_dq_kernel")
+        self._launch_slots(call, "global_sum_splits_kernel")
+        self._launch_tiles(call, "global_dkdv_kernel")
+        return grads
+
+    def _launch_tiles(self, call: _Call, name: str, may_drop: bool | None = None) -> None:
+        """A block for each tile of the sequence's rows."""
+        (kernel,) = kernels(call.ptx, name, call.dtype, may_drop=may_drop)
+        blocks = -(-call.arguments.p.max_seqlen // kernel.rows)
+        self._launch(kernel, call, blocks, call.shared_bytes(kernel))
+
+    def _launch_splits(self, call: _Call, name: str) -> None:
+        """A block for each tile of global tokens and split; the smallest instance that holds them all."""
+        instances, slots = kernels(call.ptx, name, call.dtype), call.arguments.p.mask.max_globals
+        kernel = next((x for x in instances if slots <= x.rows), instances[-1])
+        blocks = -(-slots // kernel.rows) * call.splits
+        self._launch(kernel, call, blocks, call.shared_bytes(kernel))
+
+    def _launch_slots(self, call: _Call, name: str) -> None:
+        """A block for each global token."""
+        (kernel,) = kernels(call.ptx, name, call.dtype)
+        self._launch(kernel, call, call.arguments.p.mask.max_globals, 0)
+
+    def _launch(self, kernel: Kernel, call: _Call, blocks: int, shared_bytes: int) -> None:
+        self.launched.append(kernel)
+        call.memory.begin_launch()
+        program = compiled(self._edit_ptx(kernel.name, kernel.ptx) if self._edit_ptx else kernel.ptx)
+        ((name, place),) = program.entry.parameters.items()
+        assert len(place) == ctypes.sizeof(_Arguments), "arguments.h has changed"
+        bits = int.from_bytes(bytes(call.arguments), "little")
+        grid = (blocks, call.arguments.p.heads, call.arguments.p.batch)
+        execute(program, grid, {name: bits}, call.memory, shared_bytes)
+
+
+class _Call:
+    """Tensors in the interpreter's memory, and arguments that point there.
+
+    Args:
+        source: of its kernels, in csrc/cuda.
+    """
+
+    def __init__(
+        self,
+        source: str,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        mask: LongformerMask,
+        softmax_scale: float,
+        dropout_p: float,
+        seed: Tensor | None,
+    ) -> None:
+        self.memory = GlobalMemory()
+        self.ptx = compile_ptx(source, q.shape[-1])
+        self.dtype = q.dtype
+        self.splits = -(-mask.max_seqlen // _SPLIT_SIZE)
+        self._row_operands = 2 if source.endswith("backward") else 1
+        self._qkv = q, k, v
+        arguments = self.arguments = _Arguments(softmax_scale=softmax_scale, keep_scale=1)
+        arguments.qk_scale = softmax_scale * 1.4426950408889634
+        arguments.num_splits, arguments.split_size = self.splits, _SPLIT_SIZE
+        p = arguments.p
+        p.dtype, p.batch, p.max_seqlen = _DTYPES[q.dtype], mask.batch, mask.max_seqlen
+        p.heads, p.head_dim = q.shape[-2:]
+        self.set_rows(q=q, k=k, v=v)
+        for name in (
+            "seq_start", "seq_len", "token_kind", "padding_before", "global_index", "num_globals",
+        ):  # fmt: skip
+            setattr(p.mask, name, self.memory.add_tensor(name, getattr(mask, name)))
+        p.mask.batch_stride = 0 if mask.is_packed else mask.max_seqlen
+        p.mask.max_globals, p.mask.packed = mask.max_globals, mask.is_packed
+        if seed is not None:
+            p.device_seed = self.memory.add_tensor("seed", seed)
+            arguments.last_dropped = round(dropout_p * 2**32) - 1
+            arguments.keep_scale = 1 / (1 - dropout_p)
+
+    def with_window(self, left: int, right: int) -> _Call:
+        self.arguments.p.window_left, self.arguments.p.window_right = left, right
+        return self
+
+    def set_rows(self, **tensors: Tensor) -> _Call:
+        """``[batch, rows, heads, head_dim]`` or ``[rows, heads, head_dim]``"""
+        for name, x in tensors.items():
+            address, batch_stride = self.memory.add_tensor(name, x), x.stride(0) if x.dim() == 4 else 0
+            setattr(self.arguments.p, name, _RowsRef(address, batch_stride, x.stride(-3), x.stride(-2)))
+        return self
+
+    def set_statistics(self, **tensors: Tensor) -> _Call:
+        """``[batch, heads, rows]`` or ``[heads, rows]``"""
+        for name, x in tensors.items():
+            address, batch_stride = self.memory.add_tensor(name, x), x.stride(0) if x.dim() == 3 else 0
+            setattr(self.arguments.p, name, _LseRef(address, batch_stride, x.stride(-2)))
+        return self
+
+    def set_backward(
+        self, d_out: Tensor, d_lse: Tensor | None, out: Tensor, lse: Tensor
+    ) -> tuple[Tensor, ...]:
+        """-> dq, dk, dv, to be written"""
+        grads = tuple(_undefined(x.shape, x.dtype) for x in self._qkv)
+        self.set_rows(out=out, d_out=d_out.contiguous(), **dict(zip(("dq", "dk", "dv"), grads, strict=True)))
+        self.set_statistics(lse=lse.contiguous())
+        if d_lse is not None:
+            self.set_statistics(d_lse=d_lse.contiguous())
+        self.arguments.delta = self.memory.add_tensor("delta", _undefined(lse.shape))
+        return grads
+
+    def set_partials(self, *shape: int) -> None:
+        self.arguments.partials = self.memory.add_tensor("partials", _undefined(shape))
+
+    def shared_bytes(self, kernel: Kernel) -> int:
+        """Tiles of rows; tiles of two operands' columns, twice where copies are asynchronous."""
+        columns = (2 if self.dtype == torch.float32 else 4) * kernel.columns
+        return self.dtype.itemsize * kernel.head_dim * (self._row_operands * kernel.rows + columns)
+
+
+def _undefined(shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.full(shape, float("nan"), dtype=dtype)
