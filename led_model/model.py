@@ -19,7 +19,7 @@ from led_kernels import LongformerMask
 from led_model.cache import StaticKVCache
 from led_model.checkpoint import load_pretrained
 from led_model.config import GenerationConfig, LEDConfig
-from led_model.generate import greedy_generate
+from led_model.generate import generate
 from led_model.layers import DecoderLayer, EncoderLayer
 
 
@@ -240,7 +240,7 @@ class LEDForConditionalGeneration(nn.Module):
             return shifted
         return shifted.masked_fill(shifted == -100, self.config.pad_token_id)
 
-    generate = greedy_generate
+    generate = generate
 
 
 def _embedding(config: LEDConfig) -> nn.Embedding:
