@@ -37,7 +37,7 @@ class DecoderStep:
         batch, place = encoded.shape[0], {"dtype": encoded.dtype, "device": encoded.device}
         self.model = model
         self.cross_keys_values = model.led.decoder.cross_keys_values(encoded)
-        self.cross_mask = attention_mask
+        self.cross_mask = None if attention_mask.all() else attention_mask
         if rows == 1:
             self.cache = StaticKVCache(model.config, batch, max_steps, **place)
         else:
