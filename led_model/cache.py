@@ -50,7 +50,60 @@ class StaticKVCache:
         """
         mask = (self.slots <= position[:, None])[None, None]
         if padding_mask is not None:
-            missing = self.max_length - padding_mask.shape[1]
-            present = torch.nn.functional.pad(padding_mask != 0, (0, missing), value=True)
-            mask = mask & present[:, None, None, :]
+            mask = mask & self._present(padding_mask)[:, None, None, :]
         return mask
+
+    def _present(self, padding_mask: Tensor) -> Tensor:
+        """Bool ``[batch, max_length]`` of ``padding_mask`` ``[batch, ≤ max_length]``."""
+        missing = self.max_length - padding_mask.shape[1]
+        return torch.nn.functional.pad(padding_mask != 0, (0, missing), value=True)
+
+
+class BeamKVCache(StaticKVCache):
+    """Keys and values of all beams of a document in one pool, and who wrote what each beam has to see.
+
+    ``keys`` and ``values`` are ``[layers, batch, heads, max_length * beams, head_dim]``: what beam ``b`` writes
+    at position ``p`` stays in slot ``p * beams + b``. ``ancestry``, int64 ``[batch, beams, max_length]``, says
+    which beam wrote the position that now belongs to a beam's past. Beams are the queries of one attention
+    over their document's pool, so changing places moves ``ancestry`` and nothing else, and cross-attention
+    reads the keys and values of a document once for all its beams.
+    """
+
+    def __init__(
+        self,
+        config: LEDConfig,
+        batch: int,
+        beams: int,
+        max_length: int,
+        *,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        super().__init__(config, batch, max_length * beams, dtype=dtype, device=device)
+        self.slots = torch.arange(max_length, device=device)  # positions: each is one slot per beam
+        self.beams = torch.arange(beams, device=device)
+        self.ancestry = self.beams[:, None].repeat(batch, 1, max_length)
+
+    def write(self, layer: int, position: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Writes ``[batch, heads, beams, head_dim]`` of one position, int64 ``[1]``; returns the full pools."""
+        return super().write(layer, position * len(self.beams) + self.beams, key, value)
+
+    def attention_mask(self, position: Tensor, padding_mask: Tensor | None = None) -> Tensor:
+        """Which slots the beams at ``position [1]`` see: one of each position up to it that is no padding.
+
+        ``padding_mask`` as in :meth:`StaticKVCache.attention_mask`, one row per document. Returns bool
+        ``[batch, 1, beams, max_length * beams]``.
+        """
+        past = self.slots <= position
+        if padding_mask is not None:
+            past = past & self._present(padding_mask)[:, None, :]
+        seen = (self.ancestry[..., None] == self.beams) & past[..., None]  # [batch, beams, max_length, beams]
+        return seen.flatten(2)[:, None]
+
+    def reorder(self, parents: Tensor, position: Tensor) -> None:
+        """After the step at ``position [1]``, beam ``b`` goes on from what was beam ``parents[:, b]``.
+
+        ``parents`` is int64 ``[batch, beams]``. Positions not yet written belong to their own beam.
+        """
+        inherited = self.ancestry.gather(1, parents[..., None].expand_as(self.ancestry))
+        self.ancestry.copy_(torch.where(self.slots <= position, inherited, self.beams[:, None]))

@@ -129,8 +129,8 @@ def save_pretrained(model: nn.Module, directory: Path) -> None:
     _write_json(directory / "config.json", config.to_dict() | about)
     if hasattr(model, "generation_config"):
         settings = {"bos_token_id": config.bos_token_id} | vars(model.generation_config)
-        settings |= settings.pop("not_greedy", {})
-        settings = {key: value for key, value in settings.items() if value is not None}
+        settings |= settings.pop("unsupported")
+        settings = {key: value for key, value in settings.items() if value is not None and key != "seed"}
         _write_json(directory / "generation_config.json", settings)
 
 

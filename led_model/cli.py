@@ -156,9 +156,9 @@ def run_summarize(args: argparse.Namespace) -> None:
     global_attention_mask[:, : args.global_tokens] = 1
 
     generation = model.generation_config
-    if generation.not_greedy:
-        asked = ", ".join(f"{name}={value}" for name, value in generation.not_greedy.items())
-        _say(f"the checkpoint asks for {asked}; decoding greedily without it.")
+    if generation.unsupported:
+        asked = ", ".join(f"{name}={value}" for name, value in generation.unsupported.items())
+        _say(f"the checkpoint asks for {asked}; decoding without it.")
     if args.max_new_tokens is not None:
         generation.max_new_tokens = args.max_new_tokens
     elif generation.max_new_tokens is None and generation.max_length is None:

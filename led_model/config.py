@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,25 @@ _ALIASES = {
     "num_hidden_layers": "encoder_layers",
     "attention_probs_dropout_prob": "attention_dropout",
     "initializer_range": "init_std",
+}
+
+# settings of transformers that choose other tokens and are not here, with the value that leaves them off
+_UNSUPPORTED_GENERATION = {
+    "begin_suppress_tokens": None,
+    "diversity_penalty": 0.0,
+    "encoder_repetition_penalty": 1.0,
+    "epsilon_cutoff": 0.0,
+    "eta_cutoff": 0.0,
+    "exponential_decay_length_penalty": None,
+    "guidance_scale": 1.0,
+    "min_p": None,
+    "num_beam_groups": 1,
+    "penalty_alpha": None,
+    "renormalize_logits": False,
+    "sequence_bias": None,
+    "suppress_tokens": None,
+    "top_h": None,
+    "typical_p": 1.0,
 }
 
 
@@ -111,10 +130,12 @@ class LEDConfig:
 
 @dataclass
 class GenerationConfig:
-    """When greedy generation starts, stops and what it is forced to say; names are those of transformers.
+    """How tokens are chosen and when that starts and stops; names and defaults are those of transformers.
 
     ``max_length`` counts the start token; ``max_new_tokens`` does not, and wins; with neither, 20 are made.
-    ``not_greedy`` holds what the checkpoint asks for beyond that (beams, sampling, penalties), by name.
+    ``min_length`` and ``min_new_tokens`` likewise. ``seed`` (not in transformers) makes sampling repeatable;
+    without one torch's global generator is drawn from. ``unsupported`` holds what a checkpoint asks for
+    beyond these fields, by name.
     """
 
     decoder_start_token_id: int = 2
@@ -124,28 +145,103 @@ class GenerationConfig:
     forced_eos_token_id: int | list[int] | None = None
     max_length: int | None = None
     max_new_tokens: int | None = None
-    not_greedy: dict[str, Any] = field(default_factory=dict)
+    min_length: int = 0
+    min_new_tokens: int | None = None
+    num_beams: int = 1
+    num_return_sequences: int = 1
+    length_penalty: float = 1.0
+    early_stopping: bool | str = False
+    do_sample: bool = False
+    temperature: float = 1.0
+    top_k: int = 50
+    top_p: float = 1.0
+    seed: int | None = None
+    repetition_penalty: float = 1.0
+    no_repeat_ngram_size: int = 0
+    encoder_no_repeat_ngram_size: int = 0
+    bad_words_ids: list[list[int]] | None = None
+    unsupported: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> GenerationConfig:
-        """From generation_config.json, or from config.json, where older checkpoints keep the same keys."""
-        known = {f.name for f in fields(cls)} - {"not_greedy"}
-        neutral = {
-            "num_beams": 1,
-            "do_sample": False,
-            "length_penalty": 1.0,
-            "min_length": 0,
-            "min_new_tokens": 0,
-            "no_repeat_ngram_size": 0,
-            "repetition_penalty": 1.0,
-            "bad_words_ids": None,
-        }
-        not_greedy = {
+        """From generation_config.json, or from config.json, where older checkpoints keep the same keys.
+
+        ``None`` means "not given", except that ``pad_token_id`` and ``eos_token_id`` may be none at all.
+        """
+        known = {f.name for f in fields(cls)} - {"unsupported"}
+        unsupported = {
             key: values[key]
-            for key, default in neutral.items()
-            if values.get(key) is not None and values[key] != default
+            for key, neutral in _UNSUPPORTED_GENERATION.items()
+            if values.get(key) is not None and values[key] != neutral
         }
-        return cls(**{key: values[key] for key in known if key in values}, not_greedy=not_greedy)
+        given = {
+            key: values[key]
+            for key in known & values.keys()
+            if values[key] is not None or key in ("pad_token_id", "eos_token_id")
+        }
+        return cls(**given, unsupported=unsupported)
+
+    def updated(self, **settings: Any) -> GenerationConfig:
+        """A copy with the caller's settings, whose limits win over those that this one has in another unit.
+
+        Raises:
+            TypeError: for a setting that is no field.
+        """
+        for length, new_tokens in (("max_length", "max_new_tokens"), ("min_length", "min_new_tokens")):
+            if length in settings:
+                settings = {new_tokens: None} | settings
+        return replace(self, **settings)
+
+    def check(self, vocab_size: int) -> None:
+        """Refuses what has no meaning or contradicts itself.
+
+        Raises:
+            ValueError: naming the setting and what to give instead.
+        """
+        for name in ("num_beams", "num_return_sequences"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; give 1 or more.")
+        for name in ("min_length", "top_k", "no_repeat_ngram_size", "encoder_no_repeat_ngram_size"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} is {getattr(self, name)}; give 0 or more.")
+        if self.early_stopping not in (True, False, "never"):
+            raise ValueError(f"early_stopping is {self.early_stopping!r}; give True, False or 'never'.")
+        if self.num_beams > 1 and self.num_return_sequences > self.num_beams:
+            raise ValueError(
+                f"num_return_sequences is {self.num_return_sequences} but num_beams is {self.num_beams}; "
+                "return at most as many sequences as there are beams."
+            )
+        if self.num_beams == 1 and self.num_return_sequences > 1 and not self.do_sample:
+            raise ValueError(
+                f"num_return_sequences is {self.num_return_sequences} but greedy decoding finds one sequence; "
+                "set num_beams or do_sample=True."
+            )
+        if self.repetition_penalty <= 0:
+            raise ValueError(f"repetition_penalty is {self.repetition_penalty}; give a number above 0.")
+        if self.do_sample and self.temperature <= 0:
+            raise ValueError(
+                f"temperature is {self.temperature}; give a number above 0, or do_sample=False for no chance."
+            )
+        if self.do_sample and not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p is {self.top_p}; give a number above 0 and at most 1.")
+        if self.bad_words_ids is not None and not all(
+            isinstance(word, (list, tuple)) and word for word in self.bad_words_ids
+        ):
+            raise ValueError(
+                "bad_words_ids is not a list of non-empty lists of token ids; give one list a word."
+            )
+        forced_bos = [] if self.forced_bos_token_id is None else [self.forced_bos_token_id]
+        for name, ids in (
+            ("forced_bos_token_id", forced_bos),
+            ("forced_eos_token_id", self.forced_eos_token_ids),
+            ("bad_words_ids", [token for word in self.bad_words_ids or [] for token in word]),
+        ):
+            for token in ids:
+                if not 0 <= token < vocab_size:
+                    raise ValueError(
+                        f"{name} holds id {token}, outside the vocabulary of {vocab_size}; "
+                        "use the tokenizer that belongs to the checkpoint."
+                    )
 
     @property
     def eos_token_ids(self) -> list[int]:
@@ -160,6 +256,10 @@ class GenerationConfig:
         if self.max_new_tokens is not None:
             return 1 + self.max_new_tokens
         return self.max_length if self.max_length is not None else 21
+
+    def least_length(self) -> int:
+        """Shortest sequence to return before any end of text, start token included; the limit wins over it."""
+        return self.min_length if self.min_new_tokens is None else 1 + self.min_new_tokens
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -1,22 +1,34 @@
-"""Greedy generation with transformers' meaning of every length, start and stop setting."""
+"""``generate``: greedy search, sampling and beam search with transformers' meaning of every setting."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from led_model.cache import StaticKVCache
+from led_model.beam_search import beam_search
+from led_model.config import GenerationConfig
+from led_model.decoding import Search
+from led_model.sampling import sample
 
 if TYPE_CHECKING:
     from led_model.model import LEDForConditionalGeneration
 
 
+@dataclass
+class GenerateOutput:
+    """``sequences``, int64 ``[batch * num_return_sequences, length]``, and, with beams, ``sequences_scores``,
+    float32 ``[batch * num_return_sequences]``: log-probability over new tokens ** length_penalty."""
+
+    sequences: Tensor
+    sequences_scores: Tensor | None = None
+
+
 @torch.no_grad()
-def greedy_generate(
+def generate(
     model: LEDForConditionalGeneration,
     input_ids: Tensor,
     attention_mask: Tensor | None = None,
@@ -24,82 +36,65 @@ def greedy_generate(
     global_attention_mask: Tensor | None = None,
     encoded: Tensor | None = None,
     on_token: Callable[[Tensor], object] | None = None,
+    return_dict_in_generate: bool = False,
     **settings: Any,
-) -> Tensor:
-    """The most likely next token, again and again, over a static cache.
+) -> Tensor | GenerateOutput:
+    """Writes a sequence, or several, for each document: greedily, by beam search or by sampling.
+
+    ``num_beams`` above 1 means beam search and ``do_sample`` sampling; neither, the likeliest next token again
+    and again. The decoder runs over caches allocated once, a document's sequences share its cross-attention
+    keys and values, and the device is waited for every few steps only.
 
     Args:
         input_ids: int ``[batch, source]``.
         attention_mask: ``[batch, source]``, nonzero for tokens; default: all but the padding id.
         global_attention_mask: ``[batch, source]``, 1 for tokens that all others see. Usually the first.
         encoded: ``[batch, source, d_model]``, the encoder's output for ``input_ids`` if it is at hand.
-        on_token: called after each step with its tokens, int64 ``[batch]``.
+        on_token: called after each step with the tokens that the sequences in work end in, int64
+            ``[batch * num_beams]`` or ``[batch * num_return_sequences]``; the end is then tested at every step.
+        return_dict_in_generate: return a :class:`GenerateOutput`, which has the scores of beams.
         settings: fields of :class:`GenerationConfig` that replace the checkpoint's, ``max_new_tokens=256``.
 
     Returns:
-        int64 ``[batch, length]``, start token first; a sequence that has ended goes on with padding.
+        int64 ``[batch * num_return_sequences, length]``, a document's sequences together, best first with
+        beams; start token first; a sequence that has ended goes on with padding.
 
     Raises:
-        ValueError: when the length asked for is 0 or exceeds the decoder's position table.
+        ValueError: when the length asked for is 0 or exceeds the decoder's position table, and for settings
+            that have no meaning or contradict each other.
         TypeError: for a setting that is no field of :class:`GenerationConfig`.
     """
-    config = model.config
-    generation = replace(model.generation_config, **settings)
-    if "max_length" in settings and "max_new_tokens" not in settings:
-        generation.max_new_tokens = None  # the caller's limit wins over the checkpoint's
-    limit = generation.length_limit()
-    positions = config.max_decoder_position_embeddings
-    if limit > positions + 1:
-        raise ValueError(
-            f"max_new_tokens or max_length asks for {limit - 1} new tokens but the decoder has {positions} "
-            f"positions; give max_new_tokens of at most {positions}."
-        )
-    if limit < 2:
-        raise ValueError(
-            f"max_new_tokens or max_length allows {limit - 1} new tokens; give max_new_tokens of 1 or more."
-        )
-    eos = torch.tensor(generation.eos_token_ids, dtype=torch.int64, device=input_ids.device)
-    pad = generation.pad_token_id
-    if pad is None and len(eos):
-        pad = int(eos[0])  # as transformers does
+    generation = model.generation_config.updated(**settings)
+    generation.check(model.config.vocab_size)
+    _check_limit(generation.length_limit() - 1, model.config.max_decoder_position_embeddings)
     if attention_mask is None:
-        attention_mask = _mask_from_padding(input_ids, generation.pad_token_id, generation.eos_token_ids)
-
-    batch = input_ids.shape[0]
+        attention_mask = _mask_from_padding(input_ids, generation)
     if encoded is None:
         encoded = model.led.encode(input_ids, attention_mask, global_attention_mask)
-    cross_keys_values = model.led.decoder.cross_keys_values(encoded)
-    cache = StaticKVCache(config, batch, limit - 1, dtype=encoded.dtype, device=encoded.device)
+    search = Search.prepare(model, generation, input_ids, encoded, attention_mask, on_token)
     del encoded  # the cross keys and values are all that the decoder needs of it
+    if generation.num_beams > 1:
+        output = GenerateOutput(*beam_search(search))
+    else:
+        output = GenerateOutput(sample(search))
+    return output if return_dict_in_generate else output.sequences
 
-    tokens = input_ids.new_full((batch, limit), generation.decoder_start_token_id, dtype=torch.int64)
-    ended = torch.zeros(batch, dtype=torch.bool, device=input_ids.device)
-    for length in range(1, limit):
-        hidden = model.led.decoder(
-            tokens[:, length - 1 : length],
-            cross_keys_values,
-            cross_mask=attention_mask,
-            cache=cache,
-            position=cache.slots[length - 1 : length],
+
+def _check_limit(new_tokens: int, positions: int) -> None:
+    if new_tokens > positions:
+        raise ValueError(
+            f"max_new_tokens or max_length asks for {new_tokens} new tokens but the decoder has {positions} "
+            f"positions; give max_new_tokens of at most {positions}."
         )
-        next_tokens = model.logits(hidden[:, -1]).argmax(-1)
-        if length == 1 and generation.forced_bos_token_id is not None:
-            next_tokens.fill_(generation.forced_bos_token_id)
-        if length == limit - 1 and generation.forced_eos_token_ids:
-            next_tokens.fill_(min(generation.forced_eos_token_ids))  # argmax of equal scores: the lowest id
-        if len(eos):
-            next_tokens = torch.where(ended, pad, next_tokens)
-            ended = ended | torch.isin(next_tokens, eos)
-        tokens[:, length] = next_tokens
-        if on_token is not None:
-            on_token(next_tokens)
-        if ended.all():
-            return tokens[:, : length + 1]
-    return tokens
+    if new_tokens < 1:
+        raise ValueError(
+            f"max_new_tokens or max_length allows {new_tokens} new tokens; give max_new_tokens of 1 or more."
+        )
 
 
-def _mask_from_padding(input_ids: Tensor, pad: int | None, eos: list[int]) -> Tensor:
+def _mask_from_padding(input_ids: Tensor, generation: GenerationConfig) -> Tensor:
     """Everything but padding, unless padding cannot be told from the end of a sequence."""
-    if pad is None or pad in eos:
+    pad = generation.pad_token_id
+    if pad is None or pad in generation.eos_token_ids:
         return torch.ones_like(input_ids)
     return (input_ids != pad).to(input_ids.dtype)

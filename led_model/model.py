@@ -16,7 +16,7 @@ from led_model.attention_weights import cross_attentions, decoder_attentions, en
 from led_model.cache import StaticKVCache
 from led_model.config import GenerationConfig, LEDConfig
 from led_model.embedding import check_inputs, embed
-from led_model.generate import greedy_generate
+from led_model.generate import generate
 from led_model.layers import DecoderLayer, EncoderLayer
 from led_model.outputs import LayerRecord, Seq2SeqLMOutput, Seq2SeqModelOutput
 from led_model.pretrained import LEDPreTrainedModel, resized
@@ -295,7 +295,7 @@ class LEDForConditionalGeneration(LEDPreTrainedModel):
         """``[..., d_model]`` of the decoder to ``[..., vocab_size]``."""
         return self.lm_head(hidden) + self.final_logits_bias
 
-    generate = greedy_generate
+    generate = generate
 
 
 def _embedding(config: LEDConfig) -> nn.Embedding:

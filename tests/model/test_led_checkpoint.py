@@ -166,7 +166,7 @@ def test_generation_settings(saved):
     (directory / "generation_config.json").write_text(json.dumps({"max_length": 99, "eos_token_id": [2, 3]}))
     config = load(directory).generation_config
     assert (config.max_length, config.eos_token_id, config.forced_bos_token_id) == (99, [2, 3], 0)
-    assert config.not_greedy == {"num_beams": 4}
+    assert (config.num_beams, config.unsupported) == (4, {})
 
 
 def test_names_missing_extra_and_misshapen_tensors(saved):

@@ -86,12 +86,12 @@ def test_summarize_stdin_in_a_process(checkpoint_dir):
 
 
 def test_summarize_uses_the_checkpoints_length_and_says_what_it_leaves_out(checkpoint_dir, text_file, capsys):
-    settings = {"max_length": 6, "num_beams": 4}
+    settings = {"max_length": 6, "num_beams": 4, "typical_p": 0.5}
     (checkpoint_dir / "generation_config.json").write_text(json.dumps(settings))
     assert main(["summarize", str(text_file), "--model", str(checkpoint_dir)]) == 0
     output = capsys.readouterr()
-    assert output.out == expected_summary(checkpoint_dir, max_length=6)
-    assert "asks for num_beams=4; decoding greedily" in output.err
+    assert output.out == expected_summary(checkpoint_dir, max_length=6, num_beams=4)
+    assert "asks for typical_p=0.5; decoding without it" in output.err
 
 
 def test_summarize_long_text(checkpoint_dir, text_file, capsys):

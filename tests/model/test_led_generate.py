@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 import torch
 
-from led_model import GenerationConfig
 from tests.model.small import VOCAB_SIZE, random_inputs
 
 
@@ -118,17 +117,5 @@ def test_bad_settings_are_named(small_model):
     model = small_model(0)
     with pytest.raises(ValueError, match="allows 0 new tokens"):
         model.generate(**encoder_inputs(0), max_length=1)
-    with pytest.raises(TypeError, match="num_beams"):
-        model.generate(**encoder_inputs(0), num_beams=4)
-
-
-def test_what_greedy_leaves_out_is_kept_by_name():
-    asked = {
-        "num_beams": 4,
-        "no_repeat_ngram_size": 3,
-        "length_penalty": 1.0,
-        "min_length": 100,
-        "do_sample": False,
-    }
-    config = GenerationConfig.from_dict(asked)
-    assert config.not_greedy == {"num_beams": 4, "no_repeat_ngram_size": 3, "min_length": 100}
+    with pytest.raises(TypeError, match="beam_count"):
+        model.generate(**encoder_inputs(0), beam_count=4)

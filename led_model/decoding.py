@@ -1,0 +1,127 @@
+"""What every search does at a step: run the decoder, adjust scores, and ask now and then whether to stop."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from led_model.cache import BeamKVCache, StaticKVCache
+from led_model.config import GenerationConfig
+from led_model.logits import Processor, build_processors
+
+if TYPE_CHECKING:
+    from led_model.model import LEDForConditionalGeneration
+
+# Steps between two looks at whether all sequences have ended, on devices where looking means waiting.
+_STOP_TEST_INTERVAL = 8
+
+
+class DecoderStep:
+    """Logits of the next token for ``rows`` sequences of each document, over caches of fixed shape.
+
+    A document's rows are the queries of one attention, so its cross keys and values are made and held once.
+    """
+
+    def __init__(
+        self,
+        model: LEDForConditionalGeneration,
+        encoded: Tensor,
+        attention_mask: Tensor,
+        rows: int,
+        max_steps: int,
+    ) -> None:
+        batch, place = encoded.shape[0], {"dtype": encoded.dtype, "device": encoded.device}
+        self.model = model
+        self.cross_keys_values = model.led.decoder.cross_keys_values(encoded)
+        self.cross_mask = None if attention_mask.all() else attention_mask
+        if rows == 1:
+            self.cache = StaticKVCache(model.config, batch, max_steps, **place)
+        else:
+            self.cache = BeamKVCache(model.config, batch, rows, max_steps, **place)
+
+    def __call__(self, tokens: Tensor, step: int) -> Tensor:
+        """int64 ``[batch, rows]``, the tokens at position ``step``, to ``[batch * rows, vocab_size]``."""
+        hidden = self.model.led.decoder(
+            tokens,
+            self.cross_keys_values,
+            cross_mask=self.cross_mask,
+            cache=self.cache,
+            position=self.cache.slots[step : step + 1],
+        )
+        return self.model.logits(hidden.flatten(0, 1))
+
+
+@dataclass
+class Search:
+    """What greedy search, sampling and beam search have in common.
+
+    ``rows`` sequences of each document are worked on; ``limit`` is the longest one, start token included;
+    ``eos`` is int64 ``[any]``; ``generator`` is ``None`` for torch's global one.
+    """
+
+    generation: GenerationConfig
+    step: DecoderStep
+    batch: int
+    rows: int
+    limit: int
+    eos: Tensor
+    pad: int | None
+    processors: list[Processor]
+    generator: torch.Generator | None
+    on_token: Callable[[Tensor], object] | None
+
+    @classmethod
+    def prepare(
+        cls,
+        model: LEDForConditionalGeneration,
+        generation: GenerationConfig,
+        input_ids: Tensor,
+        encoded: Tensor,
+        attention_mask: Tensor,
+        on_token: Callable[[Tensor], object] | None,
+    ) -> Search:
+        device, limit = encoded.device, generation.length_limit()
+        eos = torch.tensor(generation.eos_token_ids, dtype=torch.int64, device=device)
+        pad = generation.pad_token_id
+        if pad is None and generation.eos_token_ids:
+            pad = generation.eos_token_ids[0]  # as transformers does
+        rows = generation.num_beams if generation.num_beams > 1 else generation.num_return_sequences
+        generator = None
+        if generation.seed is not None:
+            generator = torch.Generator(device).manual_seed(generation.seed)
+        return cls(
+            generation,
+            step=DecoderStep(model, encoded, attention_mask, rows, limit - 1),
+            batch=input_ids.shape[0],
+            rows=rows,
+            limit=limit,
+            eos=eos,
+            pad=pad,
+            processors=build_processors(generation, input_ids, eos, rows),
+            generator=generator,
+            on_token=on_token,
+        )
+
+    def process(self, tokens: Tensor, scores: Tensor) -> Tensor:
+        """``tokens`` ``[batch * rows, length]`` so far and ``scores`` ``[batch * rows, vocab_size]`` to scores."""
+        for processor in self.processors:
+            scores = processor(tokens, scores)
+        return scores
+
+    def draw(self, scores: Tensor, count: int) -> Tensor:
+        """``count`` different indices per row of ``scores`` ``[any, choices]``, likely ones more often."""
+        return torch.multinomial(scores.softmax(-1), count, generator=self.generator)
+
+    def hear(self, tokens: Tensor) -> None:
+        """Hands the step's tokens, ``[batch * rows]``, to the caller."""
+        if self.on_token is not None:
+            self.on_token(tokens)
+
+    def should_stop(self, ended: Tensor, length: int) -> bool:
+        """Reads the 0-dim bool ``ended``: at every token for a listener or on the CPU, else every few steps."""
+        every = self.on_token is not None or ended.device.type == "cpu"
+        return (every or length % _STOP_TEST_INTERVAL == 0) and bool(ended)

@@ -1,0 +1,35 @@
+"""Greedy search and sampling: rows that do not know of each other."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from led_model.decoding import Search
+
+
+def sample(search: Search) -> Tensor:
+    """Chooses the likeliest next token, or draws one, until all rows have ended or are full.
+
+    Returns:
+        int64 ``[batch * rows, length]``, start token first; a row that has ended goes on with padding.
+    """
+    generation, eos = search.generation, search.eos
+    count, limit, device = search.batch * search.rows, search.limit, eos.device
+    tokens = torch.full((count, limit), generation.decoder_start_token_id, dtype=torch.int64, device=device)
+    ended = torch.zeros(count, dtype=torch.bool, device=device)
+    length_needed = torch.ones((), dtype=torch.int64, device=device)
+    for length in range(1, limit):
+        scores = search.step(tokens[:, length - 1].view(search.batch, search.rows), length - 1)
+        if search.processors or generation.do_sample:
+            scores = search.process(tokens[:, :length], scores.float())
+        next_tokens = search.draw(scores, 1)[:, 0] if generation.do_sample else scores.argmax(-1)
+        length_needed += ~ended.all()
+        if len(eos):
+            next_tokens = torch.where(ended, search.pad, next_tokens)
+            ended = ended | torch.isin(next_tokens, eos)
+        tokens[:, length] = next_tokens
+        search.hear(next_tokens)
+        if len(eos) and search.should_stop(ended.all(), length):
+            break
+    return tokens[:, : int(length_needed)]
