@@ -14,8 +14,7 @@ constexpr float kLog2E = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
 // Splits of columns among blocks consist of so many, but for the last.
 constexpr int kSplitUnit = 64;
 
-// The one parameter of every kernel. Scores are kept in units of log2, so that the exponential is one
-// instruction.
+// The one parameter of every kernel. Scores are in units of log2: the exponential is then one instruction.
 struct Arguments {
   AttentionParams p;
   float qk_scale = 0;  // softmax_scale * log2(e)

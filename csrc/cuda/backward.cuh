@@ -1,10 +1,8 @@
 // One tile of the backward: probabilities again from lse (Dao, "FlashAttention-2", 2023). With p the
 // probabilities before and m the mask of dropout, and keep_scale left out:
 //
-//   dv = (p m)^T d_out    dp = (d_out v^T) m    d_scores = p (dp - delta)    dq = d_scores k    dk =
-//   d_scores^T q
-//
-// where delta = (sum(out * d_out) - d_lse) / keep_scale.
+//   dp = (d_out v^T) m        d_scores = p (dp - delta)        delta = (sum(out * d_out) - d_lse) /
+//   keep_scale dv = (p m)^T d_out        dq = d_scores k                  dk = d_scores^T q
 #pragma once
 
 #include "column_tiles.cuh"
@@ -130,6 +128,19 @@ __device__ __forceinline__ void accumulate_dkdv(typename P::Result& dk, typename
   if (has_dropout) keep_elements(p, bits, 0.0f);
   P::accumulate(dv, p, d_out);
   P::accumulate(dk, dp, q);
+}
+
+// Scaled dk and dv to the rows key(r), zeros where those are padding.
+template <class P, class KeyAt>
+__device__ __forceinline__ void write_dkdv(const Arguments& a, const Sequence& seq,
+                                           const typename P::Result& dk, const typename P::Result& dv,
+                                           KeyAt key) {
+  auto exists = [&](int r) { return key(r) < seq.length && seq.token_kind[key(r)] != kPadding; };
+  const float dk_scale = a.softmax_scale * a.keep_scale, dv_scale = a.keep_scale;
+  write_rows<P>(seq.target(a.p.dk, a.p, seq.first_row), dk, seq.num_rows, key, exists,
+                [&](int) { return dk_scale; });
+  write_rows<P>(seq.target(a.p.dv, a.p, seq.first_row), dv, seq.num_rows, key, exists,
+                [&](int) { return dv_scale; });
 }
 
 // Writes to a row of a tensor the sum of num_splits rows of floats, split_stride apart, times scale: a warp.

@@ -46,10 +46,7 @@ __global__ void __launch_bounds__(P::kThreads, 1) banded_dq_kernel(const Argumen
     for_each_tile<P::kStages>(
         tiles,
         [&](const Tile& tile, auto is_masked, int stage) {
-          load_keys<P, decltype(is_masked)::value>(Shared::columns(0, stage), k, tile, tiles.stop, seq,
-                                                   has_padding);
-          load_keys<P, decltype(is_masked)::value>(Shared::columns(1, stage), v, tile, tiles.stop, seq,
-                                                   has_padding);
+          load_keys<P, Shared, decltype(is_masked)::value>(k, v, tile, stage, tiles.stop, seq, has_padding);
         },
         [&] {
           q_rows.set(Shared::rows(0));
@@ -70,16 +67,21 @@ __global__ void __launch_bounds__(P::kThreads, 1) banded_dq_kernel(const Argumen
       [&](int) { return scale; });
 }
 
-// Loads a tile of queries: zeros from `stop` on, and in place of other than local tokens if has_others.
-template <class P, bool kIsMasked>
-__device__ __forceinline__ void load_queries(typename P::Element* shared, const Source& x, int start,
-                                             int stop, const Sequence& seq, bool has_others) {
+// Loads a tile of queries and their d_out into the stage: zeros from `stop` on, and in place of other than
+// local tokens if has_others.
+template <class P, class Shared, bool kIsMasked>
+__device__ __forceinline__ void load_queries(const Source& q, const Source& d_out, const Tile& tile,
+                                             int stage, int stop, const Sequence& seq, bool has_others) {
   if (kIsMasked && has_others) {
-    P::template gather<P::kColumns>(shared, x, [&](int i) {
-      return start + i < stop && seq.token_kind[start + i] == kLocal ? start + i : -1;
-    });
+    auto row_at = [&](int i) {
+      const int query = tile.start + i;
+      return query < stop && seq.token_kind[query] == kLocal ? query : -1;
+    };
+    P::template gather<P::kColumns>(Shared::columns(0, stage), q, row_at);
+    P::template gather<P::kColumns>(Shared::columns(1, stage), d_out, row_at);
   } else {
-    P::template load<P::kColumns, kIsMasked>(shared, x, start, stop);
+    P::template load<P::kColumns, kIsMasked>(Shared::columns(0, stage), q, tile.start, stop);
+    P::template load<P::kColumns, kIsMasked>(Shared::columns(1, stage), d_out, tile.start, stop);
   }
 }
 
@@ -122,10 +124,8 @@ __global__ void __launch_bounds__(P::kThreads, 1) banded_dkdv_kernel(const Argum
     for_each_tile<P::kStages>(
         tiles,
         [&](const Tile& tile, auto is_masked, int stage) {
-          load_queries<P, decltype(is_masked)::value>(Shared::columns(0, stage), q, tile.start, tiles.stop,
-                                                      seq, has_others);
-          load_queries<P, decltype(is_masked)::value>(Shared::columns(1, stage), d_out, tile.start,
-                                                      tiles.stop, seq, has_others);
+          load_queries<P, Shared, decltype(is_masked)::value>(q, d_out, tile, stage, tiles.stop, seq,
+                                                              has_others);
         },
         [&] {
           k_rows.set(Shared::rows(0));
@@ -147,12 +147,7 @@ __global__ void __launch_bounds__(P::kThreads, 1) banded_dkdv_kernel(const Argum
               });
         });
   }
-  auto exists = [&](int r) { return key(r) < seq.length && seq.token_kind[key(r)] != kPadding; };
-  const float dk_scale = a.softmax_scale * a.keep_scale, dv_scale = a.keep_scale;
-  write_rows<P>(seq.target(p.dk, p, seq.first_row), dk, seq.num_rows, key, exists,
-                [&](int) { return dk_scale; });
-  write_rows<P>(seq.target(p.dv, p, seq.first_row), dv, seq.num_rows, key, exists,
-                [&](int) { return dv_scale; });
+  write_dkdv<P>(a, seq, dk, dv, key);
 }
 
 // What one split of the local queries adds to dk, dv of a tile of global keys: without the scales.
@@ -181,10 +176,8 @@ __global__ void __launch_bounds__(P::kThreads, 1) banded_dkdv_globals_kernel(con
   for_each_tile<P::kStages>(
       tiles,
       [&](const Tile& tile, auto is_masked, int stage) {
-        load_queries<P, decltype(is_masked)::value>(Shared::columns(0, stage), q, tile.start, block.stop, seq,
-                                                    has_others);
-        load_queries<P, decltype(is_masked)::value>(Shared::columns(1, stage), d_out, tile.start, block.stop,
-                                                    seq, has_others);
+        load_queries<P, Shared, decltype(is_masked)::value>(q, d_out, tile, stage, block.stop, seq,
+                                                            has_others);
       },
       [&] {
         k_rows.set(Shared::rows(0));

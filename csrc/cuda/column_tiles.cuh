@@ -70,22 +70,6 @@ class ColumnTiles {
   int num_gathered_, num_tiles_, num_left_, num_interior_;
 };
 
-// Loads a tile of keys or values: zeros from `stop` on, and in place of padding if has_padding. Of the
-// columns from `stop` on nobody knows whether they hold padding, and 0 times a NaN of padding is NaN.
-template <class P, bool kIsMasked>
-__device__ __forceinline__ void load_keys(typename P::Element* shared, const Source& x, const Tile& tile,
-                                          int stop, const Sequence& seq, bool has_padding) {
-  if (kIsMasked && (tile.gathered || has_padding)) {
-    P::template gather<P::kColumns>(shared, x, [&](int i) {
-      const int column = tile.start + i;
-      if (tile.gathered) return seq.position(column, -1);
-      return column < stop && seq.token_kind[column] != kPadding ? column : -1;
-    });
-  } else {
-    P::template load<P::kColumns, kIsMasked>(shared, x, tile.start, stop);
-  }
-}
-
 // Two tiles of columns in each stage, behind kRowOperands tiles of rows.
 template <class P, int kRowOperands>
 struct SharedTiles {
@@ -102,6 +86,26 @@ struct SharedTiles {
     return rows(kRowOperands) + (2 * stage + operand) * kColumnElements;
   }
 };
+
+// Loads a tile of keys and their values into the stage: zeros from `stop` on, and in place of padding if
+// has_padding. Of the columns from `stop` on nobody knows whether they hold padding, and 0 times a NaN of
+// padding is NaN.
+template <class P, class Shared, bool kIsMasked>
+__device__ __forceinline__ void load_keys(const Source& k, const Source& v, const Tile& tile, int stage,
+                                          int stop, const Sequence& seq, bool has_padding) {
+  if (kIsMasked && (tile.gathered || has_padding)) {
+    auto row_at = [&](int i) {
+      const int column = tile.start + i;
+      if (tile.gathered) return seq.position(column, -1);
+      return column < stop && seq.token_kind[column] != kPadding ? column : -1;
+    };
+    P::template gather<P::kColumns>(Shared::columns(0, stage), k, row_at);
+    P::template gather<P::kColumns>(Shared::columns(1, stage), v, row_at);
+  } else {
+    P::template load<P::kColumns, kIsMasked>(Shared::columns(0, stage), k, tile.start, stop);
+    P::template load<P::kColumns, kIsMasked>(Shared::columns(1, stage), v, tile.start, stop);
+  }
+}
 
 // Calls begin() when the copies issued so far have arrived, then attend(tile, is_masked, stage) for each
 // tile, which load(tile, is_masked, stage) has fetched before. is_masked is a std::bool_constant: interior

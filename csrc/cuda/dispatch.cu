@@ -1,6 +1,5 @@
 // Checks a call, lays out its workspace, and picks the launchers for its head_dim.
 #include <algorithm>
-#include <cmath>
 #include <initializer_list>
 
 #include "kernels.h"

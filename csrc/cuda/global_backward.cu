@@ -44,10 +44,7 @@ __global__ void __launch_bounds__(P::kThreads, 1) global_dq_kernel(const Argumen
   for_each_tile<P::kStages>(
       tiles,
       [&](const Tile& tile, auto is_masked, int stage) {
-        load_keys<P, decltype(is_masked)::value>(Shared::columns(0, stage), k, tile, block.stop, seq,
-                                                 has_padding);
-        load_keys<P, decltype(is_masked)::value>(Shared::columns(1, stage), v, tile, block.stop, seq,
-                                                 has_padding);
+        load_keys<P, Shared, decltype(is_masked)::value>(k, v, tile, stage, block.stop, seq, has_padding);
       },
       [&] {
         q_rows.set(Shared::rows(0));
@@ -129,12 +126,7 @@ __global__ void __launch_bounds__(P::kThreads, 1) global_dkdv_kernel(const Argum
               });
         });
   }
-  auto exists = [&](int r) { return key(r) < seq.length && seq.token_kind[key(r)] != kPadding; };
-  const float dk_scale = a.softmax_scale * a.keep_scale, dv_scale = a.keep_scale;
-  write_rows<P>(seq.target(p.dk, p, seq.first_row), dk, seq.num_rows, key, exists,
-                [&](int) { return dk_scale; });
-  write_rows<P>(seq.target(p.dv, p, seq.first_row), dv, seq.num_rows, key, exists,
-                [&](int) { return dv_scale; });
+  write_dkdv<P>(a, seq, dk, dv, key);
 }
 
 template <int kHeadDim>

@@ -30,10 +30,7 @@ __global__ void __launch_bounds__(P::kThreads, 1) global_forward_kernel(const Ar
   for_each_tile<P::kStages>(
       tiles,
       [&](const Tile& tile, auto is_masked, int stage) {
-        load_keys<P, decltype(is_masked)::value>(Shared::columns(0, stage), k, tile, block.stop, seq,
-                                                 has_padding);
-        load_keys<P, decltype(is_masked)::value>(Shared::columns(1, stage), v, tile, block.stop, seq,
-                                                 has_padding);
+        load_keys<P, Shared, decltype(is_masked)::value>(k, v, tile, stage, block.stop, seq, has_padding);
       },
       [&] { q_rows.set(Shared::rows(0)); },
       [&](const Tile& tile, auto is_masked, int stage) {

@@ -5,8 +5,7 @@
 
 namespace led::cuda {
 
-// How a launch computes: on tensor cores, if head_dim is kHeadDim, or by multiply-adds, if it is at most
-// that.
+// A launch computes on tensor cores (head_dim is kHeadDim) or by multiply-adds (head_dim is at most that).
 enum class Unit { kTensorCore, kFma };
 
 // kHeadDim is 32, 64, 128, or 256 (kFma only). The workspace is laid out by the caller.
