@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from led_model.attention import padding_scores
 from led_model.cache import BeamKVCache, StaticKVCache
 from led_model.config import GenerationConfig
 from led_model.logits import Processor, build_processors
@@ -37,7 +38,7 @@ class DecoderStep:
         batch, place = encoded.shape[0], {"dtype": encoded.dtype, "device": encoded.device}
         self.model = model
         self.cross_keys_values = model.led.decoder.cross_keys_values(encoded)
-        self.cross_mask = None if attention_mask.all() else attention_mask
+        self.cross_mask = _cross_mask(attention_mask, encoded.dtype)
         if rows == 1:
             self.cache = StaticKVCache(model.config, batch, max_steps, **place)
         else:
@@ -53,6 +54,15 @@ class DecoderStep:
             position=self.cache.slots[step : step + 1],
         )
         return self.model.logits(hidden.flatten(0, 1))
+
+
+def _cross_mask(attention_mask: Tensor, dtype: torch.dtype) -> Tensor | None:
+    """``[batch, source]`` as the decoder takes it; ``None`` if all are tokens."""
+    present = attention_mask != 0
+    all_present, none_empty = torch.stack([present.all(), present.any(1).all()]).tolist()  # one sync
+    if all_present:
+        return None
+    return present[:, None, None, :] if none_empty else padding_scores(attention_mask, dtype)
 
 
 @dataclass
