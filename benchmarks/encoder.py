@@ -37,11 +37,14 @@ def make_arguments(shape: Shape) -> tuple[Tensor, Tensor, Tensor]:
     return ids, torch.ones_like(ids), global_attention_mask
 
 
-def stock_model(shape: Shape) -> nn.Module:
-    """transformers' LED with seeded weights, wide enough (std 0.05) that attention is far from uniform."""
+def stock_model(shape: Shape, **settings: int) -> nn.Module:
+    """transformers' LED with seeded weights, wide enough (std 0.05) that attention is far from uniform.
+
+    ``settings`` replace those of the config that concern the vocabulary and the decoder.
+    """
     from transformers import LEDConfig, LEDForConditionalGeneration
 
-    config = LEDConfig(
+    config = dict(
         vocab_size=VOCAB_SIZE,
         d_model=shape.d_model,
         encoder_layers=shape.layers,
@@ -56,7 +59,7 @@ def stock_model(shape: Shape) -> nn.Module:
         init_std=0.05,
     )
     torch.manual_seed(0)
-    return LEDForConditionalGeneration(config).eval()
+    return LEDForConditionalGeneration(LEDConfig(**config | settings)).eval()
 
 
 def encode_with(model: nn.Module) -> Encode:

@@ -1,6 +1,6 @@
-"""Peak memory of one encoder forward above the weights, each provider in a process of its own.
+"""Peak memory of one encoder forward, or of one generation, above the weights, each provider in a process of its own.
 
-``python -m benchmarks.memory PROVIDER`` builds the encoder, runs it once on a short input (thread pools and
+``python -m benchmarks.memory WORK PROVIDER`` builds the model, runs it once on a short input (thread pools and
 the libraries' own workspaces come into being), notes the resident set size, lowers the kernel's high-water
 mark to it (``5`` written to ``/proc/self/clear_refs``) and runs the real input: the figure is the new
 high-water mark minus the noted size. malloc is told to return every freed block of 64 KiB or more at once, so
@@ -18,23 +18,27 @@ import os
 import resource
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import psutil
 import torch
+from torch import Tensor
 
-from benchmarks import encoder
+from benchmarks import encoder, generation
 from benchmarks.shapes import Shape
 
+_PROVIDERS = {"encoder": encoder.PROVIDERS, "generation": generation.PROVIDERS}
 
-def measure(provider: str, shape: Shape, threads: int) -> float:
-    """MiB, from a fresh process.
+
+def measure(work: str, provider: str, shape: Shape, threads: int) -> float:
+    """MiB, from a fresh process; ``work`` is ``encoder`` or ``generation``.
 
     Raises:
         subprocess.CalledProcessError: when that process fails; it has said why on stderr.
     """
     command = [
-        sys.executable, "-m", "benchmarks.memory", provider,
+        sys.executable, "-m", "benchmarks.memory", work, provider,
         "--shape", json.dumps(dataclasses.asdict(shape)), "--threads", str(threads),
     ]  # fmt: skip
     environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
@@ -43,12 +47,12 @@ def measure(provider: str, shape: Shape, threads: int) -> float:
     return float(result.stdout.split()[-1])
 
 
-def _peak_mib(provider: str, shape: Shape) -> float:
-    encode, arguments = encoder.PROVIDERS[provider](shape), encoder.make_arguments(shape)
-    encode(*encoder.make_arguments(encoder.shortest(shape)))
+def _peak_mib(build: Callable[[Shape], Callable[..., Tensor]], shape: Shape) -> float:
+    call = build(shape)
+    call(*encoder.make_arguments(encoder.shortest(shape)))
     before = psutil.Process().memory_info().rss
     _reset_high_water_mark()
-    encode(*arguments)
+    call(*encoder.make_arguments(shape))
     return (_high_water_mark() - before) / 2**20
 
 
@@ -70,8 +74,9 @@ def _high_water_mark() -> int:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Peak memory of one encoder forward, in MiB.")
-    parser.add_argument("provider", choices=list(encoder.PROVIDERS))
+    parser = argparse.ArgumentParser(description="Peak memory above the weights, in MiB.")
+    parser.add_argument("work", choices=list(_PROVIDERS))
+    parser.add_argument("provider", help="one that the work has: led_model, transformers, …")
     parser.add_argument(
         "--shape", type=json.loads, default={}, help="fields of benchmarks.shapes.Shape, as JSON"
     )
@@ -81,7 +86,7 @@ def main() -> None:
     shape = {
         key: tuple(value) if isinstance(value, list) else value for key, value in arguments.shape.items()
     }
-    print(_peak_mib(arguments.provider, Shape(**shape)))
+    print(_peak_mib(_PROVIDERS[arguments.work][arguments.provider], Shape(**shape)))
 
 
 if __name__ == "__main__":

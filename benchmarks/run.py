@@ -16,6 +16,7 @@ import functools
 import statistics
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -29,8 +30,13 @@ LEAST_REPEATS = 3
 WRITES = 12  # of 256 MiB: about a millisecond on an H100, more on others
 
 
-def main(argv: list[str] | None = None) -> int:
-    arguments = _parse(argv)
+def main(
+    argv: list[str] | None = None,
+    groups: Callable[[bool], list[Group]] = groups,
+    out: Path = table.DEFAULT,
+    prog: str = "python -m benchmarks.run",
+) -> int:
+    arguments = _parse(argv, out, prog)
     torch.set_num_threads(arguments.threads)
     partial = arguments.out.with_suffix(arguments.out.suffix + ".partial")
     partial.unlink(missing_ok=True)
@@ -101,8 +107,8 @@ def run_group(group: Group, repeats: int, path: Path, environment: dict[str, str
 def measure_memory(
     group: Group, provider: str, threads: int, path: Path, environment: dict[str, str | int]
 ) -> None:
-    """Appends the row of one encoder's peak memory."""
-    peak = memory.measure(provider, group.shape, threads)
+    """Appends the row of one provider's peak memory."""
+    peak = memory.measure(group.name.split("_")[0], provider, group.shape, threads)
     row = _row(group, "memory", provider, FORWARD, environment)
     table.append(path, dataclasses.replace(row, peak_mib=round(peak, 2)))
 
@@ -203,19 +209,19 @@ def _narrow(group: Group, words: list[str]) -> Group:
     return dataclasses.replace(group, cases=cases, memory=memory)
 
 
-def _parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.run", description=__doc__.splitlines()[0])
+def _parse(argv: list[str] | None, out: Path, prog: str) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog=prog, description=__doc__.splitlines()[0])
     parser.add_argument(
         "--smoke", action="store_true", help="tiny shapes, seconds in all; figures mean nothing"
     )
     parser.add_argument(
         "--only", default="", help="cases whose name holds all these words, as in 'banded cpu'"
     )
-    parser.add_argument("--out", type=Path, help=f"CSV to write; default {table.DEFAULT.name} (smoke.csv)")
+    parser.add_argument("--out", type=Path, help=f"CSV to write; default {out.name} (smoke.csv)")
     parser.add_argument("--repeats", type=int, help="rounds; default 15 (smoke 3)")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     arguments = parser.parse_args(argv)
-    arguments.out = arguments.out or (table.RESULTS / "smoke.csv" if arguments.smoke else table.DEFAULT)
+    arguments.out = arguments.out or (table.RESULTS / "smoke.csv" if arguments.smoke else out)
     arguments.repeats = arguments.repeats or (3 if arguments.smoke else 15)
     return arguments
 

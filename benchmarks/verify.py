@@ -12,14 +12,14 @@ import functools
 import torch
 from torch import Tensor
 
-from benchmarks import attention, encoder
+from benchmarks import attention, encoder, generation
 from benchmarks.shapes import Shape
 
 # Largest difference allowed, relative to the largest value of the tensor. fp32 comes out below 1e-5; one key
 # too many or too few in a window of 1,025 shows as 1e-3. That is less than the rounding of bf16, whose gate is against
 # gross errors: pytest --gpu looks closer.
 TOLERANCE = 1e-4
-TOLERANCES = {torch.float32: TOLERANCE, torch.float16: 1e-2, torch.bfloat16: 4e-2}
+TOLERANCES = {torch.float32: TOLERANCE, torch.float16: 1e-2, torch.bfloat16: 4e-2, torch.int64: 0.0}
 BLOCK = 256  # queries at a time
 
 
@@ -53,6 +53,8 @@ def check(name: str, result: dict[str, Tensor], truth: dict[str, Tensor]) -> flo
 @functools.lru_cache(maxsize=2)
 def truth_of(what: str, shape: Shape) -> dict[str, Tensor] | None:
     """What a case's result must be, in fp64, or None for the yardsticks, whose result is not looked at."""
+    if what in generation.SEARCHES:
+        return generation.tokens_of(what, shape)
     if what == "encoder":
         encode = encoder.encode_with(encoder.stock_model(shape).double())
         return {"out": encode(*encoder.make_arguments(shape))}
