@@ -175,7 +175,7 @@ def run_summarize(args: argparse.Namespace) -> None:
             input_ids, torch.ones_like(input_ids), encoded=encoded, on_token=lambda _: bar.update()
         )[0].tolist()
     written = time.perf_counter()
-    print(tokenizer.decode(summary_ids).strip())
+    print(tokenizer.decode(summary_ids, skip_special_tokens=True).strip())
     made = len(summary_ids) - 1
     _say(
         f"loaded in {seconds(loaded - start)}, read {input_ids.shape[1]:,} tokens in "
