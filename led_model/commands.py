@@ -58,8 +58,8 @@ def run_on_documents(args: Namespace) -> int:
             if results is None:
                 raise
             say(
-                f"interrupted; {args.output} holds {len(results.done):,} of {run.total:,} results. Give the same "
-                "command again to go on with the others.",
+                f"interrupted; {args.output} holds {len(results.done):,} results. Give the same command again to go "
+                "on with the others.",
                 f"led {args.command}",
             )
             return INTERRUPTED
@@ -114,8 +114,9 @@ class _Run:
                 if piece.index + 1 == piece.count:
                     self._deliver(task, piece.document, task.join(found))
                     found = []
+                self.bar.set_description_str(self._count(), refresh=False)
                 self.bar.update(piece.document.size / piece.count)
-                self.bar.set_description_str(self._count())
+        self.bar.close()
         done = f"{self.made:,} documents done, {self.failed:,} failed; " if self.total > 1 else ""
         say(f"{done}loaded in {seconds(loading)}, {task.work}.")
 
