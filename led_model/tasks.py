@@ -157,9 +157,10 @@ class Answerer(_Writer):
     compares = True
 
     def join(self, found: Sequence[Found]) -> Found:
-        best = max(found, key=lambda piece: piece["score"]) if len(found) > 1 else found[0]
-        result = {"question": self.reader.question, "answer": best["answer"]}
-        return result if best["score"] is None else result | {"score": best["score"]}
+        asked = {"question": self.reader.question}
+        if len(found) == 1:
+            return asked | {"answer": found[0]["answer"]}
+        return asked | max(found, key=lambda piece: piece["score"])
 
 
 class SpanFinder(Task):
