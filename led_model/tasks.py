@@ -234,7 +234,8 @@ def mean_log_probs(
     """Of each of ``sequences``, int64 ``[batch, length]``, per token up to its end: float32 ``[batch]``."""
     sequences = sequences.to(encoded.device)
     decoder = model.led.decoder
-    hidden = decoder(sequences[:, :-1], decoder.cross_keys_values(encoded), cross_mask=attention_mask)
+    cross_mask = (attention_mask != 0)[:, None, None, :]
+    hidden = decoder(sequences[:, :-1], decoder.cross_keys_values(encoded), cross_mask=cross_mask)
     targets = sequences[:, 1:]
     log_probs = model.logits(hidden).float().log_softmax(-1).gather(-1, targets[..., None])[..., 0]
     ends = torch.isin(targets, torch.tensor(model.generation_config.eos_token_ids, device=targets.device))

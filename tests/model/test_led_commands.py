@@ -25,6 +25,7 @@ from led_model import (
 )
 from led_model.cli import main
 from led_model.results import ResultFile
+from led_model.tasks import mean_log_probs
 from led_model.tokenizer import LEDTokenizer
 from tests.model.small import randomize, small_config
 
@@ -270,6 +271,22 @@ def test_written_answers(save, documents, capsys):
     assert record["score"] == pytest.approx(max(answers), abs=1e-5)
     assert record["answer"] == answers[max(answers)]
     assert record["question"] == QUESTION
+
+
+def test_a_score_ends_with_its_sequence(save):
+    """What is behind the first end, padding or not, does not count."""
+    directory = save()
+    model = LEDForConditionalGeneration.from_pretrained(directory)
+    tokenizer = LEDTokenizer.from_pretrained(directory)
+    batch = tokenizer([TEXT, TEXT * 2, "The text"], padding=True, return_tensors="pt")
+    sequences = torch.tensor([[2, 9, 8, 2, 1, 1], [2, 9, 8, 7, 6, 5], [2, 2, 7, 2, 2, 1]])
+    lengths = (3, 5, 1)
+    with torch.no_grad():
+        scores = mean_log_probs(model, model.led.encode(**batch), batch.attention_mask, sequences)
+        for row, length in enumerate(lengths):
+            alone = {name: tensor[row : row + 1] for name, tensor in batch.items()}
+            loss = model(**alone, labels=sequences[row : row + 1, 1 : 1 + length]).loss
+            assert float(scores[row]) == pytest.approx(-float(loss), abs=1e-5)
 
 
 def test_found_answers(save, documents, capsys):
