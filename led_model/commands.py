@@ -50,11 +50,12 @@ def run_on_documents(args: Namespace) -> int:
         sources, problems = find_sources(
             args.inputs, jsonl=args.jsonl, text_field=args.text_field, leave_out=args.output
         )
-        run = _Run(args, results, sources, problems, stack)
+        run = _Run(args, results, sources, problems)
+        stack.enter_context(run.bar)
         try:
             run.work()
         except KeyboardInterrupt:
-            run.bar.close()
+            run.bar.close()  # before anything is said
             if results is None:
                 raise
             say(
@@ -68,11 +69,12 @@ def run_on_documents(args: Namespace) -> int:
 
 @dataclass
 class _Run:
+    """One command's way through its documents; ``failed`` counts those, and the inputs, that came to nothing."""
+
     args: Namespace
     results: ResultFile | None
     sources: list[Source]
     problems: list[str]  # inputs that name no document
-    stack: ExitStack
     failed: int = 0
     made: int = 0
     total: int = field(init=False)
@@ -81,14 +83,12 @@ class _Run:
     def __post_init__(self) -> None:
         extents = [source.extent for source in self.sources]
         self.total = sum(count for count, _ in extents)
-        self.bar = self.stack.enter_context(
-            tqdm(
-                total=sum(size for _, size in extents),
-                bar_format="{desc} {percentage:3.0f}%|{bar}| {elapsed}, {remaining} left",
-                desc=self._count(),
-                leave=False,
-                disable=None if self.total > 1 else True,
-            )
+        self.bar = tqdm(
+            total=sum(size for _, size in extents),
+            bar_format="{desc} {percentage:3.0f}%|{bar}| {elapsed}, {remaining} left",
+            desc=self._count(),
+            leave=False,
+            disable=None if self.total > 1 else True,
         )
 
     def complain(self, problem: str) -> None:
@@ -163,33 +163,38 @@ def load_task(args: Namespace) -> Task:
         "device": args.device or ("cuda" if torch.cuda.is_available() else "cpu"),
         "revision": args.revision,
     }
-    if args.command == "classify":
-        model = load_classifier(args.model, **where)
-        return Classifier(model, tokenizer, long=args.long, global_tokens=args.global_tokens)
+    reading: dict[str, Any] = {"long": args.long}
     if args.command == "answer":
-        reading = {"long": args.long, "question": args.question}
-        config = checkpoint_files(args.model, args.revision)("config.json")
-        architectures = read_json(config).get("architectures") if config is not None else None
-        if "LEDForQuestionAnswering" in (architectures or []):
-            model = LEDForQuestionAnswering.from_pretrained(args.model, **where)
+        reading["question"] = args.question
+        if _finds_answers(args):
             longest = args.max_new_tokens or DEFAULT_NEW_TOKENS["answer"]
-            for name in GENERATION_FLAGS[1:]:
-                if getattr(args, name) is not None:
-                    raise ValueError(
-                        f"--{name.replace('_', '-')} is for models that write, and this one finds the answer in "
-                        "the text; leave it out."
-                    )
+            model = LEDForQuestionAnswering.from_pretrained(args.model, **where)
             return SpanFinder(model, tokenizer, longest, **reading)
+    else:
+        reading["global_tokens"] = args.global_tokens
+    if args.command == "classify":
+        return Classifier(load_classifier(args.model, **where), tokenizer, **reading)
+
     model = LEDForConditionalGeneration.from_pretrained(args.model, **where)
     settings = {name: getattr(args, name) for name in GENERATION_FLAGS if getattr(args, name) is not None}
     generation = model.generation_config
-    if (
-        "max_new_tokens" not in settings
-        and generation.max_new_tokens is None
-        and generation.max_length is None
-    ):
+    if "max_new_tokens" not in settings and generation.max_new_tokens is generation.max_length is None:
         default = DEFAULT_NEW_TOKENS[args.command]
         settings["max_new_tokens"] = min(default, model.config.max_decoder_position_embeddings)
-    if args.command == "answer":
-        return Answerer(model, tokenizer, settings, **reading)
-    return Summarizer(model, tokenizer, settings, long=args.long, global_tokens=args.global_tokens)
+    task_class = Answerer if args.command == "answer" else Summarizer
+    return task_class(model, tokenizer, settings, **reading)
+
+
+def _finds_answers(args: Namespace) -> bool:
+    """Whether the checkpoint is one of question answering, which writes nothing."""
+    config = checkpoint_files(args.model, args.revision)("config.json")
+    architectures = read_json(config).get("architectures") if config is not None else None
+    if "LEDForQuestionAnswering" not in (architectures or []):
+        return False
+    for name in GENERATION_FLAGS:
+        if name != "max_new_tokens" and getattr(args, name) is not None:
+            raise ValueError(
+                f"--{name.replace('_', '-')} is for models that write, and this one finds the answer in the text; "
+                "leave it out."
+            )
+    return True

@@ -237,7 +237,8 @@ def mean_log_probs(
     cross_mask = (attention_mask != 0)[:, None, None, :]
     hidden = decoder(sequences[:, :-1], decoder.cross_keys_values(encoded), cross_mask=cross_mask)
     targets = sequences[:, 1:]
-    log_probs = model.logits(hidden).float().log_softmax(-1).gather(-1, targets[..., None])[..., 0]
+    logits = model.logits(hidden).float()
+    log_probs = logits.gather(-1, targets[..., None])[..., 0] - logits.logsumexp(-1)
     ends = torch.isin(targets, torch.tensor(model.generation_config.eos_token_ids, device=targets.device))
     counts = ends.cumsum(1) - ends.long() == 0  # bool [batch, length - 1], up to the first end
     return (log_probs * counts).sum(1) / counts.sum(1)

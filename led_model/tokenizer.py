@@ -160,6 +160,8 @@ class LEDTokenizer:
         try:
             encodings = self.tokenizer.encode_batch(inputs, add_special_tokens=add_special_tokens)
         except Exception as error:  # the library raises bare Exception
+            if strategy == "do_not_truncate" or isinstance(error, (TypeError, UnicodeError)):
+                raise
             raise ValueError(
                 f"max_length {max_length} cannot be met with truncation {strategy!r} ({error}); "
                 "raise it, or truncate 'longest_first'."

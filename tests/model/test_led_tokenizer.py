@@ -180,6 +180,12 @@ def test_bad_settings(tokenizer, settings, message):
         tokenizer(["one", "and another text"], **settings)
 
 
+def test_what_is_no_text(tokenizer):
+    for options in ({}, {"truncation": True, "max_length": 8}):
+        with pytest.raises(TypeError):
+            tokenizer(["one", 2], **options)
+
+
 def test_bad_padding(tokenizer):
     with pytest.raises(ValueError, match="has no input_ids"):
         tokenizer.pad({"attention_mask": [1]})
