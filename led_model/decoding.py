@@ -53,7 +53,9 @@ class DecoderStep:
 
     def __call__(self, tokens: Tensor, step: int) -> Tensor:
         """int64 ``[batch, rows]``, the tokens at position ``step``, to ``[batch * rows, vocab_size]``."""
-        position = self.cache.slots[step : step + 1].clone()  # a view at another address would be another graph
+        position = self.cache.slots[
+            step : step + 1
+        ].clone()  # a view at another address would be another graph
         return self.run(self.model, tokens, self.cross_keys_values, self.cross_mask, self.cache, position)
 
 

@@ -156,14 +156,19 @@ class LEDModel(LEDPreTrainedModel):
         global_attention_mask: Tensor | None = None,
         *,
         inputs_embeds: Tensor | None = None,
+        max_globals: int | None = None,
         record: LayerRecord | None = None,
     ) -> Tensor:
-        """Runs the encoder under one mask for all layers, built by :meth:`LongformerMask.from_padding`."""
+        """Runs the encoder under one mask for all layers, built by :meth:`LongformerMask.from_padding`.
+
+        Given ``max_globals``, the most global tokens that a document may have, it compiles whole:
+        ``torch.compile(model.led.encode, fullgraph=True)``, once for all lengths.
+        """
         check_inputs("input_ids", input_ids, "inputs_embeds", inputs_embeds, self.encoder)
         if attention_mask is None:
             given = input_ids if inputs_embeds is None else inputs_embeds
             attention_mask = torch.ones(given.shape[:2], dtype=torch.long, device=given.device)
-        mask = LongformerMask.from_padding(attention_mask, global_attention_mask)
+        mask = LongformerMask.from_padding(attention_mask, global_attention_mask, max_globals)
         return self.encoder(input_ids, mask, inputs_embeds=inputs_embeds, record=record)
 
     def forward(
@@ -176,6 +181,7 @@ class LEDModel(LEDPreTrainedModel):
         global_attention_mask: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
         decoder_inputs_embeds: Tensor | None = None,
+        max_globals: int | None = None,
         output_attentions: bool = False,
         output_hidden_states: bool = False,
     ) -> Seq2SeqModelOutput:
@@ -188,6 +194,7 @@ class LEDModel(LEDPreTrainedModel):
             decoder_input_ids: int ``[batch, target]``; default: ``input_ids``, shifted.
             decoder_attention_mask: ``[batch, target]``, nonzero for tokens.
             inputs_embeds, decoder_inputs_embeds: ``[batch, source or target, d_model]``, instead of ids.
+            max_globals: the most global tokens that a document may have, as :meth:`encode` takes it.
             output_attentions: also return the probabilities, which the kernels never write: they are
                 computed apart, and take ``batch * heads * source * (max_globals + attention_window + 1)``
                 numbers per encoder layer.
@@ -211,6 +218,7 @@ class LEDModel(LEDPreTrainedModel):
             attention_mask,
             global_attention_mask,
             inputs_embeds=inputs_embeds,
+            max_globals=max_globals,
             record=encoder_record,
         )
         decoded = self.decoder(
