@@ -11,6 +11,7 @@ from led_model.outputs import (
     Seq2SeqQuestionAnsweringModelOutput,
     Seq2SeqSequenceClassifierOutput,
 )
+from led_model.tokenizer import LEDTokenizer
 
 __all__ = [
     "BeamKVCache",
@@ -21,6 +22,7 @@ __all__ = [
     "LEDForQuestionAnswering",
     "LEDForSequenceClassification",
     "LEDModel",
+    "LEDTokenizer",
     "Seq2SeqLMOutput",
     "Seq2SeqModelOutput",
     "Seq2SeqQuestionAnsweringModelOutput",

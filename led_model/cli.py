@@ -1,34 +1,40 @@
-"""The command ``led``: summarize a text file, show what the kernels do here, say what can run."""
+"""The command ``led``: read documents with an LED, show what the kernels do here, say what can run."""
 
 from __future__ import annotations
 
 import argparse
 import os
 import sys
-import time
+import textwrap
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
-from torch import Tensor
-from tqdm import tqdm
 
 from led_kernels import BackendUnavailable
+from led_model.commands import DEFAULT_NEW_TOKENS, DTYPES, run_on_documents
 from led_model.demo import DemoSettings, run_demo
 from led_model.info import run_info
-from led_model.model import LEDForConditionalGeneration
-from led_model.terminal import layer_progress, seconds
-from led_model.tokenizer import LEDTokenizer
 
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-_DEFAULT_NEW_TOKENS = 256
+_ABOUT_DOCUMENTS = """
+Documents are .txt and .md files, one document each, and .jsonl files, one a line:
+{"id": "a7", "text": "…"}, where the id may be missing and is then the number of the line.
+
+With --output each result is on disk before the next document begins. After an
+interruption the same command goes on where it stopped: it leaves out documents
+whose source and id are in the file already. Without --output a single document's
+result is printed as text, and those of several as JSONL.
+
+exit status: 0 all documents are done; 1 the command could not run, 2 its arguments
+are wrong; 3 some documents could not be read, each is named on stderr, and all the
+others are done; 130 interrupted.
+"""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit status; an expected failure is one sentence on stderr and 1."""
     args = build_parser().parse_args(argv)
     try:
-        args.run(args)
+        status = args.run(args) or 0
         sys.stdout.flush()
     except (ValueError, OSError, ImportError, BackendUnavailable) as error:
         if isinstance(error, BrokenPipeError):  # the reader of our output has gone
@@ -40,14 +46,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         if "memory" not in str(error):
             raise
         print(
-            f"led {args.command}: memory ran out ({error}); shorten the text or change --dtype or --device.",
+            f"led {args.command}: memory ran out ({error}); shorten the text or change --batch-size, --dtype or "
+            "--device.",
             file=sys.stderr,
         )
         return 1
     except KeyboardInterrupt:
         print(f"led {args.command}: interrupted.", file=sys.stderr)
         return 130
-    return 0
+    return status
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -57,52 +64,158 @@ def build_parser() -> argparse.ArgumentParser:
         epilog="Start with `led demo`: it needs no checkpoint and no network. See `led COMMAND --help`.",
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    _add_summarize(commands)
+    _add_answer(commands)
+    _add_classify(commands)
+    _add_demo(commands)
+    info = commands.add_parser(
+        "info", help="say what is installed and which kernels can run here, and why not"
+    )
+    info.set_defaults(run=lambda args: run_info())
+    return parser
 
-    summarize = commands.add_parser(
+
+def _add_summarize(commands: argparse._SubParsersAction) -> None:
+    parser = _document_command(
+        commands,
         "summarize",
-        help="summarize a text file with an LED checkpoint",
-        description="Reads a long text and writes its summary to stdout; timings go to stderr.",
-        epilog="examples:\n"
-        "  led summarize paper.txt --model ./led-large-16384-arxiv\n"
-        "  pdftotext paper.pdf - | led summarize - --model allenai/led-base-16384 --max-new-tokens 128\n\n"
+        "summarize documents with an LED checkpoint",
+        "Writes a summary of each document; messages and timings go to stderr.",
+        examples="""
+  led summarize paper.txt --model ./led-large-16384-arxiv
+  pdftotext paper.pdf - | led summarize - --model allenai/led-base-16384 --num-beams 4
+  led summarize 'reports/**/*.md' papers.jsonl --output summaries.jsonl --model ./led \\
+      --batch-size 4 --long chunk --max-new-tokens 128""",
+        chunk="the pieces' summaries are joined, a line each, in order",
+    )
+    _add_global_tokens(parser)
+    _add_generation(
+        parser, "summary", f"default: what the checkpoint says, else {DEFAULT_NEW_TOKENS['summarize']}"
+    )
+
+
+def _add_answer(commands: argparse._SubParsersAction) -> None:
+    parser = _document_command(
+        commands,
+        "answer",
+        "answer a question from documents",
+        "Answers one question from each document. The model reads <s> question </s></s> document </s>, and all "
+        "the document sees the question's tokens (global attention). A checkpoint of LEDForQuestionAnswering "
+        "finds the answer in the document; any other LED writes it.",
+        examples="""
+  led answer --question 'Who signed the treaty?' treaty.txt --model ./led-qa
+  led answer --question 'What was measured?' papers/ --output measured.jsonl --model ./led-qa --long chunk""",
+        chunk="the piece with the best score answers: the mean log-probability of the written answer's tokens, "
+        "or the logits of the span's start and end",
+    )
+    parser.add_argument("--question", required=True, metavar="TEXT", type=_not_blank, help="what to ask")
+    _add_generation(
+        parser, "answer", f"default: what the checkpoint says, else {DEFAULT_NEW_TOKENS['answer']}"
+    )
+
+
+def _add_classify(commands: argparse._SubParsersAction) -> None:
+    parser = _document_command(
+        commands,
+        "classify",
+        "give documents the labels of a classifier",
+        "Prints a document's labels with their probabilities, the likeliest first. Needs a checkpoint of "
+        "LEDForSequenceClassification.",
+        examples="""
+  led classify mail.txt --model ./led-spam
+  led classify 'inbox/*.txt' --output labels.jsonl --model ./led-spam --batch-size 8""",
+        chunk="the pieces' log-probabilities are averaged",
+    )
+    _add_global_tokens(parser)
+
+
+def _document_command(
+    commands: argparse._SubParsersAction, name: str, help: str, description: str, *, examples: str, chunk: str
+) -> argparse.ArgumentParser:
+    parser = commands.add_parser(
+        name,
+        help=help,
+        description=textwrap.fill(description, 80),
+        epilog=f"examples:{examples}\n{_ABOUT_DOCUMENTS}\n"
         "LED_KERNELS_BACKEND=torch (or cpu, triton, cuda) chooses the attention kernels by name.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    summarize.add_argument("file", metavar="FILE", help="text file in UTF-8, or - for stdin")
-    summarize.add_argument(
+    parser.set_defaults(run=run_on_documents)
+    parser.add_argument(
+        "inputs",
+        nargs="+",
+        metavar="FILE",
+        help="file in UTF-8, directory (all documents below it), quoted glob with ** for any depth, or - for stdin",
+    )
+    parser.add_argument(
         "--model",
         required=True,
         metavar="DIR_OR_ID",
         help="directory of a checkpoint with its tokenizer, or hub id",
     )
-    summarize.add_argument("--revision", help="branch, tag or commit, for a hub id")
-    summarize.add_argument(
+    parser.add_argument("--revision", help="branch, tag or commit, for a hub id")
+    parser.add_argument(
         "--device", type=_device, help="cpu, cuda, cuda:1, …; default: cuda where there is one"
     )
-    summarize.add_argument(
-        "--dtype", choices=_DTYPES, help="precision to compute in; default: the checkpoint's own"
+    parser.add_argument(
+        "--dtype", choices=DTYPES, help="precision to compute in; default: the checkpoint's own"
     )
-    summarize.add_argument(
-        "--max-new-tokens",
+    parser.add_argument("--output", metavar="FILE.jsonl", help="append results here, and resume from here")
+    parser.add_argument(
+        "--text-field", default="text", metavar="NAME", help="where a JSON line has its text; default: text"
+    )
+    parser.add_argument("--jsonl", action="store_true", help="stdin, and files of any name, are JSONL")
+    parser.add_argument(
+        "--batch-size",
         type=_at_least(1),
+        default=1,
         metavar="N",
-        help=f"longest summary; default: what the checkpoint says, else {_DEFAULT_NEW_TOKENS}",
+        help="documents (or pieces) read at once; more are faster on a GPU and take more memory; default: 1",
     )
-    summarize.add_argument(
+    parser.add_argument(
+        "--long",
+        choices=("error", "truncate", "chunk"),
+        default="error",
+        help="what to do with a document longer than the model reads: leave it out with an error (default), read "
+        "its beginning, or read it in pieces, cut between paragraphs or sentences where possible; "
+        f"{chunk}",
+    )
+    return parser
+
+
+def _add_global_tokens(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
         "--global-tokens",
         type=_at_least(0),
         default=1,
         metavar="N",
         help="the first N tokens see, and are seen by, the whole text; default: 1, as LED was trained",
     )
-    summarize.add_argument(
-        "--long",
-        choices=("error", "truncate"),
-        default="error",
-        help="what to do with a text longer than the model reads; default: error",
-    )
-    summarize.set_defaults(run=run_summarize)
 
+
+def _add_generation(parser: argparse.ArgumentParser, noun: str, default: str) -> None:
+    group = parser.add_argument_group(
+        "writing", "Default of these is what the checkpoint's generation_config says."
+    )
+    group.add_argument(
+        "--max-new-tokens", type=_at_least(1), metavar="N", help=f"longest {noun}, in tokens; {default}"
+    )
+    group.add_argument("--min-new-tokens", type=_at_least(0), metavar="N", help=f"shortest {noun}, in tokens")
+    group.add_argument(
+        "--num-beams", type=_at_least(1), metavar="N", help="sequences that beam search follows; 1: greedy"
+    )
+    group.add_argument(
+        "--length-penalty",
+        type=float,
+        metavar="X",
+        help="with beams, above 0 favours long, below 0 short ones",
+    )
+    group.add_argument(
+        "--no-repeat-ngram-size", type=_at_least(0), metavar="N", help="no N tokens come twice; 0: they may"
+    )
+
+
+def _add_demo(commands: argparse._SubParsersAction) -> None:
     defaults = DemoSettings()
     demo = commands.add_parser(
         "demo",
@@ -134,95 +247,11 @@ def build_parser() -> argparse.ArgumentParser:
     demo.add_argument("--device", type=_device, default=defaults.device, help=f"default: {defaults.device}")
     demo.set_defaults(run=_run_demo)
 
-    info = commands.add_parser(
-        "info", help="say what is installed and which kernels can run here, and why not"
-    )
-    info.set_defaults(run=lambda args: run_info())
-    return parser
-
-
-def run_summarize(args: argparse.Namespace) -> None:
-    """``led summarize``."""
-    text = _read_text(args.file)
-    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    start = time.perf_counter()
-    tokenizer = LEDTokenizer.from_pretrained(args.model, revision=args.revision)
-    model = LEDForConditionalGeneration.from_pretrained(
-        args.model, dtype=_DTYPES.get(args.dtype), device=device, revision=args.revision
-    )
-    loaded = time.perf_counter()
-    input_ids = _to_input_ids(tokenizer, text, model, args.long).to(device)
-    global_attention_mask = torch.zeros_like(input_ids)
-    global_attention_mask[:, : args.global_tokens] = 1
-
-    generation = model.generation_config
-    if generation.unsupported:
-        asked = ", ".join(f"{name}={value}" for name, value in generation.unsupported.items())
-        _say(f"the checkpoint asks for {asked}; decoding without it.")
-    if args.max_new_tokens is not None:
-        generation.max_new_tokens = args.max_new_tokens
-    elif generation.max_new_tokens is None and generation.max_length is None:
-        generation.max_new_tokens = min(_DEFAULT_NEW_TOKENS, model.config.max_decoder_position_embeddings)
-
-    with torch.no_grad(), layer_progress(model.led.encoder.layers, f"reading {input_ids.shape[1]:,} tokens"):
-        encoded = model.led.encode(input_ids, global_attention_mask=global_attention_mask)
-        encoded.flatten()[:1].tolist()  # waits for the device
-    read = time.perf_counter()
-    with tqdm(
-        total=generation.length_limit() - 1, desc="writing", unit="token", leave=False, disable=None
-    ) as bar:
-        summary_ids = model.generate(
-            input_ids, torch.ones_like(input_ids), encoded=encoded, on_token=lambda _: bar.update()
-        )[0].tolist()
-    written = time.perf_counter()
-    print(tokenizer.decode(summary_ids).strip())
-    made = len(summary_ids) - 1
-    _say(
-        f"loaded in {seconds(loaded - start)}, read {input_ids.shape[1]:,} tokens in "
-        f"{seconds(read - loaded)}, "
-        f"wrote {made:,} in {seconds(written - read)} ({made / (written - read):.1f} tokens/s)."
-    )
-
 
 def _run_demo(args: argparse.Namespace) -> None:
     run_demo(
         DemoSettings(**{name: value for name, value in vars(args).items() if name in vars(DemoSettings())})
     )
-
-
-def _read_text(file: str) -> str:
-    name = "stdin" if file == "-" else file
-    try:
-        data = sys.stdin.buffer.read() if file == "-" else Path(file).read_bytes()
-    except FileNotFoundError:
-        raise FileNotFoundError(f"{file} is not there; give a text file, or - for stdin.") from None
-    except IsADirectoryError:
-        raise IsADirectoryError(f"{file} is a directory; give a text file, or - for stdin.") from None
-    try:
-        text = data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(
-            f"{name} is not UTF-8 at byte {error.start}; convert it, for instance with iconv."
-        ) from None
-    if not text.strip():
-        raise ValueError(f"{name} holds no text; give one to summarize.")
-    return text
-
-
-def _to_input_ids(
-    tokenizer: LEDTokenizer, text: str, model: LEDForConditionalGeneration, long: str
-) -> Tensor:
-    ids = tokenizer.encode(text)
-    limit = model.config.max_encoder_position_embeddings
-    if len(ids) > limit:
-        if long == "error":
-            raise ValueError(
-                f"the text has {len(ids):,} tokens but the model reads at most {limit:,}; cut it, "
-                "or let --long truncate do so."
-            )
-        _say(f"reading the first {limit:,} of {len(ids):,} tokens.")
-        ids = [*ids[: limit - 1], ids[-1]]  # the end-of-text token stays last
-    return torch.tensor([ids])
 
 
 def _at_least(smallest: int):
@@ -246,5 +275,7 @@ def _device(text: str) -> str:
     return text
 
 
-def _say(message: str) -> None:
-    print(f"led: {message}", file=sys.stderr)
+def _not_blank(text: str) -> str:
+    if not text.strip():
+        raise argparse.ArgumentTypeError("a question is not blank")
+    return text

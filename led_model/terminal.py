@@ -1,7 +1,8 @@
-"""What the commands share: a table, a progress bar over layers, numbers for people."""
+"""What the commands share: a table, a progress bar over layers, messages, numbers for people."""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
@@ -46,3 +47,8 @@ def megabytes(count: float) -> str:
 
 def seconds(value: float) -> str:
     return f"{value:.2f} s"
+
+
+def say(message: str, speaker: str = "led") -> None:
+    """A line on stderr, above the bars if there are any."""
+    tqdm.write(f"{speaker}: {message}", file=sys.stderr)

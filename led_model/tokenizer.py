@@ -2,27 +2,75 @@
 
 from __future__ import annotations
 
+import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from led_model.checkpoint import checkpoint_files
+from torch import Tensor
+
+from led_model.batch_encoding import PADDING, BatchEncoding, pad_encoded, strategy_name
+from led_model.tokenizer_files import SPECIAL_TOKENS, read_tokenizer_files
 
 if TYPE_CHECKING:
-    from tokenizers import Tokenizer
+    from tokenizers import Encoding, Tokenizer
 
-_SPECIAL_TOKENS = ("<s>", "<pad>", "</s>", "<unk>", "<mask>")
+_TRUNCATION = ("longest_first", "only_first", "only_second", "do_not_truncate")
 
 
 class LEDTokenizer:
-    """Text to token ids and back: ``<s>`` text ``</s>``."""
+    """Text to token ids, ``<s> text </s>`` or ``<s> text </s></s> pair </s>``, and back.
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
+    Names, arguments and ids are those of transformers' ``LEDTokenizer``; padding is to the right. Each special
+    token, ``bos_token`` to ``mask_token``, has its id in ``bos_token_id`` and so on. ``tokenizer`` is the
+    underlying ``tokenizers.Tokenizer``, ``model_max_length`` what the checkpoint says, or ``None``.
+
+    >>> tokenizer = LEDTokenizer.from_pretrained(directory)
+    >>> batch = tokenizer(["A text.", "A longer text."], padding=True, return_tensors="pt")
+    >>> output = model(**batch)
+    """
+
+    bos_token: str
+    eos_token: str
+    sep_token: str
+    cls_token: str
+    unk_token: str
+    pad_token: str
+    mask_token: str
+    bos_token_id: int
+    eos_token_id: int
+    sep_token_id: int
+    cls_token_id: int
+    unk_token_id: int
+    pad_token_id: int
+    mask_token_id: int
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        special_tokens: Mapping[str, str] | None = None,
+        model_max_length: int | None = None,
+    ) -> None:
+        """
+        Args:
+            special_tokens: ``{"pad_token": "<pad>", …}`` where they are not BART's; all in the vocabulary.
+        """
+        from tokenizers import processors
+
         self.tokenizer = tokenizer
+        self.model_max_length = model_max_length
+        for name, token in (SPECIAL_TOKENS | dict(special_tokens or {})).items():
+            setattr(self, name, token)
+            setattr(self, f"{name}_id", tokenizer.token_to_id(token))
         # what a tokenizer.json may ask for, and a whole document must not get
         tokenizer.no_truncation()
         tokenizer.no_padding()
+        tokenizer.post_processor = processors.RobertaProcessing(
+            (self.sep_token, self.sep_token_id),
+            (self.cls_token, self.cls_token_id),
+            add_prefix_space=self.add_prefix_space,
+        )
 
     @classmethod
     def from_pretrained(
@@ -30,54 +78,188 @@ class LEDTokenizer:
     ) -> LEDTokenizer:
         """From a directory or hub id with tokenizer.json, or with vocab.json and merges.txt.
 
+        Special and added tokens are those of tokenizer_config.json, special_tokens_map.json and
+        added_tokens.json, where these files are there.
+
         Raises:
             ImportError: without the ``tokenizers`` library (extra ``text``).
             FileNotFoundError: when neither form is there.
-            ValueError: when a file cannot be read.
+            ValueError: when a file cannot be read, or one contradicts another.
         """
-        try:
-            from tokenizers import Tokenizer
-        except ImportError:
-            raise ImportError("text needs the tokenizers library: pip install 'led-kernels[text]'.") from None
-        fetch = checkpoint_files(path_or_id, revision)
-        if (path := fetch("tokenizer.json")) is not None:
-            try:
-                return cls(Tokenizer.from_file(str(path)))
-            except Exception as error:  # the library raises bare Exception
-                raise ValueError(f"{path} is no readable tokenizer ({error}); fetch it again.") from None
-        vocab, merges = fetch("vocab.json"), fetch("merges.txt")
-        if vocab is None or merges is None:
-            raise FileNotFoundError(
-                f"{path_or_id} holds no tokenizer.json, nor vocab.json with merges.txt; "
-                "copy the tokenizer's files there."
+        files = read_tokenizer_files(path_or_id, revision)
+        return cls(files.tokenizer, files.special_tokens, files.model_max_length)
+
+    def __len__(self) -> int:
+        """Tokens with an id, added ones included: the rows that an embedding needs."""
+        return self.tokenizer.get_vocab_size(with_added_tokens=True)
+
+    @property
+    def vocab_size(self) -> int:
+        """Tokens of the BPE alone."""
+        return self.tokenizer.get_vocab_size(with_added_tokens=False)
+
+    @property
+    def add_prefix_space(self) -> bool:
+        """Whether a text is read as if a space preceded it."""
+        return getattr(self.tokenizer.pre_tokenizer, "add_prefix_space", False)
+
+    def __call__(
+        self,
+        text: str | Sequence[str],
+        text_pair: str | Sequence[str] | None = None,
+        *,
+        max_length: int | None = None,
+        truncation: bool | str = False,
+        padding: bool | str = False,
+        pad_to_multiple_of: int | None = None,
+        add_special_tokens: bool = True,
+        split_special_tokens: bool = False,
+        return_special_tokens_mask: bool = False,
+        return_offsets_mapping: bool = False,
+        return_tensors: str | None = None,
+    ) -> BatchEncoding:
+        """Encodes a text or a list of texts, each alone or with its pair.
+
+        Args:
+            max_length: longest sequence, special tokens included; default: ``model_max_length``.
+            truncation: ``True`` or "longest_first" (of a pair, the longer part loses its end), "only_first" or
+                "only_second".
+            padding: ``True`` or "longest" of the batch, or "max_length"; always to the right.
+            pad_to_multiple_of: padded length is rounded up to a multiple of this.
+            split_special_tokens: read ``</s>`` in a text as any other text, not as the end.
+            return_special_tokens_mask: also ``special_tokens_mask``, 1 at special tokens and padding.
+            return_offsets_mapping: also ``offset_mapping``, each token's first character and the one after
+                its last.
+            return_tensors: "pt" for int64 tensors ``[batch, length]``, a single text as a batch of one.
+
+        Returns:
+            ``input_ids`` and ``attention_mask``, and what was asked for.
+
+        Raises:
+            ValueError: for settings that contradict each other, and lengths that do not fit.
+        """
+        single = isinstance(text, str)
+        texts = [text] if single else list(text)
+        inputs: list[Any] = texts
+        if text_pair is not None:
+            pairs = [text_pair] if isinstance(text_pair, str) else list(text_pair)
+            if len(pairs) != len(texts):
+                raise ValueError(f"text_pair has {len(pairs)} texts for {len(texts)}; give as many.")
+            inputs = list(zip(texts, pairs, strict=True))
+        strategy = strategy_name("truncation", truncation, _TRUNCATION)
+        how_to_pad = strategy_name("padding", padding, PADDING)
+        if max_length is not None and strategy == "do_not_truncate" and how_to_pad != "max_length":
+            raise ValueError("max_length has no effect; set truncation=True or padding='max_length'.")
+        if strategy != "do_not_truncate":
+            special = (
+                self.tokenizer.num_special_tokens_to_add(text_pair is not None) if add_special_tokens else 0
             )
-        return cls(_byte_level_bpe(vocab, merges))
+            max_length = self._longest(max_length, special)
+            self.tokenizer.enable_truncation(max_length, strategy=strategy)
+        self.tokenizer.encode_special_tokens = split_special_tokens
+        try:
+            encodings = self.tokenizer.encode_batch(inputs, add_special_tokens=add_special_tokens)
+        except Exception as error:  # the library raises bare Exception
+            if strategy == "do_not_truncate" or isinstance(error, (TypeError, UnicodeError)):
+                raise
+            raise ValueError(
+                f"max_length {max_length} cannot be met with truncation {strategy!r} ({error}); "
+                "raise it, or truncate 'longest_first'."
+            ) from None
+        finally:
+            self.tokenizer.no_truncation()
+            self.tokenizer.encode_special_tokens = False
 
-    def encode(self, text: str) -> list[int]:
-        """Token ids of ``text`` between ``<s>`` and ``</s>``."""
-        return self.tokenizer.encode(text).ids
+        names = ["input_ids", "attention_mask"]
+        names += ["special_tokens_mask"] if return_special_tokens_mask else []
+        names += ["offset_mapping"] if return_offsets_mapping else []
+        columns = {name: [_column(encoding, name) for encoding in encodings] for name in names}
+        if single and return_tensors is None:
+            columns = {name: rows[0] for name, rows in columns.items()}
+        return self.pad(columns, how_to_pad, max_length, pad_to_multiple_of, return_tensors)
 
-    def decode(self, ids: Iterable[int]) -> str:
-        """Text of ``ids`` without the special tokens."""
-        return self.tokenizer.decode(list(ids), skip_special_tokens=True)
+    def pad(
+        self,
+        encoded: Mapping[str, Any] | Sequence[Mapping[str, Any]],
+        padding: bool | str = True,
+        max_length: int | None = None,
+        pad_to_multiple_of: int | None = None,
+        return_tensors: str | None = None,
+    ) -> BatchEncoding:
+        """Brings sequences to one length, to the right: a batch, a list of single encodings, or a single one.
+
+        ``input_ids`` gets the padding token, ``attention_mask`` (made if it is missing) 0,
+        ``special_tokens_mask`` 1, ``offset_mapping`` (0, 0), and ``global_attention_mask`` -1, for 0 means
+        local attention there, not "do not attend". Other entries stay as they are.
+
+        Args: see :meth:`__call__`.
+
+        Raises:
+            ValueError: when an entry does not have as many elements as ``input_ids``, and for sequences of
+                different lengths that shall become tensors.
+        """
+        return pad_encoded(
+            encoded, self.pad_token_id, padding, max_length, pad_to_multiple_of, return_tensors
+        )
+
+    def encode(self, text: str, text_pair: str | None = None) -> list[int]:
+        """Token ids of a text, or of a pair, with the special tokens around them."""
+        return self.tokenizer.encode(text, text_pair).ids
+
+    def decode(self, token_ids: Iterable[int] | Tensor, skip_special_tokens: bool = False) -> str:
+        """Text of ``token_ids``, with or without the special tokens among them."""
+        ids = token_ids.tolist() if isinstance(token_ids, Tensor) else list(token_ids)
+        return self.tokenizer.decode(ids, skip_special_tokens=skip_special_tokens)
+
+    def batch_decode(
+        self, sequences: Iterable[Iterable[int]] | Tensor, skip_special_tokens: bool = False
+    ) -> list[str]:
+        """:meth:`decode` for each row of ``sequences``."""
+        return [self.decode(row, skip_special_tokens) for row in sequences]
+
+    def save_vocabulary(
+        self, save_directory: str | os.PathLike[str], filename_prefix: str | None = None
+    ) -> tuple[str, ...]:
+        """Writes vocab.json and merges.txt, without the added tokens, and returns their paths."""
+        Path(save_directory).mkdir(parents=True, exist_ok=True)
+        return tuple(self.tokenizer.model.save(str(save_directory), filename_prefix))
+
+    def save_pretrained(self, save_directory: str | os.PathLike[str]) -> tuple[str, ...]:
+        """Writes the vocabulary, tokenizer.json and tokenizer_config.json and returns their paths.
+
+        :meth:`from_pretrained` and transformers read them back. The directory is made if need be; files of
+        these names in it are replaced.
+        """
+        vocabulary = self.save_vocabulary(save_directory)
+        backend, config = (
+            Path(save_directory) / name for name in ("tokenizer.json", "tokenizer_config.json")
+        )
+        self.tokenizer.save(str(backend))
+        flags = ("content", "lstrip", "normalized", "rstrip", "single_word", "special")
+        settings = {
+            "tokenizer_class": "LEDTokenizer",
+            "add_prefix_space": self.add_prefix_space,
+            "added_tokens_decoder": {
+                token_id: {flag: getattr(token, flag) for flag in flags}
+                for token_id, token in self.tokenizer.get_added_tokens_decoder().items()
+            },
+            **{name: getattr(self, name) for name in SPECIAL_TOKENS},
+        }
+        if self.model_max_length is not None:
+            settings["model_max_length"] = self.model_max_length
+        config.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        return (*vocabulary, str(backend), str(config))
+
+    def _longest(self, max_length: int | None, special: int) -> int:
+        """The length to truncate to, once it is known to leave room for the special tokens."""
+        longest = self.model_max_length if max_length is None else max_length
+        if longest is None:
+            raise ValueError("truncation needs max_length, for the checkpoint's tokenizer does not say one.")
+        if longest < special:
+            raise ValueError(f"max_length is {longest}; give {special} or more, for the special tokens.")
+        return longest
 
 
-def _byte_level_bpe(vocab: Path, merges: Path) -> Tokenizer:
-    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
-
-    try:
-        bpe = models.BPE.from_file(str(vocab), str(merges))
-    except Exception as error:  # the library raises bare Exception
-        raise ValueError(f"{vocab} and {merges} are no readable BPE ({error}); fetch them again.") from None
-    tokenizer = Tokenizer(bpe)
-    missing = [token for token in _SPECIAL_TOKENS if tokenizer.token_to_id(token) is None]
-    if missing:
-        raise ValueError(f"{vocab} lacks {', '.join(missing)}; LED needs BART's vocabulary.")
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    ends = [(token, tokenizer.token_to_id(token)) for token in ("<s>", "</s>")]
-    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A </s>", special_tokens=ends)
-    tokenizer.add_special_tokens(
-        [AddedToken(token, special=True, normalized=False) for token in _SPECIAL_TOKENS]
-    )
-    return tokenizer
+def _column(encoding: Encoding, name: str) -> list[Any]:
+    attribute = {"input_ids": "ids", "offset_mapping": "offsets"}.get(name, name)
+    return getattr(encoding, attribute)

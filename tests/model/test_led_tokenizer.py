@@ -1,36 +1,271 @@
-"""Text to ids and back, from both forms of a tokenizer's files."""
+"""Text to ids and back, against transformers' tokenizer, from all forms of a tokenizer's files."""
 
 from __future__ import annotations
 
 import json
+from pydoc_data.topics import topics
 
 import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
+from led_kernels import LongformerMask
+from led_model.batch_encoding import BatchEncoding
 from led_model.tokenizer import LEDTokenizer
+from tests.model.bart_vocabulary import Unreachable, bart_files
 
 TEXT = "The encoder reads the whole text; 12 words, naïve café ☕\n\n and two  spaces."
+REAL_TEXTS = [topics[name] for name in sorted(topics)]
+SPECIAL = ("bos", "eos", "sep", "cls", "unk", "pad", "mask")
+# more of what is special to the tokenizer than chance would bring
+PARTS = st.sampled_from(["<s>", "</s>", "<mask>", "<pad>", " ", "\n", "the encoder", "é", "🙂", "\x00", "'s"])
+TEXTS = st.lists(st.one_of(st.text(max_size=12), PARTS), max_size=6).map("".join)
 
 
-def test_both_forms_agree(tokenizer_files, tmp_path):
-    from_parts = LEDTokenizer.from_pretrained(tokenizer_files)
-    ids = from_parts.encode(TEXT)
+@pytest.fixture
+def stock(tokenizer_files):
+    transformers = pytest.importorskip("transformers")
+    return transformers.LEDTokenizer.from_pretrained(tokenizer_files)
+
+
+@pytest.fixture
+def tokenizer(tokenizer_files):
+    return LEDTokenizer.from_pretrained(tokenizer_files)
+
+
+@pytest.fixture(scope="session")
+def bart_directory(pytestconfig):
+    try:
+        return bart_files(pytestconfig.cache.mkdir("bart-vocabulary"))
+    except Unreachable as error:
+        pytest.skip(f"BART's vocabulary cannot be had: {error}")
+
+
+def both(stock, ours, *texts, **settings) -> tuple[BatchEncoding, BatchEncoding]:
+    expected = stock(*texts, return_special_tokens_mask=True, **settings)
+    return BatchEncoding(expected), ours(*texts, return_special_tokens_mask=True, **settings)
+
+
+def test_real_text(bart_directory):
+    """465 kB of English with code and tables, in BART's own vocabulary."""
+    transformers = pytest.importorskip("transformers")
+    stock = transformers.LEDTokenizer.from_pretrained(bart_directory)
+    ours = LEDTokenizer.from_pretrained(bart_directory)
+    assert len(ours) == ours.vocab_size == 50265
+    assert ours.mask_token_id == 50264
+    expected, batch = both(stock, ours, REAL_TEXTS)
+    assert batch == expected
+    assert max(map(len, batch.input_ids)) > 16384
+    assert ours.batch_decode(batch.input_ids, skip_special_tokens=True) == REAL_TEXTS
+    assert ours.encode("Hello world") == [0, 31414, 232, 2]  # as in transformers' documentation of LED
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(texts=st.lists(st.tuples(TEXTS, TEXTS), min_size=1, max_size=3), data=st.data())
+def test_any_text(stock, tokenizer, texts, data):
+    firsts, seconds = (list(column) for column in zip(*texts, strict=True))
+    arguments = [firsts, seconds] if data.draw(st.booleans(), "pairs") else [firsts]
+    settings = {
+        "padding": data.draw(st.sampled_from([False, True, "max_length"]), "padding"),
+        "pad_to_multiple_of": data.draw(st.sampled_from([None, 8]), "pad_to_multiple_of"),
+        "add_special_tokens": data.draw(st.booleans(), "add_special_tokens"),
+        "truncation": data.draw(st.booleans(), "truncation"),
+    }
+    if settings["truncation"] or settings["padding"] == "max_length":
+        lengths = st.integers(4, 20) if settings["pad_to_multiple_of"] is None else st.sampled_from([8, 16])
+        settings["max_length"] = data.draw(lengths, "max_length")  # as transformers demands
+    expected, batch = both(stock, tokenizer, *arguments, **settings)
+    assert batch == expected
+    for ids in batch.input_ids:
+        for skip in (False, True):
+            assert tokenizer.decode(ids, skip) == stock.decode(ids, skip_special_tokens=skip)
+
+
+@pytest.mark.parametrize("truncation", ["longest_first", "only_first", "only_second"])
+def test_truncated_pair(stock, tokenizer, truncation):
+    expected, batch = both(
+        stock, tokenizer, "encoder " * 30, "reads " * 30, max_length=64, truncation=truncation
+    )
+    assert batch == expected
+    assert len(batch.input_ids) == 64
+
+
+def test_forms_of_input_and_output(stock, tokenizer):
+    for arguments in ((TEXT,), (TEXT, "pair"), ([TEXT, "b"],)):
+        expected, batch = both(stock, tokenizer, *arguments)
+        assert batch == expected
+        expected, batch = both(stock, tokenizer, *arguments, padding=True, return_tensors="pt")
+        assert batch.keys() == expected.keys()
+        for name, tensor in batch.items():
+            assert tensor.dtype == torch.int64
+            assert torch.equal(tensor, expected[name]), name
+    offsets = tokenizer(TEXT, return_offsets_mapping=True).offset_mapping
+    assert offsets == stock(TEXT, return_offsets_mapping=True)["offset_mapping"]
+    assert tokenizer([], padding=True) == {"input_ids": [], "attention_mask": []}
+    assert tokenizer("a b", return_tensors="pt").to("cpu").input_ids.shape[0] == 1
+    with pytest.raises(AttributeError, match="has no token_type_ids; it has input_ids, attention_mask"):
+        _ = tokenizer("a").token_type_ids
+
+
+def test_pair_has_two_separators(tokenizer):
+    ids = tokenizer.encode("the", "text")
+    assert ids == [0, *tokenizer.encode("the")[1:-1], 2, 2, *tokenizer.encode("text")[1:-1], 2]
+
+
+def test_special_tokens_of_a_text_can_be_text(tokenizer):
+    text = "an </s> and a <mask>"
+    assert tokenizer(text).input_ids.count(2) == 2
+    ids = tokenizer(text, split_special_tokens=True).input_ids
+    assert ids.count(2) == 1
+    assert tokenizer.decode(ids, skip_special_tokens=True) == text
+    assert tokenizer(text).input_ids.count(2) == 2  # nothing of it stays
+
+
+def test_special_token_ids(stock, tokenizer):
+    for name in SPECIAL:
+        assert getattr(tokenizer, f"{name}_token") == getattr(stock, f"{name}_token")
+        assert getattr(tokenizer, f"{name}_token_id") == getattr(stock, f"{name}_token_id")
+    assert len(tokenizer) == len(stock)
+    assert tokenizer.vocab_size == stock.vocab_size
+
+
+def test_padding_of_the_global_mask(tokenizer):
+    """As in transformers' LEDTokenizer up to version 4: -1, since 0 means local attention there."""
+    short, long = tokenizer("the text"), tokenizer("the encoder reads the whole text")
+    for encoded in (short, long):
+        encoded["global_attention_mask"] = [1] + [0] * (len(encoded.input_ids) - 1)
+    short_length, length = len(short.input_ids), len(long.input_ids)
+    missing = length - short_length
+    assert missing > 0
+    batch = tokenizer.pad([short, long], return_tensors="pt")
+    assert batch.input_ids[0].tolist() == short.input_ids + [tokenizer.pad_token_id] * missing
+    assert batch.attention_mask.tolist() == [[1] * short_length + [0] * missing, [1] * length]
+    assert batch.global_attention_mask[0].tolist() == [1] + [0] * (short_length - 1) + [-1] * missing
+    mask = LongformerMask.from_padding(batch.attention_mask, batch.global_attention_mask)
+    assert mask.num_globals.tolist() == [1, 1]
+
+    columns = {name: [short[name], long[name]] for name in short}
+    assert torch.equal(tokenizer.pad(columns, return_tensors="pt").input_ids, batch.input_ids)
+    assert (
+        tokenizer.pad(long, padding="max_length", max_length=length + 3).global_attention_mask[-3:]
+        == [-1] * 3
+    )
+    assert tokenizer.pad({"input_ids": torch.tensor([0, 2])}, pad_to_multiple_of=4) == {
+        "input_ids": [0, 2, 1, 1],
+        "attention_mask": [1, 1, 0, 0],
+    }
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"max_length": 5}, "max_length has no effect; set truncation=True"),
+        ({"truncation": True}, "truncation needs max_length"),
+        ({"truncation": True, "max_length": 1}, "max_length is 1; give 2 or more"),
+        ({"truncation": "last"}, "truncation is 'last'; give True, False or one of longest_first"),
+        ({"padding": "left"}, "padding is 'left'"),
+        ({"padding": "max_length"}, "padding='max_length' needs max_length"),
+        ({"return_tensors": "np"}, "return_tensors is 'np'; give 'pt' or None"),
+        ({"return_tensors": "pt"}, "differ in length and make no tensor; set padding=True"),
+        ({"text_pair": ["one"]}, "text_pair has 1 texts for 2"),
+        (
+            {"text_pair": ["b", "b"], "truncation": "only_second", "max_length": 5},
+            "max_length 5 cannot be met with truncation 'only_second'",
+        ),
+    ],
+)
+def test_bad_settings(tokenizer, settings, message):
+    with pytest.raises(ValueError, match=message):
+        tokenizer(["one", "and another text"], **settings)
+
+
+def test_what_is_no_text(tokenizer):
+    for options in ({}, {"truncation": True, "max_length": 8}):
+        with pytest.raises(TypeError):
+            tokenizer(["one", 2], **options)
+
+
+def test_bad_padding(tokenizer):
+    with pytest.raises(ValueError, match="has no input_ids"):
+        tokenizer.pad({"attention_mask": [1]})
+    with pytest.raises(ValueError, match="global_attention_mask and input_ids differ in length"):
+        tokenizer.pad({"input_ids": [0, 5, 2], "global_attention_mask": [1]})
+
+
+def test_both_forms_agree(tokenizer, tmp_path):
+    ids = tokenizer.encode(TEXT)
     assert ids[0] == 0
     assert ids[-1] == 2
     assert len(ids) < len(TEXT.encode())  # merges are used
-    assert from_parts.decode(ids) == TEXT
-    from_parts.tokenizer.enable_truncation(4)  # what a saved tokenizer may ask for
-    from_parts.tokenizer.save(str(tmp_path / "tokenizer.json"))
+    assert tokenizer.decode(ids, skip_special_tokens=True) == TEXT
+    tokenizer.tokenizer.enable_truncation(4)  # what a saved tokenizer may ask for
+    tokenizer.tokenizer.save(str(tmp_path / "tokenizer.json"))
     assert LEDTokenizer.from_pretrained(tmp_path).encode(TEXT) == ids
 
 
-def test_equals_transformers(tokenizer_files):
+ADDED = {
+    "added_tokens.json": {"<doc-sep>": 300, "Ünit": 301},
+    "special_tokens_map.json": {
+        "mask_token": {"content": "<mask>", "lstrip": True, "rstrip": False, "normalized": False},
+    },
+    "tokenizer_config.json": {
+        "model_max_length": 30,
+        "add_prefix_space": True,
+        "additional_special_tokens": ["<doc-sep>"],
+    },
+}
+DESCRIBED = {
+    "tokenizer_config.json": {
+        "added_tokens_decoder": {
+            "300": {"content": "<doc-sep>", "special": True, "lstrip": True, "rstrip": True},
+            "301": {"content": "Ünit", "special": False, "normalized": True},
+        },
+        "pad_token": "<doc-sep>",
+    }
+}
+
+
+@pytest.mark.parametrize("files", [ADDED, DESCRIBED], ids=["before version 5", "since"])
+def test_added_tokens(tokenizer_files, tmp_path, files):
+    """Of each form that transformers has written; saved, and read back by both."""
     transformers = pytest.importorskip("transformers")
+    assert len(LEDTokenizer.from_pretrained(tokenizer_files)) == 300
+    for name, content in files.items():
+        (tokenizer_files / name).write_text(json.dumps(content))
     stock = transformers.LEDTokenizer.from_pretrained(tokenizer_files)
     ours = LEDTokenizer.from_pretrained(tokenizer_files)
-    for text in (TEXT, "", " leading", "a <mask> and </s> inside", "\x00\ufffd\U0001f642"):
-        ids = stock(text)["input_ids"]
-        assert ours.encode(text) == ids
-        assert ours.decode(ids) == stock.decode(ids, skip_special_tokens=True)
+    saved = ours.save_pretrained(tmp_path / "saved")
+    assert [path.rsplit("/")[-1] for path in saved] == [
+        "vocab.json",
+        "merges.txt",
+        "tokenizer.json",
+        "tokenizer_config.json",
+    ]
+    back = LEDTokenizer.from_pretrained(tmp_path / "saved")
+    stock_back = transformers.LEDTokenizer.from_pretrained(tmp_path / "saved")
+    for text in (TEXT, "a <doc-sep> b Ünit", "a <mask> b </s> c", "Ünits<doc-sep>", ""):
+        expected = stock(text)["input_ids"]
+        for tokenizer in (ours, back, stock_back):
+            assert tokenizer(text)["input_ids"] == expected, tokenizer
+        assert ours.decode(expected, skip_special_tokens=True) == stock.decode(
+            expected, skip_special_tokens=True
+        )
+    for tokenizer in (ours, back, stock_back):
+        assert len(tokenizer) == 302
+        assert tokenizer.pad_token_id == stock.pad_token_id
+    if "model_max_length" in files["tokenizer_config.json"]:
+        assert len(ours("text " * 50, truncation=True).input_ids) == 30
+        assert back.model_max_length == stock_back.model_max_length == 30
+
+
+def test_vocabulary_alone_is_read_back(stock, tokenizer, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    vocab, merges = tokenizer.save_vocabulary(tmp_path / "new", "led")
+    assert vocab.endswith("led-vocab.json")
+    assert merges.endswith("led-merges.txt")
+    tokenizer.save_vocabulary(tmp_path)
+    assert transformers.LEDTokenizer.from_pretrained(tmp_path)(TEXT) == stock(TEXT)
 
 
 @pytest.mark.parametrize(
@@ -42,7 +277,13 @@ def test_equals_transformers(tokenizer_files):
         (
             {"vocab.json": json.dumps({"a": 0}), "merges.txt": "#version"},
             ValueError,
-            "lacks <s>, <pad>, </s>",
+            "lacks <s>, </s>, <unk>",
+        ),
+        ({"tokenizer_config.json": "{"}, ValueError, "tokenizer_config.json is not valid JSON"),
+        (
+            {"added_tokens.json": json.dumps({"<new>": 310})},
+            ValueError,
+            "gives added token '<new>' the id 310, but in its vocabulary it becomes 300",
         ),
     ],
 )

@@ -1,0 +1,200 @@
+"""``led summarize``, ``led answer`` and ``led classify``: documents in, results out, one batch at a time."""
+
+from __future__ import annotations
+
+import sys
+import time
+from argparse import Namespace
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from itertools import chain, islice
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from led_model.checkpoint import checkpoint_files
+from led_model.config import read_json
+from led_model.documents import Document, Source, Unreadable, find_sources
+from led_model.heads import LEDForQuestionAnswering
+from led_model.model import LEDForConditionalGeneration
+from led_model.pieces import Piece
+from led_model.results import ResultFile, to_line
+from led_model.tasks import Answerer, Classifier, SpanFinder, Summarizer, Task, load_classifier
+from led_model.terminal import say, seconds
+from led_model.tokenizer import LEDTokenizer
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DEFAULT_NEW_TOKENS = {"summarize": 256, "answer": 64}
+GENERATION_FLAGS = (
+    "max_new_tokens",
+    "min_new_tokens",
+    "num_beams",
+    "length_penalty",
+    "no_repeat_ngram_size",
+)
+DONE, SOME_FAILED, INTERRUPTED = 0, 3, 130
+
+
+def run_on_documents(args: Namespace) -> int:
+    """Runs ``args.command`` over all documents that ``args`` names; returns the exit status."""
+    with ExitStack() as stack:
+        results = None
+        if args.output is not None:
+            field_name = {"summarize": "summary", "answer": "answer", "classify": "label"}[args.command]
+            question = getattr(args, "question", None)
+            results = stack.enter_context(ResultFile(args.output, field_name, question))
+        if results is not None and results.done:
+            say(f"{args.output} holds {len(results.done):,} results already; these documents are left out.")
+        sources, problems = find_sources(
+            args.inputs, jsonl=args.jsonl, text_field=args.text_field, leave_out=args.output
+        )
+        run = _Run(args, results, sources, problems)
+        stack.enter_context(run.bar)
+        try:
+            run.work()
+        except KeyboardInterrupt:
+            run.bar.close()  # before anything is said
+            if results is None:
+                raise
+            say(
+                f"interrupted; {args.output} holds {len(results.done):,} results. Give the same command again to go "
+                "on with the others.",
+                f"led {args.command}",
+            )
+            return INTERRUPTED
+        return SOME_FAILED if run.failed else DONE
+
+
+@dataclass
+class _Run:
+    """One command's way through its documents; ``failed`` counts those, and the inputs, that came to nothing."""
+
+    args: Namespace
+    results: ResultFile | None
+    sources: list[Source]
+    problems: list[str]  # inputs that name no document
+    failed: int = 0
+    made: int = 0
+    total: int = field(init=False)
+    bar: tqdm = field(init=False)
+
+    def __post_init__(self) -> None:
+        extents = [source.extent for source in self.sources]
+        self.total = sum(count for count, _ in extents)
+        self.bar = tqdm(
+            total=sum(size for _, size in extents),
+            bar_format="{desc} {percentage:3.0f}%|{bar}| {elapsed}, {remaining} left",
+            desc=self._count(),
+            leave=False,
+            disable=None if self.total > 1 else True,
+        )
+
+    def complain(self, problem: str) -> None:
+        self.failed += 1
+        say(problem, f"led {self.args.command}")
+
+    def work(self) -> None:
+        for problem in self.problems:
+            self.complain(problem)
+        documents = self._documents()
+        first = next(documents, None)
+        if first is None:  # nothing to do: nothing to load
+            return
+        start = time.perf_counter()
+        task = load_task(self.args)
+        loading = time.perf_counter() - start
+        self.bar.reset()  # loading tells nothing of how long the documents will take
+        pieces = self._pieces(task, chain([first], documents))
+        found: list[dict[str, Any]] = []
+        while batch := list(islice(pieces, self.args.batch_size)):
+            for piece, result in zip(batch, task.run(batch), strict=True):
+                found.append(result)
+                if piece.index + 1 == piece.count:
+                    self._deliver(task, piece.document, task.join(found))
+                    found = []
+                self.bar.set_description_str(self._count(), refresh=False)
+                self.bar.update(piece.document.size / piece.count)
+        self.bar.close()
+        done = f"{self.made:,} documents done, {self.failed:,} failed; " if self.total > 1 else ""
+        say(f"{done}loaded in {seconds(loading)}, {task.work}.")
+
+    def _documents(self) -> Iterator[Document]:
+        """Those that can be read and are still to be done."""
+        for source in self.sources:
+            for document in source.read():
+                if isinstance(document, Unreadable):
+                    self.complain(document.message)
+                elif self.results is None or not self.results.has(document):
+                    yield document
+                    continue
+                self.bar.total -= document.size
+
+    def _pieces(self, task: Task, documents: Iterator[Document]) -> Iterator[Piece]:
+        for document in documents:
+            try:
+                pieces = task.reader.pieces(document)
+            except ValueError as error:
+                self.complain(str(error))
+                self.bar.total -= document.size
+                continue
+            yield from pieces
+
+    def _deliver(self, task: Task, document: Document, result: dict[str, Any]) -> None:
+        record = {"id": document.id, "source": document.source} | result
+        if self.results is not None:
+            self.results.append(record)
+        else:
+            alone = self.total + len(self.problems) == 1
+            with self.bar.external_write_mode(file=sys.stdout):
+                print(task.as_text(result) if alone else to_line(record), flush=True)
+        self.made += 1
+
+    def _count(self) -> str:
+        return f"{self.made} of {self.total} documents"
+
+
+def load_task(args: Namespace) -> Task:
+    """The model that ``args.command`` needs, with its tokenizer."""
+    tokenizer = LEDTokenizer.from_pretrained(args.model, revision=args.revision)
+    where = {
+        "dtype": DTYPES.get(args.dtype),
+        "device": args.device or ("cuda" if torch.cuda.is_available() else "cpu"),
+        "revision": args.revision,
+    }
+    reading: dict[str, Any] = {"long": args.long}
+    if args.command == "answer":
+        reading["question"] = args.question
+        if _finds_answers(args):
+            longest = args.max_new_tokens or DEFAULT_NEW_TOKENS["answer"]
+            model = LEDForQuestionAnswering.from_pretrained(args.model, **where)
+            return SpanFinder(model, tokenizer, longest, **reading)
+    else:
+        reading["global_tokens"] = args.global_tokens
+    if args.command == "classify":
+        return Classifier(load_classifier(args.model, **where), tokenizer, **reading)
+
+    model = LEDForConditionalGeneration.from_pretrained(args.model, **where)
+    settings = {name: getattr(args, name) for name in GENERATION_FLAGS if getattr(args, name) is not None}
+    generation = model.generation_config
+    if "max_new_tokens" not in settings and generation.max_new_tokens is generation.max_length is None:
+        default = DEFAULT_NEW_TOKENS[args.command]
+        settings["max_new_tokens"] = min(default, model.config.max_decoder_position_embeddings)
+    task_class = Answerer if args.command == "answer" else Summarizer
+    return task_class(model, tokenizer, settings, **reading)
+
+
+def _finds_answers(args: Namespace) -> bool:
+    """Whether the checkpoint is one of question answering, which writes nothing."""
+    config = checkpoint_files(args.model, args.revision)("config.json")
+    architectures = read_json(config).get("architectures") if config is not None else None
+    if "LEDForQuestionAnswering" not in (architectures or []):
+        return False
+    for name in GENERATION_FLAGS:
+        if name != "max_new_tokens" and getattr(args, name) is not None:
+            raise ValueError(
+                f"--{name.replace('_', '-')} is for models that write, and this one finds the answer in the text; "
+                "leave it out."
+            )
+    return True

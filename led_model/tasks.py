@@ -1,0 +1,269 @@
+"""What the commands do with a batch of pieces: write a summary or an answer, find a span, give a class."""
+
+from __future__ import annotations
+
+import time
+import warnings
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from led_model.batch_encoding import BatchEncoding
+from led_model.heads import LEDForQuestionAnswering, LEDForSequenceClassification
+from led_model.model import LEDForConditionalGeneration
+from led_model.pieces import Piece, Reader
+from led_model.pretrained import LEDPreTrainedModel
+from led_model.terminal import layer_progress, say, seconds
+from led_model.tokenizer import LEDTokenizer
+
+Found = dict[str, Any]  # what was found out about a piece, or about a document
+
+
+@dataclass
+class Work:
+    """Tokens read and written so far, and the seconds that took."""
+
+    read_tokens: int = 0
+    read_seconds: float = 0.0
+    written_tokens: int = 0
+    written_seconds: float = 0.0
+
+    def __str__(self) -> str:
+        text = f"read {self.read_tokens:,} tokens in {seconds(self.read_seconds)}"
+        if self.written_seconds:
+            speed = self.written_tokens / self.written_seconds
+            text += (
+                f", wrote {self.written_tokens:,} in {seconds(self.written_seconds)} ({speed:.1f} tokens/s)"
+            )
+        return text
+
+
+class Task(ABC):
+    """A model at work. ``field`` is the entry that all its results have."""
+
+    field: str
+
+    def __init__(self, model: LEDPreTrainedModel, tokenizer: LEDTokenizer, **reading: Any) -> None:
+        """``reading``: the other fields of :class:`Reader`."""
+        self.model = model
+        self.device = next(model.parameters()).device
+        if len(tokenizer) > model.config.vocab_size:
+            raise ValueError(
+                f"the tokenizer has {len(tokenizer):,} tokens and the model {model.config.vocab_size:,}; use "
+                "the tokenizer that belongs to the checkpoint."
+            )
+        self.reader = Reader(tokenizer, self.longest(), **reading)
+        self.work = Work()
+
+    def longest(self) -> int:
+        """How many tokens the model reads; a head sits on the decoder, which reads as many as the encoder."""
+        config = self.model.config
+        return min(config.max_encoder_position_embeddings, config.max_decoder_position_embeddings)
+
+    def run(self, pieces: Sequence[Piece]) -> list[Found]:
+        """Reads a batch, and returns what it found in each piece."""
+        inputs = self.reader.batch(pieces, self.device)
+        with torch.no_grad():
+            found = self._run(pieces, inputs)
+        self.work.read_tokens += int(inputs.attention_mask.sum())
+        return found
+
+    def read(self, inputs: BatchEncoding) -> AbstractContextManager[None]:
+        """A progress bar over the encoder's layers."""
+        return layer_progress(self.model.led.encoder.layers, f"reading {inputs.input_ids.numel():,} tokens")
+
+    @abstractmethod
+    def _run(self, pieces: Sequence[Piece], inputs: BatchEncoding) -> list[Found]: ...
+
+    @abstractmethod
+    def join(self, found: Sequence[Found]) -> Found:
+        """A document's result, from those of its pieces in order."""
+
+    def as_text(self, result: Found) -> str:
+        """A result for people."""
+        return result[self.field]
+
+
+class _Writer(Task):
+    """A model that writes. ``compares`` says whether a document's pieces compete, by ``score``."""
+
+    model: LEDForConditionalGeneration
+    compares = False
+
+    def __init__(
+        self, model: LEDForConditionalGeneration, tokenizer: LEDTokenizer, settings: Found, **reading: Any
+    ) -> None:
+        super().__init__(model, tokenizer, **reading)
+        self.settings = settings | {"num_return_sequences": 1}
+        generation = model.generation_config.updated(**self.settings)
+        generation.check(model.config.vocab_size)  # before a long text has been read
+        self.limit = generation.length_limit() - 1
+        if self.limit > (positions := model.config.max_decoder_position_embeddings):
+            raise ValueError(
+                f"{self.limit:,} new tokens are asked for but the decoder has {positions:,} positions; give "
+                f"--max-new-tokens of at most {positions}."
+            )
+        if generation.unsupported:
+            asked = ", ".join(f"{name}={value}" for name, value in generation.unsupported.items())
+            say(f"the checkpoint asks for {asked}; decoding without it.")
+
+    def longest(self) -> int:
+        return self.model.config.max_encoder_position_embeddings
+
+    def _run(self, pieces: Sequence[Piece], inputs: BatchEncoding) -> list[Found]:
+        model, start = self.model, time.perf_counter()
+        with self.read(inputs):
+            encoded = model.led.encode(**inputs)
+            encoded.flatten()[:1].tolist()  # waits for the device
+        read = time.perf_counter()
+        with tqdm(total=self.limit, desc="writing", unit="token", leave=False, disable=None) as bar:
+            listener = None if bar.disable else lambda _: bar.update()
+            sequences = model.generate(
+                inputs.input_ids, inputs.attention_mask, encoded=encoded, on_token=listener, **self.settings
+            ).tolist()
+        written = time.perf_counter()
+        pad = self.reader.tokenizer.pad_token_id
+        self.work.read_seconds += read - start
+        self.work.written_seconds += written - read
+        self.work.written_tokens += sum(token != pad for row in sequences for token in row[1:])
+        texts = [
+            text.strip() for text in self.reader.tokenizer.batch_decode(sequences, skip_special_tokens=True)
+        ]
+        scores: list[float | None] = [None] * len(texts)
+        if self.compares and any(piece.count > 1 for piece in pieces):
+            scores = mean_log_probs(model, encoded, inputs.attention_mask, torch.tensor(sequences)).tolist()
+        return [{self.field: text, "score": score} for text, score in zip(texts, scores, strict=True)]
+
+
+class Summarizer(_Writer):
+    """Writes a summary of each piece; a document's are joined in order."""
+
+    field = "summary"
+
+    def join(self, found: Sequence[Found]) -> Found:
+        return {"summary": "\n".join(piece["summary"] for piece in found)}
+
+
+class Answerer(_Writer):
+    """Writes an answer from each piece; a document's is the one that the model finds likeliest, per token."""
+
+    field = "answer"
+    compares = True
+
+    def join(self, found: Sequence[Found]) -> Found:
+        asked = {"question": self.reader.question}
+        if len(found) == 1:
+            return asked | {"answer": found[0]["answer"]}
+        return asked | max(found, key=lambda piece: piece["score"])
+
+
+class SpanFinder(Task):
+    """Finds the answer in the text, at most ``longest_answer`` tokens of it: start and end with the most logits."""
+
+    field = "answer"
+    model: LEDForQuestionAnswering
+
+    def __init__(
+        self, model: LEDForQuestionAnswering, tokenizer: LEDTokenizer, longest_answer: int, **reading: Any
+    ) -> None:
+        super().__init__(model, tokenizer, **reading)
+        self.longest_answer = longest_answer
+
+    def _run(self, pieces: Sequence[Piece], inputs: BatchEncoding) -> list[Found]:
+        start = time.perf_counter()
+        with self.read(inputs):
+            output = self.model(**inputs)
+            start_logits, end_logits = output.start_logits.float().cpu(), output.end_logits.float().cpu()
+        self.work.read_seconds += time.perf_counter() - start
+        found = []
+        for row, piece in enumerate(pieces):
+            own = slice(piece.first, piece.first + len(piece.offsets))
+            first, last, score = best_span(start_logits[row, own], end_logits[row, own], self.longest_answer)
+            begin, end = piece.offsets[first][0], piece.offsets[last][1]
+            answer = piece.document.text[begin:end].rstrip()  # a token of space may come last
+            found.append({"answer": answer, "score": score, "start": begin, "end": begin + len(answer)})
+        return found
+
+    def join(self, found: Sequence[Found]) -> Found:
+        return {"question": self.reader.question} | max(found, key=lambda piece: piece["score"])
+
+
+class Classifier(Task):
+    """Gives probabilities of labels; a document's logits, up to a constant its log-probabilities, are the mean
+    of its pieces'."""
+
+    field = "label"
+    model: LEDForSequenceClassification
+
+    def _run(self, pieces: Sequence[Piece], inputs: BatchEncoding) -> list[Found]:
+        start = time.perf_counter()
+        with self.read(inputs):
+            logits = self.model(**inputs).logits.float().cpu()
+        self.work.read_seconds += time.perf_counter() - start
+        return [{"logits": row} for row in logits]
+
+    def join(self, found: Sequence[Found]) -> Found:
+        config = self.model.config
+        logits = torch.stack([piece["logits"] for piece in found]).mean(0)
+        labels = [(config.id2label or {}).get(i, f"LABEL_{i}") for i in range(len(logits))]
+        if config.problem_type == "regression" or len(labels) == 1:
+            return {"label": dict(zip(labels, logits.tolist(), strict=True))}
+        several = config.problem_type == "multi_label_classification"
+        probabilities = logits.sigmoid() if several else logits.softmax(-1)
+        by_label = dict(zip(labels, probabilities.tolist(), strict=True))
+        label: Any = max(by_label, key=lambda name: by_label[name])
+        if several:
+            label = [name for name, probability in by_label.items() if probability >= 0.5]
+        return {"label": label, "probabilities": by_label}
+
+    def as_text(self, result: Found) -> str:
+        numbers = result.get("probabilities") or result["label"]
+        ranked = sorted(numbers.items(), key=lambda item: -item[1])
+        return "\n".join(f"{label}\t{number:.4f}" for label, number in ranked)
+
+
+def mean_log_probs(
+    model: LEDForConditionalGeneration, encoded: Tensor, attention_mask: Tensor, sequences: Tensor
+) -> Tensor:
+    """Of each of ``sequences``, int64 ``[batch, length]``, per token up to its end: float32 ``[batch]``."""
+    sequences = sequences.to(encoded.device)
+    decoder = model.led.decoder
+    cross_mask = (attention_mask != 0)[:, None, None, :]
+    hidden = decoder(sequences[:, :-1], decoder.cross_keys_values(encoded), cross_mask=cross_mask)
+    targets = sequences[:, 1:]
+    logits = model.logits(hidden).float()
+    log_probs = logits.gather(-1, targets[..., None])[..., 0] - logits.logsumexp(-1)
+    ends = torch.isin(targets, torch.tensor(model.generation_config.eos_token_ids, device=targets.device))
+    counts = ends.cumsum(1) - ends.long() == 0  # bool [batch, length - 1], up to the first end
+    return (log_probs * counts).sum(1) / counts.sum(1)
+
+
+def best_span(start_logits: Tensor, end_logits: Tensor, longest: int) -> tuple[int, int, float]:
+    """First and last token, both inclusive, and score of the best span of 1 to ``longest`` tokens; float ``[n]``."""
+    longest = min(longest, len(end_logits))
+    ends = torch.nn.functional.pad(end_logits, (0, longest - 1), value=float("-inf")).unfold(0, longest, 1)
+    score, best = (start_logits[:, None] + ends).flatten().max(0)  # [n, longest]: start, tokens after it
+    first, after = divmod(int(best), longest)
+    return first, first + after, float(score)
+
+
+def load_classifier(path_or_id: str, **where: Any) -> LEDForSequenceClassification:
+    """A classifier whose head was trained.
+
+    Raises:
+        ValueError: when the checkpoint has no classification head; a random one would classify by chance.
+    """
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".* has no classification_head", category=UserWarning)
+        try:
+            return LEDForSequenceClassification.from_pretrained(path_or_id, **where)
+        except UserWarning:
+            raise ValueError(
+                f"{path_or_id} has no classification head; give a checkpoint that was trained to classify."
+            ) from None

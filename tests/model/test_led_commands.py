@@ -1,0 +1,497 @@
+"""``led summarize``, ``led answer`` and ``led classify``, as a user types them, against the models themselves."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+import torch
+
+from led_model import (
+    LEDConfig,
+    LEDForConditionalGeneration,
+    LEDForQuestionAnswering,
+    LEDForSequenceClassification,
+)
+from led_model.cli import main
+from led_model.results import ResultFile
+from led_model.tasks import mean_log_probs
+from led_model.tokenizer import LEDTokenizer
+from tests.model.small import randomize, small_config
+
+LIMIT = 136  # tokens that the models read
+TEXT = "The encoder reads a long text. The decoder writes a short one.\n"
+TEXTS = [TEXT * 3, "The encoder reads.\n", TEXT + "The <s> text </s> has </s> tags.", "A short one. " * 7]
+PARAGRAPHS = [f"{number} {TEXT * 5}\n" for number in ("One", "Two", "Three", "Four")]
+QUESTION = "Who reads?"
+COMMANDS = {
+    "summarize": (LEDForConditionalGeneration, ["--max-new-tokens", "12"]),
+    "answer": (LEDForConditionalGeneration, ["--question", QUESTION, "--max-new-tokens", "12"]),
+    "answer with a span": (LEDForQuestionAnswering, ["--question", QUESTION, "--max-new-tokens", "12"]),
+    "classify": (LEDForSequenceClassification, []),
+}
+
+
+@pytest.fixture
+def save(tokenizer_files, tmp_path):
+    """A function: a class to the directory of a small random checkpoint of it, with its tokenizer."""
+
+    def make(model_class=LEDForConditionalGeneration, **overrides) -> Path:
+        tokenizer = LEDTokenizer.from_pretrained(tokenizer_files)
+        settings = {"max_encoder_position_embeddings": LIMIT, "max_decoder_position_embeddings": LIMIT}
+        settings |= {"vocab_size": len(tokenizer)} | overrides
+        model = model_class(LEDConfig(**small_config(5, **settings)))
+        randomize(model, 5)
+        directory = tmp_path / model_class.__name__
+        model.save_pretrained(directory)
+        tokenizer.save_pretrained(directory)
+        return directory
+
+    return make
+
+
+@pytest.fixture
+def documents(tmp_path, monkeypatch):
+    """The working directory has docs/0.txt to docs/3.txt and the same texts in docs.jsonl."""
+    monkeypatch.chdir(tmp_path)
+    Path("docs").mkdir()
+    for number, text in enumerate(TEXTS):
+        Path(f"docs/{number}.txt").write_text(text)
+    lines = [json.dumps({"id": f"d{number}", "body": text}) for number, text in enumerate(TEXTS)]
+    Path("docs.jsonl").write_text("\n".join(lines))
+
+
+def led(command: str, *arguments: object) -> int:
+    return main([command.split()[0], *map(str, arguments)])
+
+
+def records(path: str | Path = "out.jsonl") -> list[dict]:
+    return [json.loads(line) for line in Path(path).read_text("utf-8").splitlines()]
+
+
+def inputs(directory: Path, text: str, pair: str | None = None, num_globals: int = 1) -> dict:
+    """What the model shall see of a text whose special tokens are text; of a pair, the first part is global."""
+    tokenizer = LEDTokenizer.from_pretrained(directory)
+    batch = tokenizer(text, pair, split_special_tokens=True, return_tensors="pt")
+    if pair is not None:
+        num_globals = batch.input_ids[0].tolist().index(tokenizer.sep_token_id)
+    batch["global_attention_mask"] = (torch.arange(batch.input_ids.shape[1]) < num_globals).long()[None]
+    return batch
+
+
+def written(directory: Path, *texts: str, num_globals: int = 1, **settings) -> str:
+    model = LEDForConditionalGeneration.from_pretrained(directory)
+    ids = model.generate(**inputs(directory, *texts, num_globals=num_globals), **settings)
+    return LEDTokenizer.from_pretrained(directory).decode(ids[0], skip_special_tokens=True).strip()
+
+
+def cut(directory: Path, texts: Sequence[str]) -> list[str]:
+    """The texts, after making sure that one fits the model and two do not."""
+    for pair in pairwise(texts):
+        lengths = [inputs(directory, text)["input_ids"].shape[1] for text in (pair[0], "".join(pair))]
+        assert lengths[0] <= LIMIT < lengths[1]
+    return list(texts)
+
+
+@pytest.mark.parametrize("global_tokens", [0, 1, 5])
+def test_summarize(save, documents, capsys, global_tokens):
+    directory = save()
+    flags = ["--max-new-tokens", 20, "--global-tokens", global_tokens, "--device", "cpu"]
+    assert led("summarize", "docs/0.txt", "--model", directory, *flags) == 0
+    output = capsys.readouterr()
+    assert output.out == written(directory, TEXTS[0], num_globals=global_tokens, max_new_tokens=20) + "\n"
+    assert len(output.out) > 10
+    assert re.search(
+        r"read [\d,]+ tokens in [\d.]+ s, wrote [\d,]+ in [\d.]+ s \([\d.]+ tokens/s\)", output.err
+    )
+    assert "\r" not in output.err  # no bar where there is no terminal
+
+
+def test_generation_flags(save, documents, capsys):
+    directory = save()
+    settings = {
+        "max_new_tokens": 15,
+        "min_new_tokens": 5,
+        "num_beams": 3,
+        "length_penalty": 0.2,
+        "no_repeat_ngram_size": 2,
+    }
+    flags = [word for name, value in settings.items() for word in (f"--{name.replace('_', '-')}", value)]
+    assert led("summarize", "docs/0.txt", "--model", directory, *flags) == 0
+    expected = written(directory, TEXTS[0], **settings)
+    assert capsys.readouterr().out == expected + "\n"
+    for name in settings.keys() - {"max_new_tokens", "length_penalty", "min_new_tokens"}:
+        assert written(directory, TEXTS[0], **{k: v for k, v in settings.items() if k != name}) != expected
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_progress_on_a_terminal(save, documents, capsys, monkeypatch):
+    """The bars are drawn, and change nothing."""
+    directory = save()
+    bars = Terminal()
+    monkeypatch.setattr("sys.stderr", bars)
+    monkeypatch.setattr("led_model.terminal.tqdm.update", lambda bar, n=1: True)  # as when it redraws
+    flags = ["--model", directory, "--max-new-tokens", 20]
+    assert led("summarize", "docs/0.txt", *flags) == 0
+    assert capsys.readouterr().out == written(directory, TEXTS[0], max_new_tokens=20) + "\n"
+    assert re.search(r"reading [\d,]+ tokens: +0%.*layer", bars.getvalue())
+    assert re.search(r"writing: +0%.*token", bars.getvalue())
+    assert "documents" not in bars.getvalue()
+    assert led("summarize", "docs", *flags) == 0
+    assert re.search(r"0 of 4 documents +0%\|.*left", bars.getvalue())
+
+
+def test_stdin_in_a_process(save):
+    directory = save()
+    command = [sys.executable, "-m", "led_model", "summarize", "-", "--model", str(directory)]
+    done = subprocess.run(
+        [*command, "--max-new-tokens", "8"], input=TEXT.encode(), capture_output=True, check=True
+    )
+    assert done.stdout.decode() == written(directory, TEXT, max_new_tokens=8) + "\n"
+
+
+def test_json_lines_of_stdin(save, documents, capsys, monkeypatch):
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(Path("docs.jsonl").read_bytes())))
+    assert (
+        led("classify", "-", "--jsonl", "--text-field", "body", "--model", save(LEDForSequenceClassification))
+        == 0
+    )
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [(line["id"], line["source"]) for line in lines] == [(f"d{i}", "stdin") for i in range(4)]
+
+
+def test_the_checkpoints_length_and_what_is_left_out(save, documents, capsys):
+    directory = save()
+    settings = {"max_length": 6, "num_beams": 4, "typical_p": 0.5, "num_return_sequences": 2}
+    (directory / "generation_config.json").write_text(json.dumps(settings))
+    assert led("summarize", "docs/0.txt", "--model", directory) == 0
+    output = capsys.readouterr()
+    expected = written(directory, TEXTS[0], max_length=6, num_beams=4, num_return_sequences=1)
+    assert output.out == expected + "\n"
+    assert "asks for typical_p=0.5; decoding without it" in output.err
+
+
+def test_bfloat16(save, documents, capsys):
+    assert (
+        led("summarize", "docs/1.txt", "--model", save(), "--dtype", "bfloat16", "--max-new-tokens", 4) == 0
+    )
+    assert capsys.readouterr().out.endswith("\n")
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_batches_change_nothing(save, documents, command):
+    """Documents of very different length, whole and in pieces, with tags that look like special tokens."""
+    model_class, flags = COMMANDS[command]
+    directory = save(model_class)
+    Path("docs/4.txt").write_text("".join(PARAGRAPHS))
+    results = {}
+    for batch_size in (1, 2, 3, 16):
+        output = f"{batch_size}.jsonl"
+        arguments = [
+            "docs",
+            "--model",
+            directory,
+            "--output",
+            output,
+            "--long",
+            "chunk",
+            "--batch-size",
+            batch_size,
+        ]
+        assert led(command, *arguments, *flags) == 0
+        results[batch_size] = records(output)
+    assert len(results[1]) == 5
+    for batch_size, found in results.items():
+        for record, expected in zip(found, results[1], strict=True):
+            assert record.keys() == expected.keys()
+            for key, value in expected.items():
+                if key in ("probabilities", "score"):
+                    value = pytest.approx(value, abs=1e-5)
+                assert record[key] == value, batch_size
+
+
+def test_long_summaries(save, documents, capsys):
+    directory = save()
+    Path("long.txt").write_text("".join(cut(directory, PARAGRAPHS)))
+    command = ["summarize", "long.txt", "--model", directory, "--max-new-tokens", 6]
+    assert led(*command) == 3
+    assert re.fullmatch(
+        r"led summarize: long.txt has [\d,]+ tokens but the model reads at most 136; .*--long chunk do so.\n"
+        r"led: loaded in .*\n",
+        capsys.readouterr().err,
+    )
+    assert led(*command, "--long", "truncate") == 0
+    output = capsys.readouterr()
+    assert "reading the first 136 of" in output.err
+    batch = inputs(directory, "".join(PARAGRAPHS))
+    ids = torch.cat([batch.input_ids[:, : LIMIT - 1], batch.input_ids[:, -1:]], dim=1)
+    model = LEDForConditionalGeneration.from_pretrained(directory)
+    mask = torch.eye(LIMIT, dtype=torch.int64)[:1]
+    truncated = model.generate(ids, global_attention_mask=mask, max_new_tokens=6)
+    decode = LEDTokenizer.from_pretrained(directory).decode
+    assert output.out == decode(truncated[0], skip_special_tokens=True).strip() + "\n"
+    assert led(*command, "--long", "chunk") == 0
+    output = capsys.readouterr()
+    assert "in 4 pieces" in output.err
+    assert output.out.splitlines() == [written(directory, text, max_new_tokens=6) for text in PARAGRAPHS]
+
+
+def test_written_answers(save, documents, capsys):
+    directory = save()
+    command = ["answer", "--question", QUESTION, "--model", directory, "--max-new-tokens", 9]
+    assert led(*command, "docs/0.txt") == 0
+    assert capsys.readouterr().out == written(directory, QUESTION, TEXTS[0], max_new_tokens=9) + "\n"
+
+    Path("long.txt").write_text("".join(cut(directory, PARAGRAPHS)))
+    assert led(*command, "long.txt", "--long", "chunk", "--output", "out.jsonl") == 0
+    model = LEDForConditionalGeneration.from_pretrained(directory)
+    answers = {}
+    for text in PARAGRAPHS:
+        batch = inputs(directory, QUESTION, text)
+        ids = model.generate(**batch, max_new_tokens=9)
+        with torch.no_grad():
+            loss = model(**batch, labels=ids[:, 1:]).loss  # no sequence has ended before the last token here
+        answers[-float(loss)] = written(directory, QUESTION, text, max_new_tokens=9)
+    assert len(set(answers.values())) > 1
+    [record] = records()
+    assert record["score"] == pytest.approx(max(answers), abs=1e-5)
+    assert record["answer"] == answers[max(answers)]
+    assert record["question"] == QUESTION
+
+
+def test_a_score_ends_with_its_sequence(save):
+    """What is behind the first end, padding or not, does not count."""
+    directory = save()
+    model = LEDForConditionalGeneration.from_pretrained(directory)
+    tokenizer = LEDTokenizer.from_pretrained(directory)
+    batch = tokenizer([TEXT, TEXT * 2, "The text"], padding=True, return_tensors="pt")
+    sequences = torch.tensor([[2, 9, 8, 2, 1, 1], [2, 9, 8, 7, 6, 5], [2, 2, 7, 2, 2, 1]])
+    lengths = (3, 5, 1)
+    with torch.no_grad():
+        scores = mean_log_probs(model, model.led.encode(**batch), batch.attention_mask, sequences)
+        for row, length in enumerate(lengths):
+            alone = {name: tensor[row : row + 1] for name, tensor in batch.items()}
+            loss = model(**alone, labels=sequences[row : row + 1, 1 : 1 + length]).loss
+            assert float(scores[row]) == pytest.approx(-float(loss), abs=1e-5)
+
+
+def test_found_answers(save, documents, capsys):
+    directory = save(LEDForQuestionAnswering)
+    model = LEDForQuestionAnswering.from_pretrained(directory)
+    tokenizer = LEDTokenizer.from_pretrained(directory)
+
+    def best(text: str, longest: int) -> tuple[float, str]:
+        batch = inputs(directory, QUESTION, text)
+        output = model(**batch)
+        start, end = output.start_logits[0].tolist(), output.end_logits[0].tolist()
+        ids = batch.input_ids[0].tolist()
+        first, last = ids.index(2) + 2, len(ids) - 1
+        spans = [
+            (start[i] + end[j], i, j) for i in range(first, last) for j in range(i, min(i + longest, last))
+        ]
+        score, i, j = max(spans)
+        return score, tokenizer.decode(ids[i : j + 1]).strip()
+
+    assert led("answer", "--question", QUESTION, "docs/0.txt", "--model", directory) == 0
+    assert capsys.readouterr().out == best(TEXTS[0], 64)[1] + "\n"
+    for longest in (1, 3):
+        flags = ["--max-new-tokens", longest, "--output", f"{longest}.jsonl", "--question", QUESTION]
+        assert led("answer", "docs/0.txt", "--model", directory, *flags) == 0
+        [record] = records(f"{longest}.jsonl")
+        score, answer = best(TEXTS[0], longest)
+        assert record["score"] == pytest.approx(score, abs=1e-4)
+        assert record["answer"] == answer
+        assert TEXTS[0][record["start"] : record["end"]] == record["answer"]
+
+    Path("long.txt").write_text("".join(cut(directory, PARAGRAPHS)))
+    flags = ["--long", "chunk", "--output", "out.jsonl", "--question", QUESTION]
+    assert led("answer", "long.txt", "--model", directory, *flags) == 0
+    [record] = records()
+    score, answer = max(best(text, 64) for text in PARAGRAPHS)
+    assert record["score"] == pytest.approx(score, abs=1e-4)
+    assert record["answer"] == answer
+    assert "".join(PARAGRAPHS)[record["start"] : record["end"]] == answer
+
+
+def logits(directory: Path, text: str) -> torch.Tensor:
+    with torch.no_grad():
+        return LEDForSequenceClassification.from_pretrained(directory)(**inputs(directory, text)).logits[0]
+
+
+def test_classes(save, documents, capsys):
+    directory = save(LEDForSequenceClassification, num_labels=3, id2label={0: "no", 1: "yes", 2: "maybe"})
+    assert led("classify", "docs/0.txt", "--model", directory) == 0
+    probabilities = dict(
+        zip(("no", "yes", "maybe"), logits(directory, TEXTS[0]).softmax(-1).tolist(), strict=True)
+    )
+    ranked = sorted(probabilities.items(), key=lambda item: -item[1])
+    assert capsys.readouterr().out == "".join(f"{label}\t{value:.4f}\n" for label, value in ranked)
+
+    Path("long.txt").write_text("".join(cut(directory, PARAGRAPHS)))
+    assert led("classify", "long.txt", "--model", directory, "--long", "chunk", "--output", "out.jsonl") == 0
+    log_probs = torch.stack([logits(directory, text).log_softmax(-1) for text in PARAGRAPHS]).mean(0)
+    [record] = records()
+    assert list(record["probabilities"].values()) == pytest.approx(log_probs.softmax(-1).tolist(), abs=1e-5)
+    assert record["label"] == ["no", "yes", "maybe"][log_probs.argmax()]
+
+
+@pytest.mark.parametrize("kind", ["multi_label_classification", "regression"])
+def test_other_kinds_of_labels(save, documents, kind):
+    directory = save(LEDForSequenceClassification, num_labels=3, problem_type=kind)
+    assert led("classify", "docs/0.txt", "--model", directory, "--output", "out.jsonl") == 0
+    [record] = records()
+    expected = logits(directory, TEXTS[0])
+    if kind == "regression":
+        assert list(record["label"].values()) == pytest.approx(expected.tolist(), abs=1e-5)
+    else:
+        assert list(record["probabilities"].values()) == pytest.approx(expected.sigmoid().tolist(), abs=1e-5)
+        assert record["label"] == [f"LABEL_{i}" for i in range(3) if expected[i] > 0]
+
+
+def test_bad_documents_are_named_and_the_others_done(save, documents, capsys):
+    Path("docs/bad.txt").write_bytes(b"abc\xff")
+    Path("docs/empty.md").write_text(" \n")
+    Path("docs/long.md").write_text(TEXT * 30)
+    Path("docs/lines.jsonl").write_text('{"id": "x", "text": "A text."}\n{bad\n{"text": "Another."}\n')
+    arguments = ["docs", "gone.txt", "--model", save(), "--max-new-tokens", 3, "--output", "out.jsonl"]
+    assert led("summarize", *arguments) == 3
+    errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("led summarize: ")]
+    for error, message in zip(
+        errors,
+        ["gone.txt is not there", "bad.txt is not UTF-8", "empty.md holds no", "lines.jsonl line 2", "long.md has"],
+        strict=True,
+    ):  # fmt: skip
+        assert message in error
+    done = [(record["source"], record["id"]) for record in records()]
+    texts = [(f"docs/{i}.txt", f"docs/{i}.txt") for i in range(4)]
+    assert done == [*texts, ("docs/lines.jsonl", "x"), ("docs/lines.jsonl", 3)]
+
+    Path("docs/bad.txt").write_text("repaired")
+    assert led("summarize", *arguments) == 3
+    assert "out.jsonl holds 6 results already" in capsys.readouterr().err
+    assert [record["source"] for record in records()[6:]] == ["docs/bad.txt"]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "is not there; give a text file, a directory, or - for stdin"),
+        (b"\xff\xfe\x00", "is not UTF-8 at byte 0"),
+        (b" \n", "holds no text"),
+    ],
+)
+def test_bad_text_is_one_sentence(tmp_path, capsys, content, message):
+    """Said without loading a model: here is none."""
+    path = tmp_path / "bad.txt"
+    if content is not None:
+        path.write_bytes(content)
+    assert led("summarize", path, "--model", tmp_path) == 3
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+
+
+def test_wrong_models_and_flags(save, documents, capsys, monkeypatch):
+    monkeypatch.setattr("led_model.model.LEDModel.encode", None)  # nothing is read before the refusal
+    writer, finder = save(), save(LEDForQuestionAnswering)
+    small = save(LEDForSequenceClassification, vocab_size=20)
+    asked, writing = ["--model", finder, "--question", "a"], ["--model", writer]
+    for message, arguments in {
+        "is no directory": ["summarize", "docs", "--model", "nowhere"],
+        "has no classification head": ["classify", "docs", "--model", writer],
+        "the tokenizer has 300 tokens and the model 20": ["classify", "docs", "--model", small],
+        "--num-beams is for models that write": ["answer", "docs", *asked, "--num-beams", 2],
+        "137 new tokens are asked for but the decoder": ["summarize", "docs", *writing, "--max-new-tokens", 137],
+        "--question takes 154 of the 136 tokens": ["answer", "docs", *writing, "--question", "a" * 151],
+        "docs.jsonl line 1 is no result": ["summarize", "docs", *writing, "--output", "docs.jsonl"],
+    }.items():  # fmt: skip
+        assert led(*arguments) == 1
+        error = capsys.readouterr().err
+        assert message in error
+        assert error.count("\n") == 1
+
+
+def test_interruption(save, documents, capsys, monkeypatch):
+    """Ctrl-C while the third result is on its way; the same command finishes the work."""
+    arguments = [
+        "docs.jsonl",
+        "--text-field",
+        "body",
+        "--model",
+        save(),
+        "--max-new-tokens",
+        3,
+        "--output",
+        "out.jsonl",
+    ]
+    append = ResultFile.append
+
+    def interrupted(results: ResultFile, record: dict) -> None:
+        if len(results.done) == 2:
+            raise KeyboardInterrupt
+        append(results, record)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ResultFile, "append", interrupted)
+        assert led("summarize", *arguments, "--batch-size", 4) == 130
+    error = capsys.readouterr().err
+    assert "interrupted; out.jsonl holds 2 results. Give the same command again" in error
+    assert led("summarize", *arguments) == 0
+    assert [record["id"] for record in records()] == ["d0", "d1", "d2", "d3"]
+    monkeypatch.setattr("led_model.commands.load_task", None)  # nothing is left to do
+    assert led("summarize", *arguments) == 0
+    assert len(records()) == 4
+
+
+def test_kill(save, tmp_path):
+    """SIGKILL somewhere in a run, and a line cut as a crash may cut it: each document is there once in the end."""
+    ids = [f"d{i}" for i in range(120)]
+    lines = [json.dumps({"id": document_id, "text": TEXT}) for document_id in ids]
+    (tmp_path / "many.jsonl").write_text("\n".join(lines))
+    output = tmp_path / "out.jsonl"
+    command = [
+        sys.executable,
+        "-m",
+        "led_model",
+        "summarize",
+        "many.jsonl",
+        "--output",
+        "out.jsonl",
+        "--batch-size",
+        "3",
+    ]
+    command += ["--model", str(save()), "--max-new-tokens", "20"]
+    root = Path(__file__).parents[2]
+    environment = {**os.environ, "PYTHONPATH": str(root)}
+    process = subprocess.Popen(command, cwd=tmp_path, env=environment, stderr=subprocess.PIPE)
+    deadline = time.monotonic() + 60
+    while not output.exists() or output.read_bytes().count(b"\n") < 5:
+        assert process.poll() is None, process.stderr.read()
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+    process.kill()
+    assert process.wait() == -signal.SIGKILL
+    process.stderr.close()
+    killed = output.read_bytes()
+    assert 5 <= killed.count(b"\n") < len(ids)
+    whole = killed[: killed.rindex(b"\n") + 1]
+    output.write_bytes(whole[:-9])
+
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True)
+    assert f"holds {whole.count(bytes([10])) - 1} results already" in done.stderr
+    assert [record["id"] for record in records(output)] == ids
+    assert output.read_bytes().startswith(whole)
