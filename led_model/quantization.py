@@ -113,6 +113,7 @@ def _int8() -> Quantize:
         raise _missing("load_in_8bit", "torchao") from error
 
     def quantize(linear: nn.Linear) -> nn.Linear:
+        linear.weight.data = linear.weight.data.float()  # quotients in half precision round to other steps
         quantize_(linear, Int8WeightOnlyConfig(set_inductor_config=False))
         return linear
 
