@@ -40,6 +40,13 @@ struct MaskRef {
   bool packed = false;
 };
 
+// Which keys a query sees, a byte each; without data, all. Strides may be 0.
+struct VisibleRef {
+  const uint8_t* data = nullptr;
+  int64_t batch_stride = 0;
+  int64_t query_stride = 0;
+};
+
 // One call of one kernel. Banded: q, out, d_out and dq have a row per token; global: a row per slot of
 // global_index.
 struct AttentionParams {
@@ -60,11 +67,26 @@ struct AttentionParams {
   RowsRef d_out, dq, dk, dv;
   LseRef d_lse;  // data is null when lse has no gradient
 
+  // A decoding step's alone, which has no mask: `queries` rows of q and out, max_seqlen keys.
+  int64_t queries = 0;
+  VisibleRef visible;
+
   // The CUDA kernels' alone; pointers are to memory of the device.
   int device = 0;
   uintptr_t stream = 0;                  // a cudaStream_t
   const int64_t* device_seed = nullptr;  // in place of dropout_seed; null without dropout
   float* workspace = nullptr;
+};
+
+// y = x weightᵀ + bias for a few rows: x [rows, in_features], weight [out_features, in_features], both with a
+// contiguous last dimension; y [rows, out_features]. bias may be null.
+struct LinearParams {
+  DType dtype = DType::kFloat32;
+  int64_t rows = 0, in_features = 0, out_features = 0;
+  const void *x = nullptr, *weight = nullptr, *bias = nullptr;
+  void* y = nullptr;
+  int64_t x_stride = 0, weight_stride = 0;  // of rows
+  int num_threads = 1;
 };
 
 }  // namespace led

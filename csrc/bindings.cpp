@@ -140,6 +140,11 @@ PYBIND11_MODULE(_C, m) {
                        max_globals,
                        packed};
            })
+      .def_readwrite("queries", &AttentionParams::queries)
+      .def("set_visible",
+           [](AttentionParams& p, uintptr_t address, int64_t batch_stride, int64_t query_stride) {
+             p.visible = {pointer<uint8_t>(address), batch_stride, query_stride};
+           })
       .def("set_lse", [](AttentionParams& p, const std::array<int64_t, 3>& x) { p.lse = lse_ref(x); })
       .def("set_d_lse", [](AttentionParams& p, const std::array<int64_t, 3>& x) { p.d_lse = lse_ref(x); });
   const std::pair<const char*, RowsRef AttentionParams::*> tensors[] = {
@@ -158,6 +163,19 @@ PYBIND11_MODULE(_C, m) {
   m.def("cpu_banded_backward", cpu_launcher(&KernelTable::banded_backward));
   m.def("cpu_global_forward", cpu_launcher(&KernelTable::global_forward));
   m.def("cpu_global_backward", cpu_launcher(&KernelTable::global_backward));
+  m.def("cpu_decode_attention", cpu_launcher(&KernelTable::decode_attention));
+  m.def(
+      "cpu_few_rows_linear",
+      [](led::DType dtype, const std::array<int64_t, 3>& sizes, uintptr_t x, int64_t x_stride,
+         uintptr_t weight, int64_t weight_stride, uintptr_t bias, uintptr_t y, int num_threads,
+         const std::string& isa) {
+        const KernelTable& table = kernels(isa);
+        py::gil_scoped_release release;
+        table.few_rows_linear({dtype, sizes[0], sizes[1], sizes[2], pointer<void>(x), pointer<void>(weight),
+                               pointer<void>(bias), reinterpret_cast<void*>(y), x_stride, weight_stride,
+                               num_threads});
+      },
+      "x weightᵀ + bias; sizes are rows, in_features, out_features.");
 #if defined(LED_KERNELS_WITH_CUDA)
   define_cuda(m);
 #endif

@@ -96,12 +96,12 @@ def project_global_queries(
 
 def _absorbs(key_global: nn.Module, value_global: nn.Module, hidden: Tensor, global_queries: int) -> bool:
     return global_queries < hidden.shape[-1] and all(
-        _is_plain_linear(module) and module.weight.device == hidden.device
+        is_plain_linear(module) and module.weight.device == hidden.device
         for module in (key_global, value_global)
     )
 
 
-def _is_plain_linear(module: nn.Module) -> bool:
+def is_plain_linear(module: nn.Module) -> bool:
     """Whether calling the module is x Wᵀ + b with its own parameters and nothing else.
 
     The exact type excludes LoRA, bitsandbytes and parametrisations; the parameters' type excludes quantised

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from led_kernels import LongformerMask
+from led_kernels.decode import decode_attention, few_rows_linear
 from led_kernels.projection import encoder_self_attention
 from led_model.cache import StaticKVCache
 from led_model.config import LEDConfig
@@ -50,6 +52,15 @@ class EncoderSelfAttention(nn.Module):
         return self.output(attended)
 
 
+def padding_scores(attention_mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """``[batch, source]``, nonzero for tokens, to ``[batch, 1, 1, source]``, to be added to the scores.
+
+    Finite, so that a document of only padding gives no NaN.
+    """
+    scores = torch.where(attention_mask != 0, 0.0, torch.finfo(dtype).min)
+    return scores.to(dtype)[:, None, None, :]
+
+
 class DecoderSelfAttention(nn.Module):
     """Causal attention, over the tokens at hand or over a cache."""
 
@@ -69,13 +80,14 @@ class DecoderSelfAttention(nn.Module):
         ``mask`` is bool ``[batch or 1, 1, seqlen, keys]``, true where a query sees a key; ``None``: causal.
         """
         batch, seqlen, _ = hidden.shape
-        qkv = self.qkv(hidden).view(batch, seqlen, 3, self.num_heads, -1)
+        qkv = few_rows_linear(self.qkv, hidden).view(batch, seqlen, 3, self.num_heads, -1)
         q, k, v = qkv.transpose(1, 3).unbind(2)  # each [batch, heads, seqlen, head_dim]
         if cache is not None:
-            k, v = cache.write(self.layer, position, k, v)
-        dropout_p = self.dropout if self.training else 0.0
-        attended = F.scaled_dot_product_attention(q, k, v, mask, dropout_p, is_causal=mask is None)
-        return self.out_proj(attended.transpose(1, 2).reshape(batch, seqlen, -1))
+            attended = decode_attention(q, *cache.write(self.layer, position, k, v), mask)
+        else:
+            dropout_p = self.dropout if self.training else 0.0
+            attended = F.scaled_dot_product_attention(q, k, v, mask, dropout_p, is_causal=mask is None)
+        return few_rows_linear(self.out_proj, attended.transpose(1, 2).reshape(batch, seqlen, -1))
 
 
 class CrossAttention(nn.Module):
@@ -97,12 +109,14 @@ class CrossAttention(nn.Module):
         return self._split(self.k_proj(encoded)).contiguous(), self._split(self.v_proj(encoded)).contiguous()
 
     def forward(self, hidden: Tensor, keys_values: tuple[Tensor, Tensor], mask: Tensor | None) -> Tensor:
-        """``[batch, seqlen, d_model]`` to the same; ``mask`` ``[batch, 1, 1, source]`` is added to scores."""
+        """``[batch, seqlen, d_model]`` to the same; ``mask`` ``[batch, 1, 1, source]``, bool or added to scores."""
         batch, seqlen, _ = hidden.shape
-        dropout_p = self.dropout if self.training else 0.0
-        q = self._split(self.q_proj(hidden))
-        attended = F.scaled_dot_product_attention(q, *keys_values, mask, dropout_p)
-        return self.out_proj(attended.transpose(1, 2).reshape(batch, seqlen, -1))
+        q = self._split(few_rows_linear(self.q_proj, hidden))
+        if self.training:
+            attended = F.scaled_dot_product_attention(q, *keys_values, mask, self.dropout)
+        else:
+            attended = decode_attention(q, *keys_values, mask)
+        return few_rows_linear(self.out_proj, attended.transpose(1, 2).reshape(batch, seqlen, -1))
 
     def _split(self, x: Tensor) -> Tensor:
         return x.view(*x.shape[:2], self.num_heads, -1).transpose(1, 2)

@@ -32,6 +32,10 @@ class StaticKVCache:
         self.values = torch.zeros(shape, dtype=dtype, device=device)
         self.slots = torch.arange(max_length, device=device)
 
+    def tensors(self) -> tuple[Tensor, ...]:
+        """All that a step reads or writes; none is ever replaced by another."""
+        return tuple(value for value in vars(self).values() if isinstance(value, Tensor))
+
     @property
     def max_length(self) -> int:
         return self.slots.shape[0]

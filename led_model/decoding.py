@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from led_model.attention import padding_scores
 from led_model.cache import BeamKVCache, StaticKVCache
 from led_model.config import GenerationConfig
 from led_model.logits import Processor, build_processors
@@ -23,7 +25,8 @@ _STOP_TEST_INTERVAL = 8
 class DecoderStep:
     """Logits of the next token for ``rows`` sequences of each document, over caches of fixed shape.
 
-    A document's rows are the queries of one attention, so its cross keys and values are made and held once.
+    A document's rows are the queries of one attention, so its cross keys and values are made and held once. From one
+    step to the next only the contents of tensors change, so ``compiled`` compiles the first and replays the others.
     """
 
     def __init__(
@@ -33,26 +36,56 @@ class DecoderStep:
         attention_mask: Tensor,
         rows: int,
         max_steps: int,
+        compiled: bool,
     ) -> None:
         batch, place = encoded.shape[0], {"dtype": encoded.dtype, "device": encoded.device}
         self.model = model
         self.cross_keys_values = model.led.decoder.cross_keys_values(encoded)
-        self.cross_mask = None if attention_mask.all() else attention_mask
+        self.cross_mask = _cross_mask(attention_mask, encoded.dtype)
         if rows == 1:
             self.cache = StaticKVCache(model.config, batch, max_steps, **place)
         else:
             self.cache = BeamKVCache(model.config, batch, rows, max_steps, **place)
+        self.run = _compiled_step(encoded.device.type) if compiled else _step
+        if compiled:
+            for tensor in self.cache.tensors():  # written in place by a captured graph
+                torch._dynamo.mark_static_address(tensor)
 
     def __call__(self, tokens: Tensor, step: int) -> Tensor:
         """int64 ``[batch, rows]``, the tokens at position ``step``, to ``[batch * rows, vocab_size]``."""
-        hidden = self.model.led.decoder(
-            tokens,
-            self.cross_keys_values,
-            cross_mask=self.cross_mask,
-            cache=self.cache,
-            position=self.cache.slots[step : step + 1],
-        )
-        return self.model.logits(hidden.flatten(0, 1))
+        position = self.cache.slots[step : step + 1].clone()  # a view at another address would be another graph
+        return self.run(self.model, tokens, self.cross_keys_values, self.cross_mask, self.cache, position)
+
+
+def _step(
+    model: LEDForConditionalGeneration,
+    tokens: Tensor,
+    cross_keys_values: list[tuple[Tensor, Tensor]],
+    cross_mask: Tensor | None,
+    cache: StaticKVCache,
+    position: Tensor,
+) -> Tensor:
+    """``tokens`` ``[batch, rows]`` at ``position [1]`` to logits ``[batch * rows, vocab_size]``."""
+    hidden = model.led.decoder(
+        tokens, cross_keys_values, cross_mask=cross_mask, cache=cache, position=position
+    )
+    return model.logits(hidden.flatten(0, 1))
+
+
+@cache
+def _compiled_step(device_type: str) -> Callable[..., Tensor]:
+    """On a GPU one captured graph is replayed for every token."""
+    mode = "reduce-overhead" if device_type == "cuda" else "default"
+    return torch.compile(_step, fullgraph=True, mode=mode)
+
+
+def _cross_mask(attention_mask: Tensor, dtype: torch.dtype) -> Tensor | None:
+    """``[batch, source]`` as the decoder takes it; ``None`` if all are tokens."""
+    present = attention_mask != 0
+    all_present, none_empty = torch.stack([present.all(), present.any(1).all()]).tolist()  # one sync
+    if all_present:
+        return None
+    return present[:, None, None, :] if none_empty else padding_scores(attention_mask, dtype)
 
 
 @dataclass
@@ -83,6 +116,7 @@ class Search:
         encoded: Tensor,
         attention_mask: Tensor,
         on_token: Callable[[Tensor], object] | None,
+        compiled: bool,
     ) -> Search:
         device, limit = encoded.device, generation.length_limit()
         eos = torch.tensor(generation.eos_token_ids, dtype=torch.int64, device=device)
@@ -95,7 +129,7 @@ class Search:
             generator = torch.Generator(device).manual_seed(generation.seed)
         return cls(
             generation,
-            step=DecoderStep(model, encoded, attention_mask, rows, limit - 1),
+            step=DecoderStep(model, encoded, attention_mask, rows, limit - 1, compiled),
             batch=input_ids.shape[0],
             rows=rows,
             limit=limit,

@@ -36,6 +36,7 @@ def generate(
     global_attention_mask: Tensor | None = None,
     encoded: Tensor | None = None,
     on_token: Callable[[Tensor], object] | None = None,
+    compiled: bool = False,
     return_dict_in_generate: bool = False,
     **settings: Any,
 ) -> Tensor | GenerateOutput:
@@ -52,6 +53,8 @@ def generate(
         encoded: ``[batch, source, d_model]``, the encoder's output for ``input_ids`` if it is at hand.
         on_token: called after each step with the tokens that the sequences in work end in, int64
             ``[batch * num_beams]`` or ``[batch * num_return_sequences]``; the end is then tested at every step.
+        compiled: run the decoder's step through ``torch.compile``, as a captured graph on a GPU. The first call
+            compiles, which takes a minute, the second once more, for documents of any length.
         return_dict_in_generate: return a :class:`GenerateOutput`, which has the scores of beams.
         settings: fields of :class:`GenerationConfig` that replace the checkpoint's, ``max_new_tokens=256``.
 
@@ -71,7 +74,7 @@ def generate(
         attention_mask = _mask_from_padding(input_ids, generation)
     if encoded is None:
         encoded = model.led.encode(input_ids, attention_mask, global_attention_mask)
-    search = Search.prepare(model, generation, input_ids, encoded, attention_mask, on_token)
+    search = Search.prepare(model, generation, input_ids, encoded, attention_mask, on_token, compiled)
     del encoded  # the cross keys and values are all that the decoder needs of it
     if generation.num_beams > 1:
         output = GenerateOutput(*beam_search(search))

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from led_kernels import LongformerMask
+from led_kernels.decode import few_rows_linear
 from led_model.attention import CrossAttention, DecoderSelfAttention, EncoderSelfAttention
 from led_model.cache import StaticKVCache
 from led_model.config import LEDConfig
@@ -64,8 +65,10 @@ class _Layer(nn.Module):
         return hidden
 
     def _feed_forward(self, hidden: Tensor) -> Tensor:
-        inner = F.dropout(self.activation(self.fc1(hidden)), self.activation_dropout, self.training)
-        return self.add_and_norm(hidden, self.fc2(inner), self.final_layer_norm)
+        inner = F.dropout(
+            self.activation(few_rows_linear(self.fc1, hidden)), self.activation_dropout, self.training
+        )
+        return self.add_and_norm(hidden, few_rows_linear(self.fc2, inner), self.final_layer_norm)
 
 
 class EncoderLayer(_Layer):

@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from led_kernels import LongformerMask
+from led_kernels.decode import few_rows_linear
+from led_model.attention import padding_scores
 from led_model.attention_weights import cross_attentions, decoder_attentions, encoder_attentions
 from led_model.cache import StaticKVCache
 from led_model.config import GenerationConfig, LEDConfig
@@ -105,7 +107,8 @@ class LEDDecoder(nn.Module):
         Args:
             cross_keys_values: from :meth:`cross_keys_values`.
             inputs_embeds: ``[batch, target, d_model]``, taken for the embedded tokens instead of ids.
-            cross_mask: ``[batch, source]``, nonzero for the encoder's tokens; default: all are tokens.
+            cross_mask: ``[batch, 1, 1, source]``, true for the encoder's tokens, or from
+                :func:`led_model.attention.padding_scores`; default: all are tokens.
             attention_mask: ``[batch, target]``, nonzero for tokens; with a cache ``[batch, slots]``.
             cache: written at ``position``, attended to as far as it is filled.
             position: int64 ``[target]`` of ``input_ids``; default: 0, 1, …
@@ -122,10 +125,6 @@ class LEDDecoder(nn.Module):
             mask = cache.attention_mask(position, attention_mask)
         elif attention_mask is not None:
             mask = (position <= position[:, None]) & (attention_mask != 0)[:, None, None, :]
-        if cross_mask is not None:
-            # added to the scores; finite, so that a document of only padding gives no NaN
-            lowest = torch.finfo(hidden.dtype).min
-            cross_mask = torch.where(cross_mask != 0, 0.0, lowest).to(hidden.dtype)[:, None, None, :]
         hidden = hidden + self.embed_positions(position)
         hidden = F.dropout(self.layernorm_embedding(hidden), self.dropout, self.training)
         for layer, keys_values in zip(self.layers, cross_keys_values, strict=True):
@@ -218,7 +217,7 @@ class LEDModel(LEDPreTrainedModel):
             decoder_input_ids,
             self.decoder.cross_keys_values(encoded),
             inputs_embeds=decoder_inputs_embeds,
-            cross_mask=attention_mask,
+            cross_mask=None if attention_mask is None else padding_scores(attention_mask, encoded.dtype),
             attention_mask=decoder_attention_mask,
             record=decoder_record,
         )
@@ -293,7 +292,7 @@ class LEDForConditionalGeneration(LEDPreTrainedModel):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """``[..., d_model]`` of the decoder to ``[..., vocab_size]``."""
-        return self.lm_head(hidden) + self.final_logits_bias
+        return few_rows_linear(self.lm_head, hidden) + self.final_logits_bias
 
     generate = generate
 

@@ -11,11 +11,12 @@
 set -euo pipefail
 
 python=${PYTHON:-python}
-cases="cpu"
+cases="cpu or test_decode"
 case "${1:-}" in
   "") ;;
   --short) 
-    cases="cpu and (head_dim or window or strides or empty) and not longformer and not -float64- and not -float16-" ;;
+    cases="cpu and (head_dim or window or strides or empty) and not longformer and not -float64- and not -float16-"
+    cases="($cases) or (test_decode and not bfloat16 and not float64)" ;;
   *) echo "usage: $0 [--short]" >&2; exit 2 ;;
 esac
 
@@ -45,7 +46,7 @@ isas=$("$python" -c "import torch; from led_kernels import _C; print(*_C.cpu_isa
 pids=()
 for isa in $isas; do
   # uncaptured, as a report is written to the process's own stderr just before it ends
-  LED_KERNELS_CPU_ISA=$isa "$python" -m pytest tests/test_attention.py tests/test_properties.py -q -k "$cases" \
+  LED_KERNELS_CPU_ISA=$isa "$python" -m pytest tests/test_attention.py tests/test_decode.py tests/test_properties.py -q -k "$cases" \
     --capture=no -p no:faulthandler -p no:cacheprovider >"$work/$isa.log" 2>&1 &
   pids+=($!)
 done

@@ -329,7 +329,14 @@ class TestInstructionSets:
         ],
     )
     def test_attention_suite(self, isa, cases):
-        command = [sys.executable, "-m", "pytest", "tests/test_attention.py", "-q", "-x", "-k", cases]
+        self.run_suite(isa, "tests/test_attention.py", cases)
+
+    @pytest.mark.parametrize("isa", instruction_sets()[1:])
+    def test_decoding_suite(self, isa):
+        self.run_suite(isa, "tests/test_decode.py", "float32 or float64")
+
+    def run_suite(self, isa, path, cases):
+        command = [sys.executable, "-m", "pytest", path, "-q", "-x", "-k", cases]
         environment = os.environ | {"LED_KERNELS_CPU_ISA": isa}
         result = subprocess.run(
             [*command, "-p", "no:cacheprovider"], cwd=ROOT, env=environment, capture_output=True, text=True

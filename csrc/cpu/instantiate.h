@@ -7,6 +7,7 @@
 
 #include "banded_backward.h"
 #include "banded_forward.h"
+#include "few_rows.h"
 #include "global_backward.h"
 #include "global_forward.h"
 #include "kernel_table.h"
@@ -20,8 +21,8 @@ namespace led {
 namespace LED_ISA {
 
 // fp64 accumulates in fp64, everything else in fp32.
-template <template <class> class Kernel>
-void run(const AttentionParams& params) {
+template <template <class> class Kernel, class Params = AttentionParams>
+void run(const Params& params) {
   if (params.dtype == DType::kFloat64) {
     Kernel<double>(params).run();
   } else {
@@ -32,9 +33,13 @@ void run(const AttentionParams& params) {
 }  // namespace LED_ISA
 
 const KernelTable* LED_JOIN(LED_ISA, _kernels)() {
-  static const KernelTable kernels = {
-      LED_STRING(LED_ISA), LED_ISA::run<LED_ISA::BandedForward>, LED_ISA::run<LED_ISA::BandedBackward>,
-      LED_ISA::run<LED_ISA::GlobalForward>, LED_ISA::run<LED_ISA::GlobalBackward>};
+  static const KernelTable kernels = {LED_STRING(LED_ISA),
+                                      LED_ISA::run<LED_ISA::BandedForward>,
+                                      LED_ISA::run<LED_ISA::BandedBackward>,
+                                      LED_ISA::run<LED_ISA::GlobalForward>,
+                                      LED_ISA::run<LED_ISA::GlobalBackward>,
+                                      LED_ISA::run<LED_ISA::DecodeAttention>,
+                                      LED_ISA::run<LED_ISA::FewRowsLinear, LinearParams>};
   return &kernels;
 }
 

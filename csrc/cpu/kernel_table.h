@@ -13,6 +13,8 @@ struct KernelTable {
   void (*banded_backward)(const AttentionParams&);
   void (*global_forward)(const AttentionParams&);
   void (*global_backward)(const AttentionParams&);
+  void (*decode_attention)(const AttentionParams&);
+  void (*few_rows_linear)(const LinearParams&);
 };
 
 // Null where the compiler could not build them. Whether the processor runs them is cpu_kernels()'s to know.

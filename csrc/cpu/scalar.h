@@ -5,6 +5,8 @@
 #include <cstdint>
 #include <limits>
 
+#include "../attention_params.h"
+
 namespace led {
 namespace LED_ISA {
 
@@ -14,6 +16,7 @@ struct Scalar;
 template <>
 struct Scalar<float> {
   using Bits = int32_t;
+  static constexpr DType kDType = DType::kFloat32;
   static constexpr int kMantissaBits = 23;
   static constexpr float kMinExponent = -126.0f;
   // 2^x on [-1/2, 1/2], relative error 2e-9 and exact at 0
@@ -25,6 +28,7 @@ struct Scalar<float> {
 template <>
 struct Scalar<double> {
   using Bits = int64_t;
+  static constexpr DType kDType = DType::kFloat64;
   static constexpr int kMantissaBits = 52;
   static constexpr double kMinExponent = -1022.0;
   // 2^x on [-1/2, 1/2], relative error 3e-18

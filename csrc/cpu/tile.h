@@ -35,12 +35,11 @@ inline int64_t ceil_div(int64_t x, int64_t y) {
   return (x + y - 1) / y;
 }
 
-// c[kRows, kPanel] (+)= a b over `depth`: a is [kRows, depth], or [depth, kRows] when transposed; b [depth,
-// kPanel].
-template <class T, bool transposed, bool accumulate>
+// c[rows, kPanel] (+)= a b over `depth`: a is [rows, depth], or [depth, rows] when transposed; b [depth, kPanel].
+template <class T, bool transposed, bool accumulate, int rows = Geometry<T>::kRows>
 LED_NOINLINE void multiply_tile(const T* a, int64_t a_stride, const T* b, int64_t b_stride, T* c,
                                 int64_t c_stride, int64_t depth) {
-  constexpr int rows = Geometry<T>::kRows, lanes = kLanes<T>;
+  constexpr int lanes = kLanes<T>;
   Vec<T> sum[rows][2];
   LED_UNROLL
   for (int m = 0; m < rows; ++m) {

@@ -1,8 +1,7 @@
 // One tile of the backward: probabilities again from lse (Dao, "FlashAttention-2", 2023). With p the
 // probabilities before and m the mask of dropout, and keep_scale left out:
-//
-//   dp = (d_out v^T) m        d_scores = p (dp - delta)        delta = (sum(out * d_out) - d_lse) /
-//   keep_scale dv = (p m)^T d_out        dq = d_scores k                  dk = d_scores^T q
+//   dp = (d_out v^T) m, d_scores = p (dp - delta), delta = (sum(out * d_out) - d_lse) / keep_scale,
+//   dv = (p m)^T d_out, dq = d_scores k, dk = d_scores^T q.
 #pragma once
 
 #include "column_tiles.cuh"

@@ -26,12 +26,17 @@ except ImportError as error:
     ) from error
 
 
+def element_type(dtype: torch.dtype) -> _C.DType:
+    """A torch dtype as the kernels name it."""
+    return getattr(_C.DType, str(dtype).removeprefix("torch."))
+
+
 def attention_params(
     q: Tensor, k: Tensor, v: Tensor, mask: LongformerMask, softmax_scale: float, dropout_p: float
 ) -> _C.AttentionParams:
     """Parameters of a kernel but for its outputs, window, seed and place of execution."""
     params = _C.AttentionParams()
-    params.dtype = getattr(_C.DType, str(q.dtype).removeprefix("torch."))
+    params.dtype = element_type(q.dtype)
     params.batch, params.max_seqlen = mask.batch, mask.max_seqlen
     params.heads, params.head_dim = q.shape[-2:]
     params.softmax_scale = softmax_scale

@@ -17,6 +17,7 @@ from led_kernels.backends._extension import (
     _C,
     attention_params,
     banded_lse_shape,
+    element_type,
     global_lse_shape,
     run_backward,
     run_forward,
@@ -93,6 +94,52 @@ def global_backward(
     params = _params(q_global, k_global, v_global, mask, softmax_scale, dropout_p, seed)
     kernel = _kernel(_C.cpu_global_backward)
     return run_backward(kernel, params, d_out, d_lse, q_global, k_global, v_global, out, lse)
+
+
+def few_rows_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """``x`` ``[rows, in_features]`` by ``weight`` ``[out_features, in_features]`` -> ``[rows, out_features]``."""
+    x, weight = (t if t.stride(-1) == 1 else t.contiguous() for t in (x, weight))
+    bias = bias if bias is None else bias.contiguous()
+    y = torch.empty(x.shape[0], weight.shape[0], dtype=x.dtype)
+    _C.cpu_few_rows_linear(
+        element_type(x.dtype),
+        (*x.shape, weight.shape[0]),
+        *(x.data_ptr(), x.stride(0)),
+        *(weight.data_ptr(), weight.stride(0)),
+        0 if bias is None else bias.data_ptr(),
+        y.data_ptr(),
+        torch.get_num_threads(),
+        instruction_set(),
+    )
+    return y
+
+
+def decode_attention(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None) -> Tensor:
+    """``q`` ``[batch, heads, queries, head_dim]`` over ``k, v`` ``[batch, heads, keys, head_dim]`` -> like ``q``.
+
+    ``visible``: bool ``[batch or 1, 1, queries or 1, keys]``.
+    """
+    q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
+    out = torch.empty(q.shape, dtype=q.dtype)
+    params = _C.AttentionParams()
+    params.dtype = element_type(q.dtype)
+    params.batch, params.heads, params.queries, params.head_dim = q.shape
+    params.max_seqlen = k.shape[2]
+    params.softmax_scale = q.shape[3] ** -0.5
+    params.num_threads = torch.get_num_threads()
+    for set_rows, x in zip(
+        (params.set_q, params.set_k, params.set_v, params.set_out), (q, k, v, out), strict=True
+    ):
+        set_rows((x.data_ptr(), x.stride(0), x.stride(2), x.stride(1)))
+    if visible is not None:
+        visible = visible.contiguous()
+        strides = (
+            stride if size > 1 else 0 for size, stride in zip(visible.shape, visible.stride(), strict=True)
+        )
+        batch_stride, _, query_stride, _ = strides
+        params.set_visible(visible.data_ptr(), batch_stride, query_stride)
+    _C.cpu_decode_attention(params, instruction_set())
+    return out
 
 
 @functools.cache

@@ -10,20 +10,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from led_kernels.testing import AttentionCase, assert_matches_reference
+from led_kernels.testing import AttentionCase, assert_matches_reference, unaligned
 
 pytestmark = pytest.mark.gpu
 
 
 class UnalignedCase(AttentionCase):
-    """q, k and v whose addresses and strides are multiples of an element alone; NaN lies between their rows."""
+    """q, k and v as :func:`unaligned` makes them."""
 
     def inputs(self, *args, **settings) -> tuple[Tensor, ...]:
-        def unaligned(x: Tensor) -> Tensor:
-            padded = x.new_full((*x.shape[:-1], self.head_dim + 3), float("nan"))
-            rows = padded[..., 1 : 1 + self.head_dim]
-            return rows.copy_(x)
-
         return tuple(unaligned(x) for x in super().inputs(*args, **settings))
 
 

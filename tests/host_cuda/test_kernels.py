@@ -16,65 +16,25 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from led_kernels.api import banded_attention, global_attention
-from led_kernels.testing import AttentionCase, assert_matches_reference, assert_within_error_bound
+from led_kernels.testing import (
+    AttentionCase,
+    assert_matches_reference,
+    assert_within_error_bound,
+    unaligned,
+)
+from tests.kernel_cases import DTYPES, GLOBALS, OPS, PADDINGS, WINDOWS, at_seqlen, in_turns, name_of
 from tests.test_properties import cases
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-OPS = ("banded", "global")
 TILED_HEAD_DIMS = (64, 32, 128)  # on tensor cores; others go to the general kernel
 SEQLENS = (1, 2, 3, 5, 15, 16, 17, 33, 63, 64, 65, 100, 129, 200)
 LONG_SEQLENS = (383, 512, 600, 1100)  # from 513 on, queries are split
-HEAD_DIMS = (
-    1,
-    2,
-    3,
-    8,
-    16,
-    24,
-    31,
-    32,
-    33,
-    40,
-    48,
-    63,
-    64,
-    65,
-    80,
-    96,
-    100,
-    127,
-    128,
-    129,
-    160,
-    200,
-    255,
-    256,
-)
-WINDOWS = (0, 1, 7, 16, 40, (3, 0), (0, 5), (50, 2), (2, 33), -1, (-1, 4), (6, -1), 1000)
-PADDINGS = ("none", "right", "left", "holes", "all")
-EVERY = tuple(range(67))
-GLOBALS = {
-    "none": ((), ()),
-    "first": ((0,), (0,)),
-    "last": ((66,), (66,)),
-    "neighbours": ((31, 32, 33), (0, 1)),
-    "counts-differ": ((0, 20, 40, 66), (5,)),
-    "one-row-only": ((), (7, 50)),
-    "seventeen": (tuple(range(0, 51, 3)), (2, 3)),
-    "all": (EVERY, EVERY),
-    "all-of-one-row": (EVERY, (3,)),
-}
+HEAD_DIMS = (1, 2, 3, 8, 16, 24, 31, 32, 33, 40, 48, 63, 64, 65, 80, 96)
+HEAD_DIMS += (100, 127, 128, 129, 160, 200, 255, 256)
 BASE = AttentionCase(heads=1, head_dim=64, globals_per_row=((0, 20, 21, 60), (5,)))
 
 
 def check(op: str, case: AttentionCase, dtype: torch.dtype, **options) -> None:
     assert_matches_reference(op, case, "cuda", "cpu", dtype, **options)
-
-
-def in_turns(values: Iterable, *others: Iterable) -> list[tuple]:
-    """Each of the values with one of each of the others, which take turns."""
-    turns = [itertools.islice(itertools.cycle(other), i, None) for i, other in enumerate(others)]
-    return list(zip(values, *turns, strict=False))
 
 
 def in_every_dtype(values: Iterable) -> list[tuple]:
@@ -83,21 +43,13 @@ def in_every_dtype(values: Iterable) -> list[tuple]:
     return [(*pair, TILED_HEAD_DIMS[i % 3]) for i, pair in enumerate(pairs, start=1)]
 
 
-def at_seqlen(seqlen: int, **changes) -> AttentionCase:
-    return replace(
-        BASE, seqlen=seqlen, globals_per_row=((0, seqlen // 2, seqlen - 1), (seqlen // 3,)), **changes
-    )
-
-
-def name_of(value: object) -> str:
-    return str(value).removeprefix("torch.").replace(" ", "")
-
-
 @pytest.mark.parametrize("op", OPS)
 class TestAgainstReference:
     @pytest.mark.parametrize(("seqlen", "dtype", "head_dim"), in_every_dtype(SEQLENS), ids=name_of)
     def test_seqlen(self, op, seqlen, dtype, head_dim):
-        check(op, at_seqlen(seqlen, head_dim=head_dim, padding="right" if seqlen > 3 else "none"), dtype)
+        check(
+            op, at_seqlen(BASE, seqlen, head_dim=head_dim, padding="right" if seqlen > 3 else "none"), dtype
+        )
 
     @pytest.mark.parametrize(("seqlen", "dtype"), in_turns(LONG_SEQLENS, DTYPES), ids=name_of)
     def test_long_sequence(self, op, seqlen, dtype):
@@ -146,7 +98,9 @@ class TestAgainstReference:
         ("padding", "packed", "head_dim"), [("holes", False, 64), ("none", True, 128), ("none", False, 24)]
     )
     def test_dropout(self, op, padding, packed, head_dim, dtype, dropout_p):
-        case = at_seqlen(85, head_dim=head_dim, dropout_p=dropout_p, padding=padding, packed=packed, heads=2)
+        case = at_seqlen(
+            BASE, 85, head_dim=head_dim, dropout_p=dropout_p, padding=padding, packed=packed, heads=2
+        )
         check(op, case, dtype)
 
     @pytest.mark.parametrize(
@@ -177,29 +131,24 @@ class TestAgainstReference:
         if op == "global":
             inputs = (inputs[0][:, : mask.max_globals], *inputs[1:])
 
-        def misaligned(x):
-            padded = torch.full((*x.shape[:-1], x.shape[-1] + 3), float("nan"), dtype=x.dtype)
-            padded[..., 1 : 1 + x.shape[-1]] = x
-            return padded[..., 1 : 1 + x.shape[-1]]
-
         def results(inputs):
             inputs = tuple(x.detach().requires_grad_() for x in inputs)
             out = function(*inputs, mask, backend="cuda", **window)
             d_out = torch.randn(out.shape, generator=torch.Generator().manual_seed(0)).to(dtype)
-            return [out, *torch.autograd.grad(out, inputs, misaligned(d_out))]
+            return [out, *torch.autograd.grad(out, inputs, unaligned(d_out))]
 
-        for actual, expected in zip(results([misaligned(x) for x in inputs]), results(inputs), strict=True):
+        for actual, expected in zip(results([unaligned(x) for x in inputs]), results(inputs), strict=True):
             assert_within_error_bound(actual, expected.double(), expected, "result")
 
 
 @pytest.mark.parametrize(("window_size", "dtype", "head_dim"), in_every_dtype(WINDOWS), ids=name_of)
 def test_window(window_size, dtype, head_dim):
-    check("banded", at_seqlen(150, head_dim=head_dim, window_size=window_size), dtype)
+    check("banded", at_seqlen(BASE, 150, head_dim=head_dim, window_size=window_size), dtype)
 
 
 @pytest.mark.parametrize(("window_size", "dtype"), in_turns((1, (0, 20), (-1, 4)), DTYPES), ids=name_of)
 def test_window_over_holes(window_size, dtype):
-    check("banded", at_seqlen(80, window_size=window_size, padding="holes"), dtype)
+    check("banded", at_seqlen(BASE, 80, window_size=window_size, padding="holes"), dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
@@ -226,4 +175,4 @@ def test_drawn_cases(op, case, head_dim, dtype):
 @pytest.mark.parametrize("seqlen", [63, 129, 256, 511])
 def test_larger_grid(op, seqlen, head_dim, window_size, dtype):
     padding = PADDINGS[(seqlen + head_dim) % len(PADDINGS)]
-    check(op, at_seqlen(seqlen, head_dim=head_dim, window_size=window_size, padding=padding), dtype)
+    check(op, at_seqlen(BASE, seqlen, head_dim=head_dim, window_size=window_size, padding=padding), dtype)

@@ -6,9 +6,7 @@ drawn cases mix all, and ``-m slow`` runs a larger grid.
 
 from __future__ import annotations
 
-import itertools
 import sys
-from collections.abc import Iterable
 from dataclasses import replace
 
 import pytest
@@ -18,28 +16,13 @@ from hypothesis import strategies as st
 from triton.runtime.interpreter import InterpretedFunction
 
 from led_kernels.testing import AttentionCase, assert_matches_reference
+from tests.kernel_cases import DTYPES, GLOBALS, OPS, PADDINGS, WINDOWS, at_seqlen, in_turns, name_of
 from tests.test_properties import cases
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-OPS = ("banded", "global")
 TILES = ((32, 16), (16, 32), (16, 16), (64, 32))  # BLOCK_M, BLOCK_N
 SEQLENS = (1, 2, 3, 5, 15, 16, 17, 33, 64, 65, 100, 129)
 LONG_SEQLENS = (383, 511, 512)
 HEAD_DIMS = (1, 3, 16, 24, 33, 64, 80, 128)
-WINDOWS = (0, 1, 7, 16, 40, (3, 0), (0, 5), (50, 2), (2, 33), -1, (-1, 4), (6, -1), 1000)
-PADDINGS = ("none", "right", "left", "holes", "all")
-EVERY = tuple(range(67))
-GLOBALS = {
-    "none": ((), ()),
-    "first": ((0,), (0,)),
-    "last": ((66,), (66,)),
-    "neighbours": ((31, 32, 33), (0, 1)),
-    "counts-differ": ((0, 20, 40, 66), (5,)),
-    "one-row-only": ((), (7, 50)),
-    "seventeen": (tuple(range(0, 51, 3)), (2, 3)),
-    "all": (EVERY, EVERY),
-    "all-of-one-row": (EVERY, (3,)),
-}
 BASE = AttentionCase(heads=1, globals_per_row=((0, 20, 21, 60), (5,)))
 
 
@@ -51,27 +34,11 @@ def check(
         assert_matches_reference(op, case, "triton", "cpu", dtype, **options)
 
 
-def in_turns(values: Iterable, *others: Iterable) -> list[tuple]:
-    """Each of the values with one of each of the others, which take turns."""
-    turns = [itertools.islice(itertools.cycle(other), i, None) for i, other in enumerate(others)]
-    return list(zip(values, *turns, strict=False))
-
-
-def at_seqlen(seqlen: int, **changes) -> AttentionCase:
-    return replace(
-        BASE, seqlen=seqlen, globals_per_row=((0, seqlen // 2, seqlen - 1), (seqlen // 3,)), **changes
-    )
-
-
-def name_of(value: object) -> str:
-    return str(value).removeprefix("torch.").replace(" ", "")
-
-
 @pytest.mark.parametrize("op", OPS)
 class TestAgainstReference:
     @pytest.mark.parametrize(("seqlen", "dtype", "tiles"), in_turns(SEQLENS, DTYPES, TILES), ids=name_of)
     def test_seqlen(self, op, seqlen, dtype, tiles):
-        check(op, at_seqlen(seqlen, padding="right" if seqlen > 3 else "none"), dtype, tiles)
+        check(op, at_seqlen(BASE, seqlen, padding="right" if seqlen > 3 else "none"), dtype, tiles)
 
     @pytest.mark.parametrize(("seqlen", "dtype"), in_turns(LONG_SEQLENS, DTYPES), ids=name_of)
     def test_long_sequence(self, op, seqlen, dtype):
@@ -108,7 +75,7 @@ class TestAgainstReference:
         ids=name_of,
     )
     def test_dropout(self, op, padding, packed, dtype, tiles, dropout_p):
-        case = at_seqlen(45, dropout_p=dropout_p, padding=padding, packed=packed, heads=2)
+        case = at_seqlen(BASE, 45, dropout_p=dropout_p, padding=padding, packed=packed, heads=2)
         check(op, case, dtype, tiles)
 
     @pytest.mark.parametrize(
@@ -127,12 +94,12 @@ class TestAgainstReference:
 
 @pytest.mark.parametrize(("window_size", "dtype", "tiles"), in_turns(WINDOWS, DTYPES, TILES), ids=name_of)
 def test_window(window_size, dtype, tiles):
-    check("banded", at_seqlen(110, window_size=window_size), dtype, tiles)
+    check("banded", at_seqlen(BASE, 110, window_size=window_size), dtype, tiles)
 
 
 @pytest.mark.parametrize(("window_size", "dtype"), in_turns((1, (0, 20), (-1, 4)), DTYPES), ids=name_of)
 def test_window_over_holes(window_size, dtype):
-    check("banded", at_seqlen(80, window_size=window_size, padding="holes"), dtype)
+    check("banded", at_seqlen(BASE, 80, window_size=window_size, padding="holes"), dtype)
 
 
 @pytest.mark.parametrize(("tiles", "dtype"), in_turns(TILES, DTYPES), ids=name_of)
@@ -194,4 +161,6 @@ def test_drawn_cases(op, case, dtype, tiles):
 @pytest.mark.parametrize("seqlen", [63, 129, 300])
 def test_larger_grid(op, seqlen, head_dim, dtype, tiles, window_size):
     padding = PADDINGS[(seqlen + head_dim) % len(PADDINGS)]
-    check(op, at_seqlen(seqlen, head_dim=head_dim, window_size=window_size, padding=padding), dtype, tiles)
+    check(
+        op, at_seqlen(BASE, seqlen, head_dim=head_dim, window_size=window_size, padding=padding), dtype, tiles
+    )

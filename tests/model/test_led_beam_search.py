@@ -7,6 +7,7 @@ import random
 import pytest
 import torch
 
+from led_kernels.decode import decode_attention
 from led_model import LEDForConditionalGeneration, decoding
 from led_model.cache import BeamKVCache
 from tests.model.small import VOCAB_SIZE, random_inputs
@@ -118,13 +119,12 @@ def test_cross_attention_is_held_once_per_document(small_model, monkeypatch):
     """Keys and values of the source have the batch of the documents, whatever the number of beams."""
     model, inputs = small_model(0), encoder_inputs(0, batch=2)
     seen = []
-    attention = torch.nn.functional.scaled_dot_product_attention
 
-    def spy(q, k, *args, **kwargs):
+    def spy(q, k, *args):
         seen.append((q.shape, k.shape))
-        return attention(q, k, *args, **kwargs)
+        return decode_attention(q, k, *args)
 
-    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", spy)
+    monkeypatch.setattr("led_model.attention.decode_attention", spy)
     model.generate(**inputs, num_beams=4, max_new_tokens=3)
     cross = [(q, k) for q, k in seen if k[2] == inputs["input_ids"].shape[1]]
     assert cross

@@ -16,7 +16,7 @@ def decoder_and_inputs(small_model):
     with torch.no_grad():
         encoded = model.led.encode(inputs["input_ids"], inputs["attention_mask"])
         cross = model.led.decoder.cross_keys_values(encoded)
-    return model, inputs["decoder_input_ids"], cross, inputs["attention_mask"]
+    return model, inputs["decoder_input_ids"], cross, inputs["attention_mask"][:, None, None, :] != 0
 
 
 @torch.no_grad()

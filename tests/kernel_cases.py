@@ -1,0 +1,45 @@
+"""What the kernels of more than one backend are tried with, beside ``led_kernels.testing``'s cases."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable
+from dataclasses import replace
+
+import torch
+
+from led_kernels.testing import AttentionCase
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+OPS = ("banded", "global")
+WINDOWS = (0, 1, 7, 16, 40, (3, 0), (0, 5), (50, 2), (2, 33), -1, (-1, 4), (6, -1), 1000)
+PADDINGS = ("none", "right", "left", "holes", "all")
+EVERY = tuple(range(67))
+GLOBALS = {
+    "none": ((), ()),
+    "first": ((0,), (0,)),
+    "last": ((66,), (66,)),
+    "neighbours": ((31, 32, 33), (0, 1)),
+    "counts-differ": ((0, 20, 40, 66), (5,)),
+    "one-row-only": ((), (7, 50)),
+    "seventeen": (tuple(range(0, 51, 3)), (2, 3)),
+    "all": (EVERY, EVERY),
+    "all-of-one-row": (EVERY, (3,)),
+}
+
+
+def in_turns(values: Iterable, *others: Iterable) -> list[tuple]:
+    """Each of the values with one of each of the others, which take turns."""
+    turns = [itertools.islice(itertools.cycle(other), i, None) for i, other in enumerate(others)]
+    return list(zip(values, *turns, strict=False))
+
+
+def at_seqlen(base: AttentionCase, seqlen: int, **changes) -> AttentionCase:
+    """``base`` with three global tokens in the first sequence and one in the second."""
+    globals_per_row = ((0, seqlen // 2, seqlen - 1), (seqlen // 3,))
+    return replace(base, seqlen=seqlen, globals_per_row=globals_per_row, **changes)
+
+
+def name_of(value: object) -> str:
+    """Of a test's parameter."""
+    return str(value).removeprefix("torch.").replace(" ", "")

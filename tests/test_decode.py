@@ -1,0 +1,161 @@
+"""Products and attention of a few rows against fp64, where the compiled kernels serve, and where torch does."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from led_kernels.decode import decode_attention, few_rows_linear
+from led_kernels.dispatch import backend_module, can_run
+from led_kernels.testing import assert_within_error_bound, unaligned
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
+
+needs_extension = pytest.mark.skipif(not can_run("cpu"), reason="the extension led_kernels._C is not built")
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """Names of the compiled functions that run."""
+    made = []
+    cpu = backend_module("cpu")
+
+    def spy(name, function, *args):
+        made.append(name)
+        return function(*args)
+
+    for name in ("few_rows_linear", "decode_attention"):
+        monkeypatch.setattr(cpu, name, partial(spy, name, getattr(cpu, name)))
+    return made
+
+
+def draw(*shape: int, dtype: torch.dtype, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+
+
+@needs_extension
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("rows", [1, 2, 3, 4, 5, 7, 16])
+@pytest.mark.parametrize(
+    ("in_features", "out_features"), [(768, 130), (1, 1), (5, 3), (31, 67), (64, 64)], ids=str
+)
+@pytest.mark.parametrize("bias", [True, False])
+def test_linear(calls, dtype, rows, in_features, out_features, bias):
+    module = nn.Linear(in_features, out_features, bias=bias, dtype=dtype)
+    x = draw(2, rows, in_features, dtype=dtype)[1].view(1, rows, in_features)
+    y = few_rows_linear(module, x)
+    assert calls == ["few_rows_linear"]
+    parameters = [None if p is None else p.double() for p in (module.weight, module.bias)]
+    assert_within_error_bound(y, F.linear(x.double(), *parameters), module(x), "y")
+
+
+@needs_extension
+@torch.no_grad()
+def test_linear_of_tensors_that_lie_anywhere():
+    """Rows a stride apart with NaN between them, and a weight that was transposed."""
+    x, weight = (
+        unaligned(draw(3, 37, dtype=torch.float32)),
+        unaligned(draw(21, 37, dtype=torch.float32, seed=1)),
+    )
+    for w in (weight, draw(37, 21, dtype=torch.float32, seed=2).t()):
+        module = nn.Linear(37, 21)
+        module.weight = nn.Parameter(w)
+        expected = F.linear(x.double(), w.double(), module.bias.double())
+        assert_within_error_bound(few_rows_linear(module, x), expected, module(x), "y")
+
+
+@needs_extension
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("queries", [1, 2, 4, 7, 16])
+@pytest.mark.parametrize(
+    ("keys", "head_dim"), [(1, 64), (77, 64), (1000, 64), (33, 5), (130, 100), (64, 256)], ids=str
+)
+@pytest.mark.parametrize("visible", ["all", "per document", "per query", "shared"])
+def test_attention(calls, dtype, queries, keys, head_dim, visible):
+    q, k, v = (
+        draw(2, 3, n, head_dim, dtype=dtype, seed=seed) for seed, n in enumerate((queries, keys, keys))
+    )
+    shape = {"all": None, "per document": (2, 1, 1), "per query": (2, 1, queries), "shared": (1, 1, queries)}[
+        visible
+    ]
+    mask = None
+    if shape is not None:
+        mask = torch.rand(*shape, keys, generator=torch.Generator().manual_seed(3)) < 0.3
+        mask[..., keys // 2] = True
+        mask[..., keys // 3 : keys // 3 + 70] = False  # whole blocks of keys that nobody sees
+        mask[..., 0] = True
+    out = decode_attention(q, k, v, mask)
+    assert calls == ["decode_attention"]
+    expected = F.scaled_dot_product_attention(q.double(), k.double(), v.double(), mask)
+    assert_within_error_bound(out, expected, F.scaled_dot_product_attention(q, k, v, mask), "out")
+
+
+@needs_extension
+@torch.no_grad()
+@pytest.mark.parametrize("threads", [1, 2, 5])
+def test_attention_with_any_number_of_threads(threads):
+    """Keys are split over threads, and some splits see nothing."""
+    before = torch.get_num_threads()
+    q, k, v = (draw(1, 2, n, 16, dtype=torch.float32, seed=seed) for seed, n in enumerate((3, 900, 900)))
+    mask = (torch.arange(900) < 100)[None, None, None]
+    expected = F.scaled_dot_product_attention(q.double(), k.double(), v.double(), mask)
+    try:
+        torch.set_num_threads(threads)
+        out = decode_attention(q, k, v, mask)
+    finally:
+        torch.set_num_threads(before)
+    assert_within_error_bound(out, expected, F.scaled_dot_product_attention(q, k, v, mask), "out")
+
+
+@needs_extension
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_keys_that_nobody_sees_may_hold_anything(dtype):
+    q, k, v = (draw(2, 2, n, 32, dtype=dtype, seed=seed) for seed, n in enumerate((2, 150, 150)))
+    mask = torch.rand(2, 1, 2, 150, generator=torch.Generator().manual_seed(0)) < 0.5
+    expected = decode_attention(q, k, v, mask)
+    unseen = ~mask.any(2)[..., None]
+    for poison in (float("nan"), float("inf")):
+        poisoned = decode_attention(q, k.masked_fill(unseen, poison), v.masked_fill(unseen, poison), mask)
+        assert torch.equal(poisoned, expected)
+
+
+@needs_extension
+@torch.no_grad()
+def test_large_scores_and_tensors_that_lie_anywhere():
+    q, k, v = (
+        unaligned(draw(1, 3, n, 24, dtype=torch.float32, seed=seed)) for seed, n in enumerate((4, 90, 90))
+    )
+    q = q * 40
+    expected = F.scaled_dot_product_attention(q.double(), k.double(), v.double())
+    out = decode_attention(q, k, v)
+    assert_within_error_bound(out, expected, F.scaled_dot_product_attention(q, k, v), "out")
+
+
+def test_torch_serves_the_rest(calls, monkeypatch):
+    """Gradients, many rows, compilation, autocast, another backend by name, modules that are not plain."""
+    module, x = nn.Linear(8, 4), torch.randn(2, 8)
+    q = torch.randn(1, 2, 3, 8)
+    few_rows_linear(module, x).sum().backward()
+    assert module.weight.grad is not None
+    with torch.no_grad():
+        few_rows_linear(module, torch.randn(17, 8))
+        decode_attention(torch.randn(1, 2, 17, 8), q, q)
+        decode_attention(q, q, q, torch.zeros(1, 1, 3, 3))
+        torch.compile(few_rows_linear, backend="eager", fullgraph=True)(module, x)
+        torch.compile(decode_attention, backend="eager", fullgraph=True)(q, q, q)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert few_rows_linear(module, x).dtype == torch.bfloat16
+        monkeypatch.setenv("LED_KERNELS_BACKEND", "torch")
+        few_rows_linear(module, x)
+        monkeypatch.delenv("LED_KERNELS_BACKEND")
+        hook = module.register_forward_hook(lambda *_: torch.zeros(1))
+        assert few_rows_linear(module, x).shape == (1,)
+        hook.remove()
+    assert calls == []
