@@ -105,7 +105,7 @@ def trained(steps: int) -> tuple[LEDForConditionalGeneration, Inputs]:
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=max(steps, 2))
     for _ in range(steps):
-        labels = passages(text, 16)
+        labels = passages(text, 8)
         loss = model(masked(labels), labels=labels).loss
         optimizer.zero_grad()
         loss.backward()
