@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from led_model.config import GenerationConfig, LEDConfig, read_json
+from led_model.quantization import Quantize, quantizable_linears
 
 _WEIGHT_FILES = (
     "model.safetensors",
@@ -70,6 +71,7 @@ def load_pretrained(
     dtype: torch.dtype | None = None,
     device: torch.device | str = "cpu",
     revision: str | None = None,
+    quantize: Quantize | None = None,
     settings: Mapping[str, Any] | None = None,
 ) -> Model:
     """Builds ``model_class`` from a checkpoint; see ``LEDPreTrainedModel.from_pretrained``."""
@@ -89,12 +91,18 @@ def load_pretrained(
     tensors = _without_other_heads(tensors, expected, model.base_prefix)
     new_heads = _missing_heads(expected, tensors)
     _check_tensors({n: t for n, t in expected.items() if not n.startswith(new_heads)}, tensors, path_or_id)
-    own_dtype = tensors[f"{model.base_prefix}shared.weight"].dtype
-    model = model.to(dtype or own_dtype).to_empty(device=device)
+    model.to(dtype or tensors[f"{model.base_prefix}shared.weight"].dtype)
+    to_quantize = quantizable_linears(model) if quantize else {}
+    for module in set(model.modules()).difference(to_quantize.values()):
+        module.to_empty(device=device, recurse=False)
     model.tie_weights()
-    for name, target in to_hf_state_dict(model.state_dict()).items():
-        if name in tensors:
-            target.copy_(tensors[name])  # into views of the fused projections: no second copy of the weights
+    _copy_into(model.state_dict(), tensors)
+    while to_quantize:  # one by one: never are all there in full precision
+        name, linear = to_quantize.popitem()
+        linear.to_empty(device=device)
+        _copy_into(linear.state_dict(prefix=f"{name}."), tensors)
+        model.set_submodule(name, quantize(linear))
+    model.is_quantized = quantize is not None
     for head in new_heads:
         model.init_weights(model.get_submodule(head.removesuffix(".")))
         warnings.warn(
@@ -109,8 +117,19 @@ def load_pretrained(
     return model.eval()
 
 
+def _copy_into(targets: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> None:
+    """Fills our own ``targets``, of which those on the meta device have no memory yet."""
+    for name, target in to_hf_state_dict(targets).items():
+        if name in tensors and not target.is_meta:
+            target.copy_(tensors[name])  # into views of the fused projections: no second copy of the weights
+
+
 def save_pretrained(model: nn.Module, directory: Path) -> None:
     """Writes ``model``; see ``LEDPreTrainedModel.save_pretrained``."""
+    if model.is_quantized:
+        raise ValueError(
+            "the model's weights are quantised and cannot be saved; save it before, and quantise on loading."
+        )
     config, prefix = model.config, model.base_prefix
     tensors = to_hf_state_dict(model.state_dict())
     shared = tensors[f"{prefix}shared.weight"]

@@ -11,12 +11,14 @@ from torch import Tensor, nn
 
 from led_model.checkpoint import Model, load_pretrained, save_pretrained
 from led_model.config import LEDConfig
+from led_model.quantization import choose_quantizer
 
 
 class LEDPreTrainedModel(nn.Module):
     """Base of :class:`LEDModel` and of the models with a head, whose ``led`` it is."""
 
     base_prefix = "led."  # of the encoder's and decoder's tensors in this class's checkpoints
+    is_quantized = False
 
     def __init__(self, config: LEDConfig) -> None:
         super().__init__()
@@ -29,7 +31,11 @@ class LEDPreTrainedModel(nn.Module):
         *,
         dtype: torch.dtype | None = None,
         device: torch.device | str = "cpu",
+        device_map: str | None = None,
         revision: str | None = None,
+        load_in_4bit: bool = False,
+        load_in_8bit: bool = False,
+        quantization_config: Any | None = None,
         **settings: Any,
     ) -> Model:
         """A model, in eval mode, from a directory that transformers wrote or from the Hugging Face hub.
@@ -41,15 +47,35 @@ class LEDPreTrainedModel(nn.Module):
             path_or_id: directory with config.json and the weights (``model.safetensors``,
                 ``pytorch_model.bin``, or either in shards with its index), or a hub id (extra ``text``).
             dtype: default: the checkpoint's own.
+            device_map: ``"auto"``, as for transformers: the accelerator if there is one, whatever ``device`` is.
             revision: branch, tag or commit on the hub.
+            load_in_4bit: keep the weights of the layers as NF4 (bitsandbytes; extra ``quant``), multiplied in
+                the model's dtype.
+            load_in_8bit: keep them as int8, one scale per output (torchao; extra ``quant``).
+            quantization_config: transformers' BitsAndBytesConfig with ``load_in_4bit=True``, for its other
+                4-bit settings.
             settings: replace those of config.json, ``num_labels=5``.
 
         Raises:
             FileNotFoundError: when a file is not there.
-            ValueError: when a file cannot be read, or tensors are missing, unexpected or of another shape.
+            ValueError: when a file cannot be read, or tensors are missing, unexpected or of another shape; for
+                another ``device_map``, and for requests of quantisation that contradict each other.
+            ImportError: when the package that quantises is not installed.
         """
+        if device_map is not None:
+            if device_map != "auto":
+                raise ValueError(
+                    f'device_map is {device_map!r}; give "auto", or device for a place of your own.'
+                )
+            device = torch.accelerator.current_accelerator(check_available=True) or "cpu"
         return load_pretrained(
-            cls, path_or_id, dtype=dtype, device=device, revision=revision, settings=settings
+            cls,
+            path_or_id,
+            dtype=dtype,
+            device=device,
+            revision=revision,
+            quantize=choose_quantizer(load_in_4bit, load_in_8bit, quantization_config),
+            settings=settings,
         )
 
     def save_pretrained(self, directory: str | os.PathLike[str]) -> None:
@@ -59,7 +85,7 @@ class LEDPreTrainedModel(nn.Module):
         once. The directory is made if need be; files of these names in it are replaced.
 
         Raises:
-            ValueError: when embeddings that the config ties are no longer one tensor.
+            ValueError: when embeddings that the config ties are no longer one tensor, or weights are quantised.
         """
         save_pretrained(self, Path(directory))
 

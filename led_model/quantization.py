@@ -1,0 +1,124 @@
+"""Linear layers with smaller weights: 4 bits by bitsandbytes, or 8 by torchao.
+
+Embeddings, norms, biases and heads keep their dtype, and so do the activations.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+# a linear layer, its weights on the device that is to hold them, to the layer that takes its place
+Quantize = Callable[[nn.Linear], nn.Linear]
+
+
+def choose_quantizer(
+    load_in_4bit: bool, load_in_8bit: bool, quantization_config: Any | None
+) -> Quantize | None:
+    """What these arguments of ``LEDPreTrainedModel.from_pretrained`` ask for; ``None``: nothing.
+
+    Raises:
+        ValueError: for more than one request, or a config that asks for something else than 4 bits.
+        ImportError: when the package that the request needs is not installed.
+    """
+    if load_in_4bit + load_in_8bit + (quantization_config is not None) > 1:
+        raise ValueError(
+            "load_in_4bit, load_in_8bit and quantization_config are given together; give one of them."
+        )
+    if load_in_8bit:
+        return _int8()
+    if load_in_4bit:
+        return _four_bits("nf4")
+    if quantization_config is None:
+        return None
+    if not getattr(quantization_config, "load_in_4bit", False):
+        raise ValueError(
+            f"quantization_config is a {type(quantization_config).__name__} without load_in_4bit=True; "
+            "give a BitsAndBytesConfig with it, or load_in_8bit=True for int8 weights."
+        )
+    if getattr(quantization_config, "llm_int8_skip_modules", None):
+        raise ValueError(
+            "quantization_config.llm_int8_skip_modules names modules to skip; leave it out, for all linear "
+            "layers of encoder and decoder are quantised."
+        )
+    return _four_bits(
+        quantization_config.bnb_4bit_quant_type,
+        compute_dtype=quantization_config.bnb_4bit_compute_dtype,
+        compress_statistics=quantization_config.bnb_4bit_use_double_quant,
+        quant_storage=quantization_config.bnb_4bit_quant_storage,
+    )
+
+
+def quantizable_linears(model: nn.Module) -> dict[str, nn.Linear]:
+    """By name, the linear layers inside the encoder's and the decoder's layers."""
+    base = model.base_model
+    inside = {
+        linear
+        for stack in (base.encoder.layers, base.decoder.layers)
+        for linear in stack.modules()
+        if isinstance(linear, nn.Linear)
+    }
+    return {name: module for name, module in model.named_modules() if module in inside}
+
+
+def _four_bits(
+    quant_type: str,
+    *,
+    compute_dtype: torch.dtype | None = None,
+    compress_statistics: bool = False,
+    quant_storage: torch.dtype = torch.uint8,
+) -> Quantize:
+    """Blocks of 64 weights, each with its largest magnitude and 4-bit indices into one table.
+
+    Dettmers et al., "QLoRA", https://arxiv.org/abs/2305.14314, section 3. ``compute_dtype``, by default that of
+    the weights, is what products are computed in; they are returned in the input's dtype.
+    """
+    try:
+        from bitsandbytes.nn import Linear4bit, Params4bit
+    except ImportError as error:
+        raise _missing("load_in_4bit", "bitsandbytes") from error
+
+    def quantize(linear: nn.Linear) -> nn.Linear:
+        smaller = Linear4bit(
+            linear.in_features,
+            linear.out_features,
+            bias=linear.bias is not None,
+            compute_dtype=compute_dtype or linear.weight.dtype,
+            compress_statistics=compress_statistics,
+            quant_type=quant_type,
+            quant_storage=quant_storage,
+            device="meta",
+        )
+        smaller.weight = Params4bit(linear.weight.data, **vars(smaller.weight))
+        smaller.bias = linear.bias
+        smaller.register_forward_hook(_own_memory)
+        return smaller.to(linear.weight.device)  # bitsandbytes quantises a weight when it is first moved
+
+    return quantize
+
+
+def _own_memory(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
+    """Layers add to the output in place, which autograd forbids for the views that bitsandbytes returns."""
+    return output.clone() if output.requires_grad else None
+
+
+def _int8() -> Quantize:
+    """``round(127 w / max |w|)`` with one fp32 scale for each output."""
+    try:
+        from torchao.quantization import Int8WeightOnlyConfig, quantize_
+    except ImportError as error:
+        raise _missing("load_in_8bit", "torchao") from error
+
+    def quantize(linear: nn.Linear) -> nn.Linear:
+        linear.weight.data = linear.weight.data.float()  # quotients in half precision round to other steps
+        quantize_(linear, Int8WeightOnlyConfig(set_inductor_config=False))
+        return linear
+
+    return quantize
+
+
+def _missing(argument: str, package: str) -> ImportError:
+    return ImportError(f"{argument} needs {package}; pip install 'led-kernels[quant]'.")
