@@ -28,9 +28,7 @@ def few_rows_linear(module: nn.Module, x: Tensor) -> Tensor:
     """
     if not (is_plain_linear(module) and _is_served(x, x.numel() // x.shape[-1], module.weight)):
         return module(x)
-    rows = x.reshape(-1, x.shape[-1])
-    y = backend_module("cpu").few_rows_linear(rows, module.weight, module.bias)
-    return y.view(*x.shape[:-1], -1)
+    return backend_module("cpu").few_rows_linear(x, module.weight, module.bias)
 
 
 def decode_attention(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None = None) -> Tensor:
@@ -53,8 +51,8 @@ def decode_attention(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None = N
 
 def _is_served(x: Tensor, rows: int, other: Tensor) -> bool:
     return (
-        x.device.type == "cpu"
-        and 0 < rows <= _FEW
+        0 < rows <= _FEW
+        and x.device.type == "cpu"
         and x.dtype == other.dtype
         and not torch.is_grad_enabled()
         and not torch.compiler.is_compiling()

@@ -49,7 +49,8 @@ class _Layer(nn.Module):
         self.final_layer_norm = nn.LayerNorm(config.d_model)
 
     def add_and_norm(self, residual: Tensor, block: Tensor, norm: nn.LayerNorm) -> Tensor:
-        block = F.dropout(block, self.dropout, self.training)
+        if self.training:
+            block = F.dropout(block, self.dropout)
         if block.dtype == residual.dtype:
             block += residual  # in place: neither a Linear nor a dropout keeps its output for the backward
         else:  # autocast: the residual stream keeps the wider dtype
@@ -57,17 +58,18 @@ class _Layer(nn.Module):
         return norm(block)
 
     def feed_forward(self, hidden: Tensor) -> Tensor:
-        """The second half of a layer. In inference it overwrites ``hidden``."""
-        if self.training or torch.is_grad_enabled() or torch.compiler.is_compiling():
+        """The second half of a layer. In inference a long ``hidden`` is overwritten."""
+        is_short = hidden.numel() <= _FEED_FORWARD_ROWS * hidden.shape[-1]
+        if is_short or self.training or torch.is_grad_enabled() or torch.compiler.is_compiling():
             return self._feed_forward(hidden)
         for rows in hidden.view(-1, hidden.shape[-1]).split(_FEED_FORWARD_ROWS):
             rows.copy_(self._feed_forward(rows))
         return hidden
 
     def _feed_forward(self, hidden: Tensor) -> Tensor:
-        inner = F.dropout(
-            self.activation(few_rows_linear(self.fc1, hidden)), self.activation_dropout, self.training
-        )
+        inner = self.activation(few_rows_linear(self.fc1, hidden))
+        if self.training:
+            inner = F.dropout(inner, self.activation_dropout)
         return self.add_and_norm(hidden, few_rows_linear(self.fc2, inner), self.final_layer_norm)
 
 

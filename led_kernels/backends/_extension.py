@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from pathlib import Path
 
@@ -26,6 +27,7 @@ except ImportError as error:
     ) from error
 
 
+@functools.cache
 def element_type(dtype: torch.dtype) -> _C.DType:
     """A torch dtype as the kernels name it."""
     return getattr(_C.DType, str(dtype).removeprefix("torch."))

@@ -97,15 +97,19 @@ def global_backward(
 
 
 def few_rows_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """``x`` ``[rows, in_features]`` by ``weight`` ``[out_features, in_features]`` -> ``[rows, out_features]``."""
-    x, weight = (t if t.stride(-1) == 1 else t.contiguous() for t in (x, weight))
-    bias = bias if bias is None else bias.contiguous()
-    y = torch.empty(x.shape[0], weight.shape[0], dtype=x.dtype)
+    """``x`` ``[..., in_features]`` by ``weight`` ``[out_features, in_features]`` -> ``[..., out_features]``."""
+    x = x.contiguous()
+    if weight.stride(1) != 1:
+        weight = weight.contiguous()
+    out_features, in_features = weight.shape
+    y = x.new_empty((*x.shape[:-1], out_features))
     _C.cpu_few_rows_linear(
         element_type(x.dtype),
-        (*x.shape, weight.shape[0]),
-        *(x.data_ptr(), x.stride(0)),
-        *(weight.data_ptr(), weight.stride(0)),
+        (x.numel() // in_features, in_features, out_features),
+        x.data_ptr(),
+        in_features,
+        weight.data_ptr(),
+        weight.stride(0),
         0 if bias is None else bias.data_ptr(),
         y.data_ptr(),
         torch.get_num_threads(),
@@ -115,31 +119,44 @@ def few_rows_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def decode_attention(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None) -> Tensor:
-    """``q`` ``[batch, heads, queries, head_dim]`` over ``k, v`` ``[batch, heads, keys, head_dim]`` -> like ``q``.
+    """``q`` ``[batch, heads, queries, head_dim]`` over ``k, v`` ``[batch, heads, keys, head_dim]`` -> like ``q``,
+    as a view of ``[batch, queries, heads, head_dim]``.
 
     ``visible``: bool ``[batch or 1, 1, queries or 1, keys]``.
     """
-    q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
-    out = torch.empty(q.shape, dtype=q.dtype)
+    batch, heads, queries, head_dim = q.shape
+    out = q.new_empty((batch, queries, heads, head_dim)).transpose(1, 2)
     params = _C.AttentionParams()
     params.dtype = element_type(q.dtype)
-    params.batch, params.heads, params.queries, params.head_dim = q.shape
+    params.batch, params.heads, params.queries, params.head_dim = batch, heads, queries, head_dim
     params.max_seqlen = k.shape[2]
-    params.softmax_scale = q.shape[3] ** -0.5
+    params.softmax_scale = head_dim**-0.5
     params.num_threads = torch.get_num_threads()
-    for set_rows, x in zip(
-        (params.set_q, params.set_k, params.set_v, params.set_out), (q, k, v, out), strict=True
-    ):
-        set_rows((x.data_ptr(), x.stride(0), x.stride(2), x.stride(1)))
+    q, k, v = _contiguous_rows(q), _contiguous_rows(k), _contiguous_rows(v)
+    params.set_q(_heads(q))
+    params.set_k(_heads(k))
+    params.set_v(_heads(v))
+    params.set_out(_heads(out))
     if visible is not None:
         visible = visible.contiguous()
-        strides = (
-            stride if size > 1 else 0 for size, stride in zip(visible.shape, visible.stride(), strict=True)
+        masks, _, rows, keys = visible.shape
+        params.set_visible(
+            visible.data_ptr(),
+            rows * keys if masks > 1 else 0,
+            keys if rows > 1 else 0,
         )
-        batch_stride, _, query_stride, _ = strides
-        params.set_visible(visible.data_ptr(), batch_stride, query_stride)
     _C.cpu_decode_attention(params, instruction_set())
     return out
+
+
+def _contiguous_rows(x: Tensor) -> Tensor:
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _heads(x: Tensor) -> tuple[int, int, int, int]:
+    """Address and strides (batch, row, head) of ``[batch, heads, rows, head_dim]``."""
+    batch_stride, head_stride, row_stride, _ = x.stride()
+    return x.data_ptr(), batch_stride, row_stride, head_stride
 
 
 @functools.cache
