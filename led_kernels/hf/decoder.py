@@ -21,6 +21,7 @@ from transformers.models.led.modeling_led import (
     LEDLearnedPositionalEmbedding,
 )
 
+from led_kernels.attention_weights import attention_weights
 from led_kernels.hf.encoder import Options, refuse_head_mask
 
 # up to 5.0 a cache wants the positions, of which it needs the number
@@ -48,7 +49,7 @@ class FusedLEDDecoderAttention(LEDDecoderAttention):
             key_value_states: ``[batch, src_len, d_model]``, the encoder's states; makes this a cross-attention,
                 whose keys and values are projected once per cache.
             attention_mask: broadcasts to ``[batch, heads, tgt_len, keys]``; bool, true where a query sees a key,
-                or a number to add to each score.
+                or a number to add to each score. A query that sees no key gets zeros.
             output_attentions: also return the probabilities, before dropout.
             cache_position: int64 ``[tgt_len]``, where a static cache before 5.23 stores the tokens.
 
@@ -59,14 +60,10 @@ class FusedLEDDecoderAttention(LEDDecoderAttention):
         refuse_head_mask(layer_head_mask)
         q = self._split_heads(self.q_proj(hidden_states))
         k, v = self._keys_values(hidden_states, key_value_states, past_key_values, cache_position)
-        bias = _score_bias(attention_mask, q.dtype)
         out = nn.functional.scaled_dot_product_attention(
-            q, k, v, attn_mask=bias, dropout_p=self.dropout if self.training else 0.0, scale=self.scaling
+            q, k, v, attn_mask=attention_mask, dropout_p=self.dropout if self.training else 0.0
         )
-        weights = None
-        if output_attentions:
-            scores = (q * self.scaling) @ k.transpose(-1, -2)
-            weights = (scores if bias is None else scores + bias).softmax(-1)
+        weights = _probabilities(q, k, attention_mask) if output_attentions else None
         return self.out_proj(out.transpose(1, 2).flatten(2)), weights, past_key_values
 
     def _keys_values(
@@ -79,7 +76,9 @@ class FusedLEDDecoderAttention(LEDDecoderAttention):
         """All keys and values, cached ones included, ``[batch, heads, keys, head_dim]``."""
         is_cross, cache = key_value_states is not None, past_key_values
         if isinstance(past_key_values, EncoderDecoderCache):
-            cache = past_key_values.cross_attention_cache if is_cross else past_key_values.self_attention_cache
+            cache = (
+                past_key_values.cross_attention_cache if is_cross else past_key_values.self_attention_cache
+            )
             if is_cross and past_key_values.is_updated.get(self.layer_idx):
                 return cache.layers[self.layer_idx].keys, cache.layers[self.layer_idx].values
         states = key_value_states if is_cross else hidden_states
@@ -190,9 +189,7 @@ class FusedLEDDecoder(LEDDecoder):
         return tuple(value for value in values.values() if value is not None)
 
 
-def _causal_mask(
-    positions: Tensor, attention_mask: Tensor | None, past_key_values: Cache | None
-) -> Tensor:
+def _causal_mask(positions: Tensor, attention_mask: Tensor | None, past_key_values: Cache | None) -> Tensor:
     """True where a token sees a key: bool ``[batch or 1, 1, tgt_len, keys]``, with a key per slot of the cache.
 
     ``positions``: int64 ``[tgt_len]``. ``attention_mask``: ``[batch, keys]``, of which the last may be missing; one
@@ -213,11 +210,13 @@ def _causal_mask(
     return mask & exists[:, None, None, :]
 
 
-def _score_bias(mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    """The least number where a bool mask is false, 0 elsewhere: a query without a key gets no NaN."""
-    if mask is None or mask.dtype != torch.bool:
-        return mask
-    return torch.zeros_like(mask, dtype=dtype).masked_fill_(~mask, torch.finfo(dtype).min)
+def _probabilities(q: Tensor, k: Tensor, mask: Tensor | None) -> Tensor:
+    """Of the attention that :class:`FusedLEDDecoderAttention` computes: ``[batch, heads, tgt_len, keys]``."""
+    if mask is not None and mask.dtype != torch.bool:
+        return ((q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2) + mask).softmax(-1)
+    return attention_weights(
+        q, k, torch.ones((), dtype=torch.bool, device=q.device) if mask is None else mask
+    )
 
 
 @functools.cache

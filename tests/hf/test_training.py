@@ -9,7 +9,7 @@ import pytest
 pytest.importorskip("transformers", reason="needs transformers: pip install 'led-kernels[hf]'")
 
 import torch
-from hf_cases import BUILDERS, HFCase, fused, led_model, longformer_model, true_fp64
+from hf_cases import BUILDERS, HFCase, assert_close, fused, led_model, longformer_model, true_fp64
 from torch import Tensor, nn
 from transformers import (
     LEDForQuestionAnswering,
@@ -32,14 +32,6 @@ def gradients(model: nn.Module, inputs: dict[str, Tensor], **labels) -> dict[str
     return {"loss": loss.detach(), **{name: g if g is None else g.clone() for name, g in named.items()}}
 
 
-def assert_same(actual: dict[str, Tensor | None], expected: dict[str, Tensor | None], atol: float) -> None:
-    assert [n for n, g in actual.items() if g is None] == [n for n, g in expected.items() if g is None]
-    for name, gradient in expected.items():
-        if gradient is not None:
-            bound = atol * max(1, gradient.abs().max())
-            torch.testing.assert_close(actual[name], gradient, rtol=0, atol=bound, msg=name)
-
-
 @pytest.mark.parametrize("reentrant", [False, True], ids=["not-reentrant", "reentrant"])
 @pytest.mark.parametrize("build", BUILDERS.values(), ids=BUILDERS.keys())
 def test_gradient_checkpointing(build, reentrant):
@@ -57,7 +49,7 @@ def test_gradient_checkpointing(build, reentrant):
     layer.register_forward_hook(lambda *_: calls.append(1))
     attention = next(m for m in layer.modules() if type(m).__name__.endswith("SelfAttention"))
     attention.register_forward_hook(lambda *_: calls.append(2))
-    assert_same(gradients(model, inputs, labels=labels), expected, 1e-5)
+    assert_close(gradients(model, inputs, labels=labels), expected, 1e-5)
     assert calls.count(2) == 2  # once forward, once in the backward pass
 
 
@@ -68,7 +60,7 @@ def test_unused_global_projections_have_no_gradient(build):
     labels = inputs["input_ids"]
     expected = gradients(stock, inputs, labels=labels)
     assert any(g is None for g in expected.values())
-    assert_same(gradients(fused(stock), inputs, labels=labels), expected, 1e-4)
+    assert_close(gradients(fused(stock), inputs, labels=labels), expected, 1e-4)
     # with a capacity all parameters take part: DistributedDataParallel waits for each of them
     ours = gradients(fused(stock, max_globals=1), inputs, labels=labels)
     assert not any(g is None for name, g in ours.items() if "_global" in name)
@@ -80,7 +72,7 @@ def test_layerdrop_draws_like_stock():
     stock = led_model(case, encoder_layerdrop=0.5, dropout=0.1).train()
     inputs = case.inputs()
     expected = gradients(stock, inputs, labels=inputs["input_ids"])
-    assert_same(gradients(fused(stock).train(), inputs, labels=inputs["input_ids"]), expected, 1e-4)
+    assert_close(gradients(fused(stock).train(), inputs, labels=inputs["input_ids"]), expected, 1e-4)
 
 
 @pytest.mark.parametrize("name", ["led", "longformer"])
@@ -141,7 +133,7 @@ def test_task_heads(head, labels):
     torch.manual_seed(0)
     stock = head(config).eval()
     inputs = CASE.inputs()
-    assert_same(gradients(fused(stock), inputs, **labels), gradients(stock, inputs, **labels), 1e-4)
+    assert_close(gradients(fused(stock), inputs, **labels), gradients(stock, inputs, **labels), 1e-4)
 
 
 @pytest.mark.parametrize("head", [LongformerForQuestionAnswering, LongformerForMultipleChoice])
@@ -154,7 +146,7 @@ def test_heads_that_choose_their_own_global_tokens(head):
     if head is LongformerForMultipleChoice:
         ids, labels = ids[None], {"labels": torch.tensor([1])}
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    assert_same(gradients(fused(stock), inputs, **labels), gradients(stock, inputs, **labels), 1e-4)
+    assert_close(gradients(fused(stock), inputs, **labels), gradients(stock, inputs, **labels), 1e-4)
 
 
 def test_generation_equals_stock():
