@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -118,17 +118,17 @@ class HFCase:
 
 
 def led_model(case: HFCase, **overrides) -> nn.Module:
-    return _varied(LEDForConditionalGeneration(case.led_config(**overrides)))
+    return varied(LEDForConditionalGeneration(case.led_config(**overrides)))
 
 
 def longformer_model(case: HFCase, **overrides) -> nn.Module:
-    return _varied(LongformerForMaskedLM(case.longformer_config(**overrides)))
+    return varied(LongformerForMaskedLM(case.longformer_config(**overrides)))
 
 
 BUILDERS = {"led": led_model, "longformer": longformer_model}
 
 
-def _varied(model: nn.Module) -> nn.Module:
+def varied(model: nn.Module) -> nn.Module:
     """Random biases and norms too: transformers starts them at 0 and 1, where mistakes do not show."""
     generator = torch.Generator().manual_seed(0)
     for parameter in model.parameters():
@@ -214,15 +214,21 @@ def assert_close(actual: dict[str, Tensor | None], expected: dict[str, Tensor | 
 
 
 def assert_parity(case: HFCase, stock: nn.Module, **options) -> None:
+    """:func:`assert_same_function` for all that a model returns on the batch of ``case``."""
+    inputs = case.inputs()
+    assert_same_function(stock, lambda model: outputs(model, inputs), **options)
+
+
+def assert_same_function(
+    stock: nn.Module, evaluate: Callable[[nn.Module], dict[str, Tensor]], **options
+) -> None:
     """In fp64 the fused model equals the oracle; in fp32 its error is at most twice transformers'.
 
-    Both in every output and every parameter's gradient.
+    Both in every tensor that ``evaluate`` names.
     """
-    inputs = case.inputs()
     with true_fp64():
-        oracle = outputs(copy.deepcopy(stock).double(), inputs)
-        ours = outputs(fused(stock, **options).double(), inputs)
-    assert_close(ours, oracle, 1e-11)
-    plain, ours = outputs(stock, inputs), outputs(fused(stock, **options), inputs)
+        oracle = evaluate(copy.deepcopy(stock).double())
+        assert_close(evaluate(fused(stock, **options).double()), oracle, 1e-11)
+    plain, ours = evaluate(stock), evaluate(fused(stock, **options))
     for name, expected in oracle.items():
         assert_within_error_bound(ours[name], expected, plain[name], name, floor_ulps=16)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+from collections.abc import Callable
 
 import pytest
 
@@ -11,7 +12,8 @@ pytest.importorskip("transformers", reason="needs transformers: pip install 'led
 
 import torch
 from hf_cases import BUILDERS, HFCase, assert_close, fused, led_model, longformer_model, outputs
-from torch import nn
+from torch import Tensor, nn
+from torch._dynamo.backends.registry import lookup_backend
 from transformers import (
     AutoModel,
     AutoModelForSeq2SeqLM,
@@ -215,10 +217,60 @@ def test_capacity_for_globals(build):
         torch.testing.assert_close(got, value, rtol=0, atol=1e-4 * max(1, value.abs().max()))
 
 
-def test_capacity_lets_the_encoder_compile_without_a_graph_break():
+def counting_backend(inner: str) -> tuple[Callable, list]:
+    """A torch.compile backend, and the graphs it was given."""
+    graphs, compile_graph = [], lookup_backend(inner)
+
+    def backend(graph, example_inputs):
+        graphs.append(graph)
+        return compile_graph(graph, example_inputs)
+
+    return backend, graphs
+
+
+def encoder_inputs(seqlen: int, masks: str) -> dict[str, Tensor]:
+    inputs = HFCase(
+        seqlen=seqlen, globals_per_row=((0, seqlen - 2), (4,)), padding=("none", "right")
+    ).inputs()
+    names = ["input_ids", "attention_mask", "global_attention_mask"]
+    return {name: inputs[name] for name in names[: {"none": 1, "padding": 2, "padding and global": 3}[masks]]}
+
+
+@pytest.mark.parametrize("masks", ["none", "padding", "padding and global"])
+def test_one_compiled_encoder_for_all_lengths(masks):
+    """Without a graph break; with ``dynamic=True`` even the first length is a symbol of the graph."""
+    torch._dynamo.reset()
     model = fused(led_model(CASE), max_globals=2).get_encoder()
-    inputs = CASE.inputs()
+    backend, graphs = counting_backend("eager")
+    compiled = torch.compile(model, fullgraph=True, dynamic=True, backend=backend)
+    for seqlen in (19, 24, 7, 64, 33, 90):
+        inputs = encoder_inputs(seqlen, masks)
+        with torch.no_grad():
+            expected = model(**inputs).last_hidden_state
+            torch.testing.assert_close(compiled(**inputs).last_hidden_state, expected)
+    assert len(graphs) == 1
+
+
+def test_compiled_training_step_for_all_lengths():
+    """By default torch takes the first length for the only one, and the second for one of many: two graphs."""
+    torch._dynamo.reset()
+    model = fused(led_model(CASE), max_globals=2).get_encoder()
+    backend, graphs = counting_backend("aot_eager")
+    compiled = torch.compile(model, fullgraph=True, backend=backend)
+    for seqlen in (19, 24, 7, 64, 33):
+        results = []
+        for encoder in (model, compiled):
+            model.zero_grad()
+            hidden = encoder(**encoder_inputs(seqlen, "padding and global")).last_hidden_state
+            hidden.square().mean().backward()
+            results.append({n: p.grad for n, p in model.named_parameters()} | {"out": hidden.detach()})
+        assert_close(results[1], results[0], 1e-5)
+    assert len(graphs) == 2
+
+
+def test_stock_encoder_breaks_the_graph():
+    torch._dynamo.reset()
+    backend, graphs = counting_backend("eager")
     with torch.no_grad():
-        expected = model(**inputs).last_hidden_state
-        compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-        torch.testing.assert_close(compiled(**inputs).last_hidden_state, expected)
+        torch.compile(led_model(CASE).get_encoder(), backend=backend)(**CASE.inputs())
+    assert len(graphs) > 5
