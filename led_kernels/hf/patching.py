@@ -70,10 +70,15 @@ def apply_led_kernels(
 ) -> None:
     """Run the encoder of LED or Longformer models of transformers through the fused kernels.
 
+    LED's decoder runs by SDPA, and with masks that make ``generate(..., cache_implementation="static")`` right, where
+    transformers returns other tokens. A release whose own decoder passes a test of this at the first call keeps it.
+
     Outputs, gradients and state-dict keys stay those of transformers, with these differences: nothing is
     padded to a multiple of ``attention_window``, so ``global_attentions`` have the input's length; their
     columns past a row's own number of global tokens are zeros; in training the returned attention
-    probabilities are those before dropout; ``head_mask`` (transformers 4) is refused.
+    probabilities are those before dropout; a token of the decoder that may see no key, as in a document of nothing
+    but padding, gets zeros from that attention, not the mean of the padding; ``head_mask`` (transformers 4) is
+    refused.
 
     Args:
         model: any module that holds LED or Longformer encoders, on any device, hooked, offloaded, quantised
@@ -86,8 +91,8 @@ def apply_led_kernels(
         backend: as in :func:`led_kernels.banded_attention`.
 
     Raises:
-        TypeError: for something that is no module, or an encoder whose forward someone else replaced.
-        ValueError: for a model without an LED or Longformer encoder, or a negative max_globals.
+        TypeError: for something that is no module, or a module whose forward someone else replaced.
+        ValueError: for a model without modules of LED or Longformer, or a negative max_globals.
     """
     if max_globals is not None and max_globals < 0:
         raise ValueError(f"max_globals is {max_globals}; give the capacity, 0 or more.")
@@ -101,7 +106,7 @@ def apply_led_kernels(
     modules = [(module, _fused_class(_stock_class(module))) for module in model.modules()]
     changes = [_Change.plan(module, fused) for module, fused in modules if fused is not None]
     if not changes:
-        raise ValueError("model holds no LED or Longformer encoder of transformers; pass one that does.")
+        raise ValueError("model holds no LED or Longformer modules of transformers; pass one that does.")
     for change in changes:
         change.make()
         change.module.led_kernels_options = options

@@ -153,7 +153,7 @@ def true_fp64() -> Iterator[None]:
     the least fp64 number does not fit.
     """
     softmax, dtype = nn.functional.softmax, torch.get_default_dtype()
-    nn.functional.softmax = lambda x, dim, dtype=None: softmax(x, dim=dim)
+    nn.functional.softmax = lambda x, dim, dtype=None, **_: softmax(x, dim=dim)
     torch.set_default_dtype(torch.float64)
     try:
         yield
