@@ -353,3 +353,10 @@ def test_question_of_the_release_leaves_the_generator_alone():
     state = torch.get_rng_state()
     assert stock_decoder_fails.__wrapped__()
     assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_answer_does_not_depend_on_the_surroundings():
+    with true_fp64():
+        assert stock_decoder_fails.__wrapped__()
+    with torch.autocast("cpu", torch.bfloat16), torch.inference_mode():
+        assert stock_decoder_fails.__wrapped__()
