@@ -3,7 +3,8 @@
     from led_kernels.hf import apply_led_kernels
     apply_led_kernels(model)
 
-Tested with transformers 4.53, 4.57, 5.0 and 5.23. The encoder is replaced; LED's decoder stays transformers' own.
+Tested with transformers 4.53, 4.57, 5.0 and 5.23. The encoder is replaced, and from 4.56 LED's decoder too, unless a
+release decodes right with a static cache by itself.
 """
 
 try:

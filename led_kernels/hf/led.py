@@ -1,4 +1,4 @@
-"""LED's encoder. LED's decoder is transformers' own."""
+"""LED's encoder."""
 
 from __future__ import annotations
 

@@ -14,13 +14,26 @@ from typing import NamedTuple
 from weakref import WeakSet
 
 from torch import nn
-from transformers.models.led.modeling_led import LEDEncoder, LEDEncoderLayer, LEDEncoderSelfAttention
+from transformers.models.led.modeling_led import (
+    LEDDecoder,
+    LEDDecoderAttention,
+    LEDEncoder,
+    LEDEncoderLayer,
+    LEDEncoderSelfAttention,
+    LEDLearnedPositionalEmbedding,
+)
 from transformers.models.longformer.modeling_longformer import (
     LongformerEncoder,
     LongformerModel,
     LongformerSelfAttention,
 )
 
+from led_kernels.hf.decoder import (
+    FusedLEDDecoder,
+    FusedLEDDecoderAttention,
+    FusedLEDLearnedPositionalEmbedding,
+    stock_decoder_fails,
+)
 from led_kernels.hf.encoder import FusedSelfAttention, Options
 from led_kernels.hf.led import FusedLEDEncoder, FusedLEDEncoderLayer, FusedLEDEncoderSelfAttention
 from led_kernels.hf.longformer import (
@@ -29,7 +42,7 @@ from led_kernels.hf.longformer import (
     FusedLongformerSelfAttention,
 )
 
-_FUSED_CLASSES = {
+_FUSED_ENCODERS = {
     LEDEncoder: FusedLEDEncoder,
     LEDEncoderLayer: FusedLEDEncoderLayer,
     LEDEncoderSelfAttention: FusedLEDEncoderSelfAttention,
@@ -37,13 +50,18 @@ _FUSED_CLASSES = {
     LongformerEncoder: FusedLongformerEncoder,
     LongformerSelfAttention: FusedLongformerSelfAttention,
 }
-for _stock, _fused in _FUSED_CLASSES.items():
+_FUSED_DECODER = {
+    LEDDecoder: FusedLEDDecoder,
+    LEDDecoderAttention: FusedLEDDecoderAttention,
+    LEDLearnedPositionalEmbedding: FusedLEDLearnedPositionalEmbedding,
+}
+for _stock, _fused in (_FUSED_ENCODERS | _FUSED_DECODER).items():
     _fused.stock_class = _stock
     # transformers and accelerate find modules by __name__ (_no_split_modules, config.architectures); pickle
     # goes by __qualname__, which stays
     _fused.__name__ = _stock.__name__
 
-_ROOTS = (LEDEncoder, LongformerModel)  # their constructors build all the others
+_ROOTS = (LEDEncoder, LongformerModel, LEDDecoder)  # their constructors build all the others
 _built_fused: WeakSet[nn.Module] = WeakSet()
 
 
@@ -52,10 +70,15 @@ def apply_led_kernels(
 ) -> None:
     """Run the encoder of LED or Longformer models of transformers through the fused kernels.
 
+    LED's decoder runs by SDPA, and with masks that make ``generate(..., cache_implementation="static")`` right, where
+    transformers returns other tokens. A release whose own decoder passes a test of this at the first call keeps it.
+
     Outputs, gradients and state-dict keys stay those of transformers, with these differences: nothing is
     padded to a multiple of ``attention_window``, so ``global_attentions`` have the input's length; their
     columns past a row's own number of global tokens are zeros; in training the returned attention
-    probabilities are those before dropout; ``head_mask`` (transformers 4) is refused.
+    probabilities are those before dropout; a token of the decoder that may see no key, as in a document of nothing
+    but padding, gets zeros from that attention, not the mean of the padding; ``head_mask`` (transformers 4) is
+    refused.
 
     Args:
         model: any module that holds LED or Longformer encoders, on any device, hooked, offloaded, quantised
@@ -68,14 +91,14 @@ def apply_led_kernels(
         backend: as in :func:`led_kernels.banded_attention`.
 
     Raises:
-        TypeError: for something that is no module, or an encoder whose forward someone else replaced.
-        ValueError: for a model without an LED or Longformer encoder, or a negative max_globals.
+        TypeError: for something that is no module, or a module whose forward someone else replaced.
+        ValueError: for a model without modules of LED or Longformer, or a negative max_globals.
     """
     if max_globals is not None and max_globals < 0:
         raise ValueError(f"max_globals is {max_globals}; give the capacity, 0 or more.")
     options = Options(max_globals, backend)
     if model is None:
-        for root in _ROOTS:
+        for root in filter(_fused_class, _ROOTS):
             root.__init__ = _then_apply(_stock_init(root), options)
         return
     if not isinstance(model, nn.Module):
@@ -83,7 +106,7 @@ def apply_led_kernels(
     modules = [(module, _fused_class(_stock_class(module))) for module in model.modules()]
     changes = [_Change.plan(module, fused) for module, fused in modules if fused is not None]
     if not changes:
-        raise ValueError("model holds no LED or Longformer encoder of transformers; pass one that does.")
+        raise ValueError("model holds no LED or Longformer modules of transformers; pass one that does.")
     for change in changes:
         change.make()
         change.module.led_kernels_options = options
@@ -132,14 +155,14 @@ def _stock_class(module: nn.Module) -> type[nn.Module]:
 @functools.cache
 def _fused_class(cls: type[nn.Module]) -> type[nn.Module] | None:
     """The fused class of a stock class or of a subclass that inherits its forward; None for all others."""
-    for stock, fused in _FUSED_CLASSES.items():
+    for stock, fused in (_FUSED_ENCODERS | (_FUSED_DECODER if stock_decoder_fails() else {})).items():
         if cls is stock:
             return fused
         if issubclass(cls, stock):
             # transformers wraps the forward of subclasses of checkpointed layers, also one they inherit
             if inspect.unwrap(cls.forward) is inspect.unwrap(stock.forward):
                 return type(cls.__name__, (fused, cls), {"__module__": cls.__module__, "stock_class": cls})
-            if issubclass(fused, FusedSelfAttention):
+            if issubclass(fused, (FusedSelfAttention, FusedLEDDecoderAttention)):
                 raise TypeError(
                     f"{cls.__name__} overrides the forward of {stock.__name__}, which led_kernels would "
                     "replace; leave this model stock."

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import copy
 import pickle
+from collections.abc import Callable
 
 import pytest
 
 pytest.importorskip("transformers", reason="needs transformers: pip install 'led-kernels[hf]'")
 
 import torch
-from hf_cases import BUILDERS, HFCase, fused, led_model, longformer_model, outputs
-from torch import nn
+from hf_cases import BUILDERS, HFCase, assert_close, fused, led_model, longformer_model, outputs
+from torch import Tensor, nn
+from torch._dynamo.backends.registry import lookup_backend
 from transformers import (
     AutoModel,
     AutoModelForSeq2SeqLM,
@@ -39,12 +41,6 @@ def is_fused(model: nn.Module) -> bool:
     return answers.pop()
 
 
-def assert_same(actual: dict, expected: dict, atol: float) -> None:
-    assert actual.keys() == expected.keys()
-    for name, value in expected.items():
-        torch.testing.assert_close(actual[name], value, rtol=0, atol=atol * max(1, value.abs().max()))
-
-
 @pytest.fixture(params=BUILDERS.values(), ids=BUILDERS.keys())
 def stock(request) -> nn.Module:
     return request.param(CASE)
@@ -56,11 +52,11 @@ def test_revert_gives_back_stock_bits(stock):
     apply_led_kernels(stock)
     assert is_fused(stock)
     assert list(stock.state_dict()) == keys
-    assert_same(outputs(stock, CASE.inputs()), expected, 1e-4)
+    assert_close(outputs(stock, CASE.inputs()), expected, 1e-4)
     revert_led_kernels(stock)
     assert [type(m) for m in stock.modules()] == classes
     assert [set(vars(m)) for m in stock.modules()] == attributes
-    assert_same(outputs(stock, CASE.inputs()), expected, 0)
+    assert_close(outputs(stock, CASE.inputs()), expected, 0)
 
 
 def test_apply_and_revert_twice(stock):
@@ -69,7 +65,7 @@ def test_apply_and_revert_twice(stock):
     apply_led_kernels(stock)
     revert_led_kernels(stock)
     revert_led_kernels(stock)
-    assert_same(outputs(stock, CASE.inputs()), expected, 0)
+    assert_close(outputs(stock, CASE.inputs()), expected, 0)
 
 
 def test_models_built_after_a_global_apply(tmp_path):
@@ -89,7 +85,7 @@ def test_models_built_after_a_global_apply(tmp_path):
     assert all(is_fused(model) for model in built)
     assert not is_fused(stock)
     for model, name in zip(built[-2:], models, strict=True):
-        assert_same(outputs(model.eval(), CASE.inputs()), outputs(models[name], CASE.inputs()), 1e-4)
+        assert_close(outputs(model.eval(), CASE.inputs()), outputs(models[name], CASE.inputs()), 1e-4)
     revert_led_kernels()
     assert not any(is_fused(model) for model in built)
     assert not is_fused(LEDModel(CASE.led_config()))
@@ -113,7 +109,7 @@ def test_copies_and_pickles_stay_fused(stock):
     expected = outputs(stock, CASE.inputs())
     for twin in (copy.deepcopy(stock), pickle.loads(pickle.dumps(stock))):
         assert is_fused(twin)
-        assert_same(outputs(twin, CASE.inputs()), expected, 0)
+        assert_close(outputs(twin, CASE.inputs()), expected, 0)
 
 
 def test_only_the_given_model_changes(stock):
@@ -127,7 +123,7 @@ def test_part_of_a_model_is_enough():
     expected = outputs(model, CASE.inputs())
     apply_led_kernels(nn.ModuleList([model.get_encoder()]))
     assert is_fused(model)
-    assert_same(outputs(model, CASE.inputs()), expected, 1e-4)
+    assert_close(outputs(model, CASE.inputs()), expected, 1e-4)
 
 
 def test_attention_alone_takes_the_masks_of_transformers():
@@ -137,7 +133,7 @@ def test_attention_alone_takes_the_masks_of_transformers():
     for layer in stock.longformer.encoder.layer:
         apply_led_kernels(layer)
     assert type(stock.longformer.encoder).__module__.startswith("transformers")
-    assert_same(outputs(stock, inputs), expected, 1e-4)
+    assert_close(outputs(stock, inputs), expected, 1e-4)
 
 
 class OwnEncoder(LEDEncoder):
@@ -155,10 +151,10 @@ def test_subclass_that_inherits_the_forward():
     model.get_encoder().__class__ = OwnEncoder
     apply_led_kernels(model)
     assert isinstance(model.get_encoder(), OwnEncoder)
-    assert_same(outputs(model, CASE.inputs()), expected, 1e-4)
+    assert_close(outputs(model, CASE.inputs()), expected, 1e-4)
     revert_led_kernels(model)
     assert type(model.get_encoder()) is OwnEncoder
-    assert_same(outputs(model, CASE.inputs()), expected, 0)
+    assert_close(outputs(model, CASE.inputs()), expected, 0)
 
 
 def test_subclass_with_a_forward_of_its_own_is_refused():
@@ -182,7 +178,7 @@ def test_forward_replaced_on_an_instance_is_refused():
     ("arguments", "options", "error", "message"),
     [
         (["led"], {}, TypeError, "model is a str; give a torch.nn.Module"),
-        ([nn.Linear(2, 2)], {}, ValueError, "no LED or Longformer encoder"),
+        ([nn.Linear(2, 2)], {}, ValueError, "no LED or Longformer modules"),
         ([], {"max_globals": -1}, ValueError, "max_globals is -1"),
     ],
 )
@@ -193,15 +189,16 @@ def test_wrong_arguments(arguments, options, error, message):
 
 @pytest.mark.parametrize("implementation", ["eager", "own"])
 def test_any_attention_implementation(implementation, tmp_path):
+    """Also one for which transformers would build no causal mask."""
     stock = led_model(CASE)
     stock.save_pretrained(tmp_path)
     if implementation == "own":
         attention = pytest.importorskip("transformers").AttentionInterface
         attention.register("own", lambda *args, **kwargs: None)
     model = type(stock).from_pretrained(tmp_path, attn_implementation=implementation).eval()
-    expected = outputs(model, CASE.inputs())
+    expected = outputs(stock, CASE.inputs())
     apply_led_kernels(model)
-    assert_same(outputs(model, CASE.inputs()), expected, 1e-4)
+    assert_close(outputs(model, CASE.inputs()), expected, 1e-4)
 
 
 @pytest.mark.parametrize("build", BUILDERS.values(), ids=BUILDERS.keys())
@@ -220,10 +217,59 @@ def test_capacity_for_globals(build):
         torch.testing.assert_close(got, value, rtol=0, atol=1e-4 * max(1, value.abs().max()))
 
 
-def test_capacity_lets_the_encoder_compile_without_a_graph_break():
+def counting_backend(inner: str) -> tuple[Callable, list]:
+    """A torch.compile backend, and the graphs it was given."""
+    graphs, compile_graph = [], lookup_backend(inner)
+
+    def backend(graph, example_inputs):
+        graphs.append(graph)
+        return compile_graph(graph, example_inputs)
+
+    return backend, graphs
+
+
+def encoder_inputs(seqlen: int, masks: str) -> dict[str, Tensor]:
+    inputs = HFCase(
+        seqlen=seqlen, globals_per_row=((0, seqlen - 2), (4,)), padding=("none", "right")
+    ).inputs()
+    names = ["input_ids", "attention_mask", "global_attention_mask"]
+    return {name: inputs[name] for name in names[: {"none": 1, "padding": 2, "padding and global": 3}[masks]]}
+
+
+@pytest.mark.parametrize("masks", ["none", "padding", "padding and global"])
+def test_one_compiled_encoder_for_all_lengths(masks):
+    """Without a graph break; with ``dynamic=True`` even the first length is a symbol of the graph."""
+    torch._dynamo.reset()
     model = fused(led_model(CASE), max_globals=2).get_encoder()
-    inputs = CASE.inputs()
-    with torch.no_grad():
-        expected = model(**inputs).last_hidden_state
-        compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-        torch.testing.assert_close(compiled(**inputs).last_hidden_state, expected)
+    backend, graphs = counting_backend("eager")
+    compiled = torch.compile(model, fullgraph=True, dynamic=True, backend=backend)
+    for seqlen in (19, 24, 7, 64, 33, 90):
+        inputs = encoder_inputs(seqlen, masks)
+        with torch.no_grad():
+            expected = model(**inputs).last_hidden_state
+            torch.testing.assert_close(compiled(**inputs).last_hidden_state, expected)
+    assert len(graphs) == 1
+
+
+def test_compiled_training_step_for_all_lengths():
+    """By default torch takes the first length for the only one, and the second for one of many: two graphs."""
+    torch._dynamo.reset()
+    model = fused(led_model(CASE), max_globals=2).get_encoder()
+    backend, graphs = counting_backend("aot_eager")
+    compiled = torch.compile(model, fullgraph=True, backend=backend)
+    for seqlen in (19, 24, 7, 64, 33):
+        results = []
+        for encoder in (model, compiled):
+            model.zero_grad()
+            hidden = encoder(**encoder_inputs(seqlen, "padding and global")).last_hidden_state
+            hidden.square().mean().backward()
+            results.append({n: p.grad for n, p in model.named_parameters()} | {"out": hidden.detach()})
+        assert_close(results[1], results[0], 1e-5)
+    assert len(graphs) == 2
+
+
+def test_stock_encoder_breaks_the_graph():
+    torch._dynamo.reset()
+    compiled = torch.compile(led_model(CASE).get_encoder(), fullgraph=True, backend="eager")
+    with pytest.raises(torch._dynamo.exc.Unsupported):
+        compiled(**CASE.inputs())
