@@ -78,15 +78,26 @@ struct AttentionParams {
   float* workspace = nullptr;
 };
 
-// y = x weightᵀ + bias for a few rows: x [rows, in_features], weight [out_features, in_features], both with a
-// contiguous last dimension; y [rows, out_features]. bias may be null.
+// y = x weightᵀ + bias for a few rows, then GELU if asked for: x [rows, in_features], weight [out_features,
+// in_features], both with a contiguous last dimension; y [rows, out_features]. bias may be null.
 struct LinearParams {
   DType dtype = DType::kFloat32;
   int64_t rows = 0, in_features = 0, out_features = 0;
   const void *x = nullptr, *weight = nullptr, *bias = nullptr;
   void* y = nullptr;
   int64_t x_stride = 0, weight_stride = 0;  // of rows
+  bool gelu = false;                        // x Φ(x), by erf
   int num_threads = 1;
+};
+
+// y = weight * (s - mean(s)) / sqrt(var(s) + eps) + bias for s = residual + block, row by row; all
+// contiguous, of one dtype, [rows, features] or [features].
+struct AddNormParams {
+  DType dtype = DType::kFloat32;
+  int64_t rows = 0, features = 0;
+  const void *residual = nullptr, *block = nullptr, *weight = nullptr, *bias = nullptr;
+  void* y = nullptr;
+  double eps = 0;
 };
 
 }  // namespace led

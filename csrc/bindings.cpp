@@ -167,15 +167,26 @@ PYBIND11_MODULE(_C, m) {
   m.def(
       "cpu_few_rows_linear",
       [](led::DType dtype, const std::array<int64_t, 3>& sizes, uintptr_t x, int64_t x_stride,
-         uintptr_t weight, int64_t weight_stride, uintptr_t bias, uintptr_t y, int num_threads,
+         uintptr_t weight, int64_t weight_stride, uintptr_t bias, uintptr_t y, bool gelu, int num_threads,
          const std::string& isa) {
         const KernelTable& table = kernels(isa);
         py::gil_scoped_release release;
         table.few_rows_linear({dtype, sizes[0], sizes[1], sizes[2], pointer<void>(x), pointer<void>(weight),
-                               pointer<void>(bias), reinterpret_cast<void*>(y), x_stride, weight_stride,
+                               pointer<void>(bias), reinterpret_cast<void*>(y), x_stride, weight_stride, gelu,
                                num_threads});
       },
-      "x weightᵀ + bias; sizes are rows, in_features, out_features.");
+      "x weightᵀ + bias, then GELU if asked for; sizes are rows, in_features, out_features.");
+  m.def(
+      "cpu_few_rows_add_norm",
+      [](led::DType dtype, int64_t rows, int64_t features, uintptr_t residual, uintptr_t block,
+         uintptr_t weight, uintptr_t bias, uintptr_t y, double eps, const std::string& isa) {
+        const KernelTable& table = kernels(isa);
+        py::gil_scoped_release release;
+        table.few_rows_add_norm({dtype, rows, features, pointer<void>(residual), pointer<void>(block),
+                                 pointer<void>(weight), pointer<void>(bias), reinterpret_cast<void*>(y),
+                                 eps});
+      },
+      "Layer norm of residual + block.");
 #if defined(LED_KERNELS_WITH_CUDA)
   define_cuda(m);
 #endif

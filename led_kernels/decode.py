@@ -6,6 +6,8 @@ of ``csrc/cpu/few_rows.h`` serve. Everywhere else, and wherever a gradient may b
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -16,19 +18,32 @@ from led_kernels.projection import is_plain_linear
 _FEW = 16  # rows, from which on torch is as fast
 
 
-def few_rows_linear(module: nn.Module, x: Tensor) -> Tensor:
+def few_rows_linear(module: nn.Module, x: Tensor, gelu: bool = False) -> Tensor:
     """``module(x)``; by a kernel when ``module`` is a plain ``nn.Linear`` and ``x`` has at most 16 rows.
 
     Args:
         module: hooked, quantised and adapted modules are called as they are.
         x: ``[..., in_features]``, in the dtype of the weight.
+        gelu: apply ``F.gelu`` to the result.
 
     Returns:
         ``[..., out_features]``.
     """
-    if not (is_plain_linear(module) and _is_served(x, x.numel() // x.shape[-1], module.weight)):
-        return module(x)
-    return backend_module("cpu").few_rows_linear(x, module.weight, module.bias)
+    if _serves(x, x.shape[-1]) and is_plain_linear(module) and module.weight.dtype == x.dtype:
+        return backend_module("cpu").few_rows_linear(x, module.weight, module.bias, gelu)
+    y = module(x)
+    return F.gelu(y) if gelu else y
+
+
+def few_rows_add_norm(residual: Tensor, block: Tensor, norm: nn.LayerNorm) -> Tensor:
+    """``norm(residual + block)``, both ``[..., d_model]``; by one kernel for at most 16 rows, else over ``block``."""
+    if residual.dtype == block.dtype == norm.weight.dtype and _serves(residual, residual.shape[-1]):
+        return backend_module("cpu").few_rows_add_norm(residual, block, norm.weight, norm.bias, norm.eps)
+    if block.dtype == residual.dtype:
+        block += residual  # in place: neither a Linear nor a dropout keeps its output for the backward
+    else:  # autocast: the residual stream keeps the wider dtype
+        block = block + residual
+    return norm(block)
 
 
 def decode_attention(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None = None) -> Tensor:
@@ -44,18 +59,24 @@ def decode_attention(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None = N
         ``[batch, heads, queries, head_dim]``.
     """
     is_bool = visible is None or visible.dtype == torch.bool
-    if not (is_bool and _is_served(q, q.shape[2], k)):
-        return F.scaled_dot_product_attention(q, k, v, visible)
-    return backend_module("cpu").decode_attention(q, k, v, visible)
+    if is_bool and q.dtype == k.dtype and _serves(q, q.shape[0] * q.shape[1] * q.shape[3]):
+        return backend_module("cpu").decode_attention(q, k, v, visible)
+    return F.scaled_dot_product_attention(q, k, v, visible)
 
 
-def _is_served(x: Tensor, rows: int, other: Tensor) -> bool:
+def _serves(x: Tensor, row: int) -> bool:
+    """Whether the kernels serve ``x``, whose rows are ``row`` numbers each."""
     return (
-        0 < rows <= _FEW
+        0 < x.numel() <= _FEW * row
         and x.device.type == "cpu"
-        and x.dtype == other.dtype
         and not torch.is_grad_enabled()
         and not torch.compiler.is_compiling()
         and not torch.is_autocast_enabled("cpu")
-        and choose_backend(x.device, x.dtype) == "cpu"
+        and _cpu_is_chosen(x.dtype)
     )
+
+
+@functools.cache
+def _cpu_is_chosen(dtype: torch.dtype) -> bool:
+    """Asked once for a process: a step of 20 ms makes 70 calls."""
+    return choose_backend(torch.device("cpu"), dtype) == "cpu"

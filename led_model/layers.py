@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from led_kernels import LongformerMask
-from led_kernels.decode import few_rows_linear
+from led_kernels.decode import few_rows_add_norm, few_rows_linear
 from led_model.attention import CrossAttention, DecoderSelfAttention, EncoderSelfAttention
 from led_model.cache import StaticKVCache
 from led_model.config import LEDConfig
@@ -51,11 +51,7 @@ class _Layer(nn.Module):
     def add_and_norm(self, residual: Tensor, block: Tensor, norm: nn.LayerNorm) -> Tensor:
         if self.training:
             block = F.dropout(block, self.dropout)
-        if block.dtype == residual.dtype:
-            block += residual  # in place: neither a Linear nor a dropout keeps its output for the backward
-        else:  # autocast: the residual stream keeps the wider dtype
-            block = block + residual
-        return norm(block)
+        return few_rows_add_norm(residual, block, norm)
 
     def feed_forward(self, hidden: Tensor) -> Tensor:
         """The second half of a layer. In inference a long ``hidden`` is overwritten."""
@@ -67,7 +63,10 @@ class _Layer(nn.Module):
         return hidden
 
     def _feed_forward(self, hidden: Tensor) -> Tensor:
-        inner = self.activation(few_rows_linear(self.fc1, hidden))
+        if self.activation is F.gelu:
+            inner = few_rows_linear(self.fc1, hidden, gelu=True)
+        else:
+            inner = self.activation(few_rows_linear(self.fc1, hidden))
         if self.training:
             inner = F.dropout(inner, self.activation_dropout)
         return self.add_and_norm(hidden, few_rows_linear(self.fc2, inner), self.final_layer_norm)

@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from led_kernels.decode import decode_attention, few_rows_linear
+from led_kernels import decode
+from led_kernels.decode import decode_attention, few_rows_add_norm, few_rows_linear
 from led_kernels.dispatch import backend_module, can_run
 from led_kernels.testing import assert_within_error_bound, unaligned
 
@@ -28,7 +29,7 @@ def calls(monkeypatch):
         made.append(name)
         return function(*args)
 
-    for name in ("few_rows_linear", "decode_attention"):
+    for name in ("few_rows_linear", "few_rows_add_norm", "decode_attention"):
         monkeypatch.setattr(cpu, name, partial(spy, name, getattr(cpu, name)))
     return made
 
@@ -52,6 +53,35 @@ def test_linear(calls, dtype, rows, in_features, out_features, bias):
     assert calls == ["few_rows_linear"]
     parameters = [None if p is None else p.double() for p in (module.weight, module.bias)]
     assert_within_error_bound(y, F.linear(x.double(), *parameters), module(x), "y")
+
+
+@needs_extension
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("out_features", [3, 130])
+def test_linear_with_gelu(dtype, out_features):
+    module, x = nn.Linear(40, out_features, dtype=dtype), draw(5, 40, dtype=dtype) * 3
+    parameters = [p.double() for p in (module.weight, module.bias)]
+    expected = F.gelu(F.linear(x.double(), *parameters))
+    assert_within_error_bound(few_rows_linear(module, x, gelu=True), expected, F.gelu(module(x)), "y")
+
+
+@needs_extension
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("rows", [1, 3, 16])
+@pytest.mark.parametrize("features", [1, 37, 768])
+def test_add_norm(calls, dtype, rows, features):
+    residual, block = draw(1, rows, features, dtype=dtype), draw(1, rows, features, dtype=dtype, seed=1) + 3
+    norm = nn.LayerNorm(features, dtype=dtype)
+    norm.weight.copy_(draw(features, dtype=dtype, seed=2))
+    norm.bias.copy_(draw(features, dtype=dtype, seed=3))
+    y = few_rows_add_norm(residual, block, norm)
+    assert calls == ["few_rows_add_norm"]
+    expected = F.layer_norm(
+        residual.double() + block.double(), (features,), norm.weight.double(), norm.bias.double(), norm.eps
+    )
+    assert_within_error_bound(y, expected, norm(residual + block), "y")
 
 
 @needs_extension
@@ -146,6 +176,9 @@ def test_torch_serves_the_rest(calls, monkeypatch):
     assert module.weight.grad is not None
     with torch.no_grad():
         few_rows_linear(module, torch.randn(17, 8))
+        few_rows_linear(module.double(), x.double().repeat(9, 1), gelu=True)
+        few_rows_add_norm(torch.randn(17, 8), torch.randn(17, 8), nn.LayerNorm(8))
+        module.float()
         decode_attention(torch.randn(1, 2, 17, 8), q, q)
         decode_attention(q, q, q, torch.zeros(1, 1, 3, 3))
         torch.compile(few_rows_linear, backend="eager", fullgraph=True)(module, x)
@@ -153,8 +186,10 @@ def test_torch_serves_the_rest(calls, monkeypatch):
         with torch.autocast("cpu", torch.bfloat16):
             assert few_rows_linear(module, x).dtype == torch.bfloat16
         monkeypatch.setenv("LED_KERNELS_BACKEND", "torch")
+        decode._cpu_is_chosen.cache_clear()
         few_rows_linear(module, x)
         monkeypatch.delenv("LED_KERNELS_BACKEND")
+        decode._cpu_is_chosen.cache_clear()
         hook = module.register_forward_hook(lambda *_: torch.zeros(1))
         assert few_rows_linear(module, x).shape == (1,)
         hook.remove()

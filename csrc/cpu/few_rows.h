@@ -102,17 +102,22 @@ class FewRowsLinear {
       const char* w = at(p_.weight, begin * p_.weight_stride);
       if (in_place_) {
         multiply_few_rows<T>(x, width_, p_.rows, reinterpret_cast<const T*>(w), p_.weight_stride, columns,
-                             p_.in_features, y, kColumns, reinterpret_cast<const T*>(w) + 4 * p_.weight_stride, p_.weight_stride);
+                             p_.in_features, y, kColumns,
+                             reinterpret_cast<const T*>(w) + 4 * p_.weight_stride, p_.weight_stride);
       } else {
         for (int64_t c = 0; c < columns; ++c)
           load_row<T>(at(w, c * p_.weight_stride), p_.dtype, p_.in_features, width_, T(1),
                       widened + c * width_);
-        multiply_few_rows<T>(x, width_, p_.rows, widened, width_, columns, width_, y, kColumns, widened, width_);
+        multiply_few_rows<T>(x, width_, p_.rows, widened, width_, columns, width_, y, kColumns, widened,
+                             width_);
       }
       T bias[kColumns] = {};
       if (p_.bias != nullptr) load_row<T>(at(p_.bias, begin), p_.dtype, columns, columns, T(1), bias);
       for (int64_t r = 0; r < p_.rows; ++r) {
-        for (int64_t c = 0; c < columns; ++c) y[r * kColumns + c] += bias[c];
+        for (int64_t c = 0; c < columns; ++c) {
+          const T value = y[r * kColumns + c] + bias[c];
+          y[r * kColumns + c] = p_.gelu ? value * T(0.5) * (T(1) + erf_scalar(value * T(kSqrtHalf))) : value;
+        }
         store_row<T>(const_cast<char*>(at(p_.y, r * p_.out_features + begin)), p_.dtype, columns, T(1),
                      y + r * kColumns);
       }
@@ -127,6 +132,45 @@ class FewRowsLinear {
   const LinearParams& p_;
   int64_t width_;
   bool in_place_;  // weights are of the type that is computed in
+};
+
+// Residual and layer norm, whose rows are a few kilobytes: on the caller's thread.
+template <class T>
+class FewRowsAddNorm {
+ public:
+  explicit FewRowsAddNorm(const AddNormParams& p) : p_(p) {}
+
+  void run() {
+    Arena sizes(nullptr);
+    for (int i = 0; i < 4; ++i) sizes.take<T>(p_.features);
+    Scratch scratch(sizes.used());
+    Arena arena(scratch.at(0));
+    T *sum = arena.take<T>(p_.features), *block = arena.take<T>(p_.features);
+    T *weight = arena.take<T>(p_.features), *bias = arena.take<T>(p_.features);
+    read(p_.weight, 0, weight);
+    read(p_.bias, 0, bias);
+    for (int64_t row = 0; row < p_.rows; ++row) {
+      read(p_.residual, row, sum);
+      read(p_.block, row, block);
+      T mean = 0, variance = 0;
+      for (int64_t i = 0; i < p_.features; ++i) mean += sum[i] += block[i];
+      mean /= static_cast<T>(p_.features);
+      for (int64_t i = 0; i < p_.features; ++i) variance += (sum[i] - mean) * (sum[i] - mean);
+      const T scale = T(1) / sqrt_scalar(variance / static_cast<T>(p_.features) + static_cast<T>(p_.eps));
+      for (int64_t i = 0; i < p_.features; ++i) sum[i] = (sum[i] - mean) * scale * weight[i] + bias[i];
+      store_row<T>(at(p_.y, row), p_.dtype, p_.features, T(1), sum);
+    }
+  }
+
+ private:
+  char* at(const void* base, int64_t row) const {
+    return const_cast<char*>(static_cast<const char*>(base)) + row * p_.features * bytes_of(p_.dtype);
+  }
+  void read(const void* base, int64_t row, T* to) const {
+    load_row<T>(at(base, row), p_.dtype, p_.features, p_.features, T(1), to);
+  }
+
+  const AddNormParams& p_;
 };
 
 // Softmax attention of a few queries over all visible keys, split over keys so that one document employs

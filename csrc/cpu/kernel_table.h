@@ -15,6 +15,7 @@ struct KernelTable {
   void (*global_backward)(const AttentionParams&);
   void (*decode_attention)(const AttentionParams&);
   void (*few_rows_linear)(const LinearParams&);
+  void (*few_rows_add_norm)(const AddNormParams&);
 };
 
 // Null where the compiler could not build them. Whether the processor runs them is cpu_kernels()'s to know.

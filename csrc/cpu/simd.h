@@ -85,6 +85,18 @@ inline float log2_scalar(float x) {
 inline double log2_scalar(double x) {
   return log2(x);
 }
+inline float erf_scalar(float x) {
+  return erff(x);
+}
+inline double erf_scalar(double x) {
+  return erf(x);
+}
+inline float sqrt_scalar(float x) {
+  return sqrtf(x);
+}
+inline double sqrt_scalar(double x) {
+  return sqrt(x);
+}
 
 template <class I>
 inline I smaller(I a, I b) {

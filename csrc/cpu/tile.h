@@ -23,7 +23,7 @@ struct Geometry {
                 "tiles must divide blocks");
 };
 
-constexpr double kLog2E = 1.4426950408889634, kLn2 = 0.6931471805599453;
+constexpr double kLog2E = 1.4426950408889634, kLn2 = 0.6931471805599453, kSqrtHalf = 0.7071067811865476;
 
 inline int64_t round_up(int64_t x, int64_t multiple) {
   return (x + multiple - 1) / multiple * multiple;
@@ -35,7 +35,8 @@ inline int64_t ceil_div(int64_t x, int64_t y) {
   return (x + y - 1) / y;
 }
 
-// c[rows, kPanel] (+)= a b over `depth`: a is [rows, depth], or [depth, rows] when transposed; b [depth, kPanel].
+// c[rows, kPanel] (+)= a b over `depth`: a is [rows, depth], or [depth, rows] when transposed; b [depth,
+// kPanel].
 template <class T, bool transposed, bool accumulate, int rows = Geometry<T>::kRows>
 LED_NOINLINE void multiply_tile(const T* a, int64_t a_stride, const T* b, int64_t b_stride, T* c,
                                 int64_t c_stride, int64_t depth) {

@@ -96,7 +96,7 @@ def global_backward(
     return run_backward(kernel, params, d_out, d_lse, q_global, k_global, v_global, out, lse)
 
 
-def few_rows_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def few_rows_linear(x: Tensor, weight: Tensor, bias: Tensor | None, gelu: bool) -> Tensor:
     """``x`` ``[..., in_features]`` by ``weight`` ``[out_features, in_features]`` -> ``[..., out_features]``."""
     x = x.contiguous()
     if weight.stride(1) != 1:
@@ -112,7 +112,27 @@ def few_rows_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         weight.stride(0),
         0 if bias is None else bias.data_ptr(),
         y.data_ptr(),
+        gelu,
         torch.get_num_threads(),
+        instruction_set(),
+    )
+    return y
+
+
+def few_rows_add_norm(residual: Tensor, block: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    """Layer norm of ``residual + block``, both ``[..., features]`` -> like them."""
+    residual, block = residual.contiguous(), block.contiguous()
+    y = torch.empty_like(residual)
+    _C.cpu_few_rows_add_norm(
+        element_type(residual.dtype),
+        residual.numel() // weight.shape[0],
+        weight.shape[0],
+        residual.data_ptr(),
+        block.data_ptr(),
+        weight.data_ptr(),
+        bias.data_ptr(),
+        y.data_ptr(),
+        eps,
         instruction_set(),
     )
     return y
