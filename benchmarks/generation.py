@@ -151,10 +151,5 @@ PROVIDERS: dict[str, Callable[[Shape], Callable[[Tensor, Tensor, Tensor], Tensor
 if __name__ == "__main__":
     from benchmarks import generation, run
 
-    sys.exit(
-        run.main(
-            groups=generation.groups,
-            out=table.RESULTS / "generation.csv",
-            prog="python -m benchmarks.generation",
-        )
-    )
+    prog = "python -m benchmarks.generation"
+    sys.exit(run.main(groups=generation.groups, out=table.GENERATION, prog=prog))

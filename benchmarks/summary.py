@@ -1,6 +1,6 @@
-"""``python -m benchmarks.summary``: what was to be reached and what a run saw, computed from its CSV alone.
+"""``python -m benchmarks.summary``: what was to be reached and what runs saw, computed from their CSVs alone.
 
-``--update-readme`` writes the table between the README's ``<!-- figures -->`` marks.
+``--update-readme`` writes the tables between the README's ``<!-- figures -->`` marks.
 """
 
 from __future__ import annotations
@@ -14,10 +14,12 @@ from pathlib import Path
 from benchmarks import table
 from benchmarks.attention import CPU, FLEX
 from benchmarks.encoder import DROP_IN, OWN, STOCK
+from benchmarks.generation import BEAMS, GENERATE, GREEDY
 from benchmarks.registry import FORWARD, FORWARD_BACKWARD
 from benchmarks.table import Row
 
 README = Path(__file__).parents[1] / "README.md"
+COMMITTED = (table.DEFAULT, table.GENERATION)
 BEGIN, END = "<!-- figures -->", "<!-- /figures -->"
 
 
@@ -101,6 +103,8 @@ def _figures(run: Run) -> Iterator[Figure]:
         growth = ratio(run.row(longer, "banded", CPU), run.row(shorter, "banded", CPU))
         name, seqlen = f"forward, time ÷ time at {shorter.split('_')[1]} tokens", int(longer.split("_")[1])
         yield Figure(name, seqlen, 4.2, growth, is_limit=True)
+    for group in (group for group in run.groups if group.startswith("generation_")):
+        yield from _generation_figures(run, group)
     for group in (group for group in run.groups if group.startswith("encoder_")):
         seqlen = int(group.split("_")[1])
         stock, linears = run.row(group, "encoder", STOCK), run.row(group, "linears", "torch.nn")
@@ -117,6 +121,20 @@ def _figures(run: Run) -> Iterator[Figure]:
             )
             yield Figure(f"{name} vs transformers", seqlen, 3.0, ratio(stock, encoder), unit=" ×")
             yield Figure(f"{name}, peak memory ÷ transformers'", seqlen, 0.25, peak, is_limit=True)
+
+
+def _generation_figures(run: Run, group: str) -> Iterator[Figure]:
+    seqlen, read = int(group.split("_")[1]), run.row(group, "read", "torch.sum")
+    for search, reach in ((GREEDY, 1.6), (BEAMS, 7)):
+        stock, ours = (run.row(group, search, provider, GENERATE) for provider in (STOCK, OWN))
+        yield Figure(f"{search} (led_model) vs transformers", seqlen, reach, ratio(stock, ours), unit=" ×")
+    for search in (GREEDY, BEAMS):
+        step = ratio(run.row(group, "step", OWN, search), read)
+        name = f"{search} (led_model), time of a step ÷ reading its weights and keys"
+        yield Figure(name, seqlen, 1.3, step, is_limit=True)
+    stock, ours = (run.row(group, "memory", provider) for provider in (STOCK, OWN))
+    name = f"{BEAMS} (led_model), peak memory ÷ transformers'"
+    yield Figure(name, seqlen, 0.5, ratio(ours, stock, "peak_mib"), is_limit=True)
 
 
 def markdown(rows: list[Row]) -> str:
@@ -136,8 +154,16 @@ def markdown(rows: list[Row]) -> str:
 
 
 def floors(rows: list[Row]) -> str:
-    """For every attention row: what its operations need at mm's rate, its bytes at copy's, and its time."""
-    run, lines = Run(rows), ["operations ÷ torch.mm's rate, bytes ÷ torch.copy's rate, time (ms, medians)"]
+    """For every attention row: what its operations need at mm's rate, its bytes at copy's, and its time; for every
+    decoding step: what its bytes need when they are only read."""
+    run = Run(rows)
+    steps = [row for row in rows if row.what == "step"]
+    if steps:
+        reading = {row.group: row.median_ms for row in rows if row.what == "read"}
+        lines = ["reading a step's bytes, the step (ms, medians)"]
+        lines += [f"{row.direction:12}{reading[row.group]:10.2f}{row.median_ms:10.2f}" for row in steps]
+        return "\n".join(lines)
+    lines = ["operations ÷ torch.mm's rate, bytes ÷ torch.copy's rate, time (ms, medians)"]
     for row in rows:
         mm, copy = run.rate(row.group), run.row(row.group, "copy", "torch.copy")
         if row.what in ("banded", "core") and mm and copy:
@@ -166,16 +192,18 @@ def update_readme(text: str, block: str) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.summary", description=__doc__.splitlines()[0])
-    parser.add_argument("csv", type=Path, nargs="?", default=table.DEFAULT)
-    parser.add_argument("--update-readme", action="store_true", help="write the table into README.md")
+    parser.add_argument("csv", type=Path, nargs="*", default=COMMITTED)
+    parser.add_argument("--update-readme", action="store_true", help="write the tables into README.md")
     arguments = parser.parse_args(argv)
-    if not arguments.csv.exists():
-        print(f"{arguments.csv} is not there; run python -m benchmarks.run first.", file=sys.stderr)
-        return 1
-    rows = table.read(arguments.csv)
-    print(floors(rows), markdown(rows), sep="\n\n")
+    for path in arguments.csv:
+        if not path.exists():
+            command = "generation" if path == table.GENERATION else "run"
+            print(f"{path} is not there; run python -m benchmarks.{command} first.", file=sys.stderr)
+            return 1
+    tables = "\n\n".join(markdown(table.read(path)) for path in arguments.csv)
+    print(*(floors(table.read(path)) for path in arguments.csv), tables, sep="\n\n")
     if arguments.update_readme:
-        README.write_text(update_readme(README.read_text(encoding="utf-8"), markdown(rows)), encoding="utf-8")
+        README.write_text(update_readme(README.read_text(encoding="utf-8"), tables), encoding="utf-8")
     return 0
 
 

@@ -12,6 +12,7 @@ import torch
 
 RESULTS = Path(__file__).parent / "results"
 DEFAULT = RESULTS / "cpu.csv"
+GENERATION = RESULTS / "generation.csv"
 
 
 @dataclass(frozen=True)

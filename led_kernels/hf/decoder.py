@@ -244,9 +244,7 @@ def stock_decoder_fails() -> bool:
         decoder = LEDDecoder(config).float().eval()
         torch.manual_seed(0)
         for parameter in decoder.parameters():
-            nn.init.normal_(
-                parameter, std=0.3
-            )  # so that empty slots weigh as much as tokens  # so that empty slots weigh as much as tokens
+            nn.init.normal_(parameter, std=0.3)  # so that empty slots weigh as much as tokens
         last = []
         for cache in (DynamicCache(), StaticCache(config=config, max_cache_len=64)):
             caches = EncoderDecoderCache(cache, DynamicCache())

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import attention, plot, run, summary, table, verify
+from benchmarks import attention, generation, plot, run, summary, table, verify
 from benchmarks.registry import SMOKE
 from benchmarks.shapes import Shape, attention_pairs
 
@@ -67,6 +67,33 @@ def test_figures_are_computed_from_rows_of_one_group() -> None:
         "forward, FLOP/s ÷ `torch.mm`'s": (0.8, True),
         "forward vs `torch.compile(flex_attention)`": (2.0, True),
     }
+
+
+def test_figures_of_generation() -> None:
+    def row(what: str, provider: str, direction: str, **values: float) -> table.Row:
+        return table.Row("generation_4096", what, provider, direction, 4096, 12, 64, 512, 1, **values)
+
+    rows = [
+        row("read", "torch.sum", "forward", median_ms=20),
+        row("step", "led_model", generation.GREEDY, median_ms=25),
+        row("greedy", "led_model", "generate", median_ms=100),
+        row("greedy", "transformers", "generate", median_ms=150),
+        row("memory", "led_model", "forward", peak_mib=10),
+        row("memory", "transformers", "forward", peak_mib=40),
+    ]
+    seen = [(figure.seen, figure.is_met) for figure in summary.figures(rows)]
+    assert seen == [(1.5, False), (1.25, True), (0.25, True)]
+    assert summary.floors(rows).splitlines()[1].split() == ["greedy", "20.00", "25.00"]
+
+
+@pytest.mark.slow
+def test_smoke_run_of_generation(tmp_path: Path) -> None:
+    out = tmp_path / "smoke.csv"
+    command = [sys.executable, "-m", "benchmarks.generation", "--smoke", "--repeats", "2", "--out", str(out)]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert {row.what for row in table.read(out)} == {"read", "step", "greedy", "4 beams", "memory"}
+    assert "| 4 beams (led_model) vs transformers |" in result.stdout
 
 
 def test_readme_block_is_replaced_between_its_marks() -> None:

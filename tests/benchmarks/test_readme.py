@@ -52,9 +52,9 @@ def test_continuous_integration_finds_the_test_command() -> None:
     assert found.group(1) == TEST_COMMAND
 
 
-def test_figures_are_those_of_the_committed_run() -> None:
+def test_figures_are_those_of_the_committed_runs() -> None:
     block = TEXT.partition(summary.BEGIN)[2].partition(summary.END)[0].strip()
-    assert block == (summary.markdown(table.read(table.DEFAULT)) if table.DEFAULT.exists() else "")
+    assert block == "\n\n".join(summary.markdown(table.read(path)) for path in summary.COMMITTED)
 
 
 def test_pictures_are_there_when_the_run_is() -> None:
