@@ -1,13 +1,15 @@
 """The README's code runs as it stands there, and its figures are those of the committed CSV."""
 
+import json
 import re
 from pathlib import Path
 
 import pytest
+import tokenizers
 import torch
 import transformers
 
-from benchmarks import summary, table
+from benchmarks import quantisation, summary, table
 
 ROOT = Path(__file__).parents[2]
 TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -19,10 +21,14 @@ TEST_COMMAND = (
 
 @pytest.fixture
 def names(tmp_path: Path) -> dict[str, object]:
-    """What the README takes as given: a model of transformers, a directory that holds it, and a document."""
+    """What the README takes as given: a model of transformers, a directory that holds it, and documents."""
     torch.manual_seed(0)
+    letters = [*"<s> <pad> </s> <unk> <mask>".split(), *sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())]
+    vocabulary = {letter: i for i, letter in enumerate(letters)}
+    (tmp_path / "vocab.json").write_text(json.dumps(vocabulary), encoding="utf-8")
+    (tmp_path / "merges.txt").write_text("#version: 0.2\n", encoding="utf-8")
     config = transformers.LEDConfig(
-        vocab_size=90, d_model=16, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2,
+        vocab_size=len(vocabulary), d_model=16, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2,
         decoder_attention_heads=2, encoder_ffn_dim=16, decoder_ffn_dim=16, attention_window=8,
         max_encoder_position_embeddings=64, max_decoder_position_embeddings=32,
     )  # fmt: skip
@@ -32,7 +38,7 @@ def names(tmp_path: Path) -> dict[str, object]:
     global_attention_mask = (input_ids == 4).long()
     return {
         "model": model, "directory": tmp_path, "input_ids": input_ids,
-        "global_attention_mask": global_attention_mask,
+        "global_attention_mask": global_attention_mask, "documents": ["A short one.", "A somewhat longer one."],
     }  # fmt: skip
 
 
@@ -43,7 +49,7 @@ def test_python_blocks_run(names: dict[str, object]) -> None:
     for block in blocks:
         exec(compile(block, "README.md", "exec"), names)
     assert "led_kernels" in type(stock.led.encoder).__module__
-    assert names["summary_ids"].shape[0] == 1
+    assert len(names["summaries"]) == 2
 
 
 def test_continuous_integration_finds_the_test_command() -> None:
@@ -55,6 +61,11 @@ def test_continuous_integration_finds_the_test_command() -> None:
 def test_figures_are_those_of_the_committed_runs() -> None:
     block = TEXT.partition(summary.BEGIN)[2].partition(summary.END)[0].strip()
     assert block == "\n\n".join(summary.markdown(table.read(path)) for path in summary.COMMITTED)
+
+
+def test_table_of_smaller_weights_is_that_of_the_committed_run() -> None:
+    block = TEXT.partition("<!-- quantisation -->")[2].partition("<!-- /quantisation -->")[0].strip()
+    assert block == quantisation.markdown(quantisation.read(quantisation.DEFAULT))
 
 
 def test_pictures_are_there_when_the_run_is() -> None:
