@@ -62,6 +62,15 @@ def stock_model(shape: Shape, **settings: int) -> nn.Module:
     return LEDForConditionalGeneration(LEDConfig(**config | settings)).eval()
 
 
+def own_model(stock: nn.Module) -> nn.Module:
+    """led_model's with the weights of transformers'."""
+    from led_model import LEDForConditionalGeneration
+
+    with tempfile.TemporaryDirectory() as directory:
+        stock.save_pretrained(directory)
+        return LEDForConditionalGeneration.from_pretrained(directory)
+
+
 def encode_with(model: nn.Module) -> Encode:
     """The encoder of a transformers model, stock or patched."""
     encoder = model.get_encoder()
@@ -89,12 +98,7 @@ def _build_drop_in(shape: Shape) -> Encode:
 
 
 def _build_own(shape: Shape) -> Encode:
-    from led_model import LEDForConditionalGeneration
-
-    with tempfile.TemporaryDirectory() as directory:
-        stock_model(shape).save_pretrained(directory)
-        model = LEDForConditionalGeneration.from_pretrained(directory)
-    return torch.no_grad()(model.led.encode)
+    return torch.no_grad()(own_model(stock_model(shape)).led.encode)
 
 
 PROVIDERS: dict[str, Callable[[Shape], Encode]] = {

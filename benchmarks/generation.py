@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import functools
 import sys
-import tempfile
 from collections.abc import Callable
 
 import torch
@@ -55,9 +54,11 @@ def tokens_of(search: str, shape: Shape) -> dict[str, Tensor]:
 
 
 def stock_model(shape: Shape) -> nn.Module:
-    return encoder.stock_model(
+    model = encoder.stock_model(
         shape, vocab_size=VOCAB_SIZE, decoder_layers=shape.layers, max_decoder_position_embeddings=1024
     )
+    model.generation_config.eos_token_id = None
+    return model
 
 
 def _settings(search: str) -> dict[str, int | bool | None]:
@@ -74,11 +75,7 @@ def _load_stock(shape: Shape) -> nn.Module:
 
 
 def _load_own(shape: Shape) -> nn.Module:
-    from led_model import LEDForConditionalGeneration
-
-    with tempfile.TemporaryDirectory() as directory:
-        stock_model(shape).save_pretrained(directory)
-        return LEDForConditionalGeneration.from_pretrained(directory)
+    return encoder.own_model(stock_model(shape))
 
 
 _MODELS = {OWN: _load_own, STOCK: _load_stock}
@@ -109,7 +106,7 @@ def _prepare_step(search: str, shape: Shape) -> Call:
     model, attention_mask = _model_of(_load_own, shape), make_arguments(shape)[1]
     rows = SEARCHES[search]
     with torch.no_grad():
-        step = DecoderStep(model, _encoded(shape), attention_mask, rows, NEW_TOKENS, compiled=False)
+        step = DecoderStep(model, _encoded(shape), attention_mask, None, rows, NEW_TOKENS, compiled=False)
     tokens = torch.full((1, rows), 5)
     return torch.no_grad()(lambda: {"logits": step(tokens, _POSITION)})
 

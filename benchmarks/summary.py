@@ -13,13 +13,14 @@ from pathlib import Path
 
 from benchmarks import table
 from benchmarks.attention import CPU, FLEX
+from benchmarks.compiled import COMPILED
 from benchmarks.encoder import DROP_IN, OWN, STOCK
 from benchmarks.generation import BEAMS, GENERATE, GREEDY
 from benchmarks.registry import FORWARD, FORWARD_BACKWARD
 from benchmarks.table import Row
 
 README = Path(__file__).parents[1] / "README.md"
-COMMITTED = (table.DEFAULT, table.GENERATION)
+COMMITTED = (table.DEFAULT, table.GENERATION, table.COMPILED)
 BEGIN, END = "<!-- figures -->", "<!-- /figures -->"
 
 
@@ -105,6 +106,13 @@ def _figures(run: Run) -> Iterator[Figure]:
         yield Figure(name, seqlen, 4.2, growth, is_limit=True)
     for group in (group for group in run.groups if group.startswith("generation_")):
         yield from _generation_figures(run, group)
+    for group in (group for group in run.groups if group.startswith("compiled_")):
+        seqlen, linears = int(group.split("_")[1]), run.row(group, "linears", "torch.nn")
+        for provider in (OWN, DROP_IN):
+            row, eager = (run.row(group, "encoder", f"{provider}{suffix}") for suffix in (COMPILED, ""))
+            yield Figure(f"encoder ({provider}), eager ÷ compiled", seqlen, 1.0, ratio(eager, row), unit=" ×")
+            name = f"encoder ({provider}), compiled, time ÷ its linear layers alone"
+            yield Figure(name, seqlen, 1.35, ratio(row, linears), is_limit=True)
     for group in (group for group in run.groups if group.startswith("encoder_")):
         seqlen = int(group.split("_")[1])
         stock, linears = run.row(group, "encoder", STOCK), run.row(group, "linears", "torch.nn")
@@ -197,7 +205,7 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     for path in arguments.csv:
         if not path.exists():
-            command = "generation" if path == table.GENERATION else "run"
+            command = {table.GENERATION: "generation", table.COMPILED: "compiled"}.get(path, "run")
             print(f"{path} is not there; run python -m benchmarks.{command} first.", file=sys.stderr)
             return 1
     tables = "\n\n".join(markdown(table.read(path)) for path in arguments.csv)

@@ -13,6 +13,7 @@ import torch
 RESULTS = Path(__file__).parent / "results"
 DEFAULT = RESULTS / "cpu.csv"
 GENERATION = RESULTS / "generation.csv"
+COMPILED = RESULTS / "compiled.csv"
 
 
 @dataclass(frozen=True)

@@ -54,11 +54,11 @@ def beam_search(search: Search) -> tuple[Tensor, Tensor]:
     continuations are drawn instead of taken from the top.
 
     Returns:
-        int64 ``[batch * num_return_sequences, length]``, start token first and padded, best first for each
+        int64 ``[batch * num_return_sequences, length]``, prompt first and padded, best first for each
         document, and their scores, float32 ``[batch * num_return_sequences]``.
     """
     generation, eos, limit = search.generation, search.eos, search.limit
-    batch, beams, device = search.batch, search.rows, eos.device
+    (batch, prompt), beams, device = search.prompt.shape, search.rows, eos.device
     cache = search.step.cache
     # enough that `beams` of them go on even if all likely tokens are ends
     candidates = max(2, 1 + len(eos)) * beams
@@ -66,7 +66,7 @@ def beam_search(search: Search) -> tuple[Tensor, Tensor]:
         (search.pad or generation.eos_token_ids[0]) if len(eos) else -1
     )  # as transformers, padding 0 included
     running = torch.full((batch, beams, limit), fill, dtype=torch.int64, device=device)
-    running[:, :, 0] = generation.decoder_start_token_id
+    running[:, :, :prompt] = search.prompt[:, None]
     running_scores = torch.zeros(batch, beams, device=device)
     running_scores[:, 1:] = _OUT  # all beams are the same at first: only one may have children
     finished = _Finished(
@@ -78,7 +78,8 @@ def beam_search(search: Search) -> tuple[Tensor, Tensor]:
     improvable = torch.ones(batch, 1, dtype=torch.bool, device=device)
     stopped = torch.zeros((), dtype=torch.bool, device=device)
 
-    for length in range(1, limit):  # of the sequences so far; also how many new tokens they will have
+    for length in range(prompt, limit):  # of the sequences so far
+        new_tokens = length + 1 - prompt  # that they will have
         logits = search.step(running[:, :, length - 1], length - 1)
         log_probs = search.process(
             running[:, :, :length].flatten(0, 1), F.log_softmax(logits.float(), dim=-1)
@@ -101,14 +102,14 @@ def beam_search(search: Search) -> tuple[Tensor, Tensor]:
         search.hear(running[:, :, length].flatten())
 
         newly = ends & (torch.arange(candidates, device=device) < beams)  # the others are only in reserve
-        final = scores / length**generation.length_penalty
+        final = scores / new_tokens**generation.length_penalty
         if generation.early_stopping is True:
             final = final + finished.taken.all(1, keepdim=True) * _OUT
         final = final + ~improvable * _OUT + ~newly * _OUT
-        ended = _Finished(sequences, final, torch.full_like(chosen, length), newly)
+        ended = _Finished(sequences, final, torch.full_like(chosen, new_tokens), newly)
         finished = finished.merged(ended).unless(stopped, finished)
 
-        improvable = improvable & _can_improve(search, running_scores, finished, length)
+        improvable = improvable & _can_improve(search, running_scores, finished, new_tokens)
         stopped = stopped | ~improvable.any()
         if generation.early_stopping is True:
             stopped = stopped | finished.taken.all()
@@ -116,11 +117,11 @@ def beam_search(search: Search) -> tuple[Tensor, Tensor]:
             break
 
     best = slice(generation.num_return_sequences)
-    longest = 1 + int(finished.lengths[:, best].max())
+    longest = prompt + int(finished.lengths[:, best].max())
     return finished.sequences[:, best, :longest].flatten(0, 1), finished.scores[:, best].flatten()
 
 
-def _can_improve(search: Search, running_scores: Tensor, finished: _Finished, length: int) -> Tensor:
+def _can_improve(search: Search, running_scores: Tensor, finished: _Finished, new_tokens: int) -> Tensor:
     """Whether a document's best beam may still beat its worst finished sequence, bool ``[batch, 1]``.
 
     A guess for a length penalty above 0, unless ``early_stopping`` is "never": then the longest sequence is
@@ -128,8 +129,8 @@ def _can_improve(search: Search, running_scores: Tensor, finished: _Finished, le
     """
     generation = search.generation
     if generation.early_stopping == "never" and generation.length_penalty > 0:
-        length = search.limit - 1
-    best = running_scores[:, :1] / length**generation.length_penalty
+        new_tokens = search.limit - search.prompt.shape[1]
+    best = running_scores[:, :1] / new_tokens**generation.length_penalty
     worst = torch.where(finished.taken, finished.scores.amin(1, keepdim=True), _OUT)
     return (best > worst).any(1, keepdim=True)
 

@@ -251,15 +251,15 @@ class GenerationConfig:
     def forced_eos_token_ids(self) -> list[int]:
         return _as_list(self.forced_eos_token_id)
 
-    def length_limit(self) -> int:
-        """Longest sequence to return, start token included."""
+    def length_limit(self, prompt: int = 1) -> int:
+        """Longest sequence to return, its ``prompt`` tokens (1: the start token) included."""
         if self.max_new_tokens is not None:
-            return 1 + self.max_new_tokens
-        return self.max_length if self.max_length is not None else 21
+            return prompt + self.max_new_tokens
+        return self.max_length if self.max_length is not None else prompt + 20
 
-    def least_length(self) -> int:
-        """Shortest sequence to return before any end of text, start token included; the limit wins over it."""
-        return self.min_length if self.min_new_tokens is None else 1 + self.min_new_tokens
+    def least_length(self, prompt: int = 1) -> int:
+        """Shortest sequence to return before any end of text, prompt included; the limit wins over it."""
+        return self.min_length if self.min_new_tokens is None else prompt + self.min_new_tokens
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -34,6 +34,7 @@ class DecoderStep:
         model: LEDForConditionalGeneration,
         encoded: Tensor,
         attention_mask: Tensor,
+        prompt_mask: Tensor | None,
         rows: int,
         max_steps: int,
         compiled: bool,
@@ -42,6 +43,7 @@ class DecoderStep:
         self.model = model
         self.cross_keys_values = model.led.decoder.cross_keys_values(encoded)
         self.cross_mask = _cross_mask(attention_mask, encoded.dtype)
+        self.prompt_mask = prompt_mask
         if rows == 1:
             self.cache = StaticKVCache(model.config, batch, max_steps, **place)
         else:
@@ -56,7 +58,15 @@ class DecoderStep:
         position = self.cache.slots[
             step : step + 1
         ].clone()  # a view at another address would be another graph
-        return self.run(self.model, tokens, self.cross_keys_values, self.cross_mask, self.cache, position)
+        return self.run(
+            self.model,
+            tokens,
+            self.cross_keys_values,
+            self.cross_mask,
+            self.prompt_mask,
+            self.cache,
+            position,
+        )
 
 
 def _step(
@@ -64,12 +74,18 @@ def _step(
     tokens: Tensor,
     cross_keys_values: list[tuple[Tensor, Tensor]],
     cross_mask: Tensor | None,
+    prompt_mask: Tensor | None,
     cache: StaticKVCache,
     position: Tensor,
 ) -> Tensor:
     """``tokens`` ``[batch, rows]`` at ``position [1]`` to logits ``[batch * rows, vocab_size]``."""
     hidden = model.led.decoder(
-        tokens, cross_keys_values, cross_mask=cross_mask, cache=cache, position=position
+        tokens,
+        cross_keys_values,
+        cross_mask=cross_mask,
+        attention_mask=prompt_mask,
+        cache=cache,
+        position=position,
     )
     return model.logits(hidden.flatten(0, 1))
 
@@ -94,13 +110,14 @@ def _cross_mask(attention_mask: Tensor, dtype: torch.dtype) -> Tensor | None:
 class Search:
     """What greedy search, sampling and beam search have in common.
 
-    ``rows`` sequences of each document are worked on; ``limit`` is the longest one, start token included;
-    ``eos`` is int64 ``[any]``; ``generator`` is ``None`` for torch's global one.
+    ``rows`` sequences of each document are worked on, which begin with its ``prompt``, int64 ``[batch, any]``;
+    ``limit`` is the longest one, prompt included; ``eos`` is int64 ``[any]``; ``generator`` is ``None`` for
+    torch's global one.
     """
 
     generation: GenerationConfig
     step: DecoderStep
-    batch: int
+    prompt: Tensor
     rows: int
     limit: int
     eos: Tensor
@@ -117,10 +134,12 @@ class Search:
         input_ids: Tensor,
         encoded: Tensor,
         attention_mask: Tensor,
+        prompt: Tensor,
+        prompt_mask: Tensor | None,
         on_token: Callable[[Tensor], object] | None,
         compiled: bool,
     ) -> Search:
-        device, limit = encoded.device, generation.length_limit()
+        device, limit = encoded.device, generation.length_limit(prompt.shape[1])
         eos = torch.tensor(generation.eos_token_ids, dtype=torch.int64, device=device)
         pad = generation.pad_token_id
         if pad is None and generation.eos_token_ids:
@@ -129,15 +148,18 @@ class Search:
         generator = None
         if generation.seed is not None:
             generator = torch.Generator(device).manual_seed(generation.seed)
+        step = DecoderStep(model, encoded, attention_mask, prompt_mask, rows, limit - 1, compiled)
+        for position in range(prompt.shape[1] - 1):
+            step(prompt[:, position, None].expand(-1, rows), position)  # its keys and values
         return cls(
             generation,
-            step=DecoderStep(model, encoded, attention_mask, rows, limit - 1, compiled),
-            batch=input_ids.shape[0],
+            step=step,
+            prompt=prompt,
             rows=rows,
             limit=limit,
             eos=eos,
             pad=pad,
-            processors=build_processors(generation, input_ids, eos, rows),
+            processors=build_processors(generation, input_ids, eos, rows, prompt.shape[1]),
             generator=generator,
             on_token=on_token,
         )

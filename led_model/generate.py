@@ -35,6 +35,8 @@ def generate(
     *,
     global_attention_mask: Tensor | None = None,
     encoded: Tensor | None = None,
+    decoder_input_ids: Tensor | None = None,
+    decoder_attention_mask: Tensor | None = None,
     on_token: Callable[[Tensor], object] | None = None,
     compiled: bool = False,
     return_dict_in_generate: bool = False,
@@ -51,6 +53,9 @@ def generate(
         attention_mask: ``[batch, source]``, nonzero for tokens; default: all but the padding id.
         global_attention_mask: ``[batch, source]``, 1 for tokens that all others see. Usually the first.
         encoded: ``[batch, source, d_model]``, the encoder's output for ``input_ids`` if it is at hand.
+        decoder_input_ids: int ``[batch, prompt]``, what the sequences begin with; the start token comes before
+            them if none of them begins with it. Default: the start token alone.
+        decoder_attention_mask: ``[batch, prompt]``, nonzero for tokens of the prompt, which is padded to the left.
         on_token: called after each step with the tokens that the sequences in work end in, int64
             ``[batch * num_beams]`` or ``[batch * num_return_sequences]``; the end is then tested at every step.
         compiled: run the decoder's step through ``torch.compile``, as a captured graph on a GPU. The first call
@@ -60,7 +65,7 @@ def generate(
 
     Returns:
         int64 ``[batch * num_return_sequences, length]``, a document's sequences together, best first with
-        beams; start token first; a sequence that has ended goes on with padding.
+        beams; start token or prompt first; a sequence that has ended goes on with padding.
 
     Raises:
         ValueError: when the length asked for is 0 or exceeds the decoder's position table, and for settings
@@ -69,12 +74,18 @@ def generate(
     """
     generation = model.generation_config.updated(**settings)
     generation.check(model.config.vocab_size)
-    _check_limit(generation.length_limit() - 1, model.config.max_decoder_position_embeddings)
+    prompt, prompt_mask = _prompt(
+        input_ids, decoder_input_ids, decoder_attention_mask, generation.decoder_start_token_id
+    )
+    limit = generation.length_limit(prompt.shape[1])
+    _check_limit(limit, prompt.shape[1], model.config.max_decoder_position_embeddings)
     if attention_mask is None:
         attention_mask = _mask_from_padding(input_ids, generation)
     if encoded is None:
         encoded = model.led.encode(input_ids, attention_mask, global_attention_mask)
-    search = Search.prepare(model, generation, input_ids, encoded, attention_mask, on_token, compiled)
+    search = Search.prepare(
+        model, generation, input_ids, encoded, attention_mask, prompt, prompt_mask, on_token, compiled
+    )
     del encoded  # the cross keys and values are all that the decoder needs of it
     if generation.num_beams > 1:
         output = GenerateOutput(*beam_search(search))
@@ -83,11 +94,40 @@ def generate(
     return output if return_dict_in_generate else output.sequences
 
 
-def _check_limit(new_tokens: int, positions: int) -> None:
-    if new_tokens > positions:
+def _prompt(
+    input_ids: Tensor,
+    decoder_input_ids: Tensor | None,
+    decoder_attention_mask: Tensor | None,
+    start: int,
+) -> tuple[Tensor, Tensor | None]:
+    """What the sequences begin with, int64 ``[batch, any]``, and its mask; with the start token, as transformers."""
+    starts = torch.full((input_ids.shape[0], 1), start, dtype=torch.int64, device=input_ids.device)
+    if decoder_input_ids is None:
+        return starts, None
+    if decoder_input_ids.dim() != 2 or decoder_input_ids.shape[0] != starts.shape[0]:
+        raise ValueError(
+            f"decoder_input_ids has shape {tuple(decoder_input_ids.shape)} for {starts.shape[0]} documents; give "
+            "[batch, prompt]."
+        )
+    mask = decoder_attention_mask
+    if mask is not None and mask.shape != decoder_input_ids.shape:
+        raise ValueError(
+            f"decoder_attention_mask has shape {tuple(mask.shape)}; give that of decoder_input_ids, "
+            f"{tuple(decoder_input_ids.shape)}."
+        )
+    prompt = decoder_input_ids.to(torch.int64)
+    if prompt.shape[1] == 0 or (prompt[:, :1] != starts).all():
+        prompt = torch.cat([starts, prompt], dim=1)
+        mask = mask if mask is None else torch.cat([torch.ones_like(starts, dtype=mask.dtype), mask], dim=1)
+    return prompt, mask
+
+
+def _check_limit(limit: int, prompt: int, positions: int) -> None:
+    new_tokens, most = limit - prompt, positions + 1 - prompt
+    if new_tokens > most:
         raise ValueError(
             f"max_new_tokens or max_length asks for {new_tokens} new tokens but the decoder has {positions} "
-            f"positions; give max_new_tokens of at most {positions}."
+            f"positions; give max_new_tokens of at most {most}."
         )
     if new_tokens < 1:
         raise ValueError(

@@ -21,7 +21,7 @@ Processor = Callable[[Tensor, Tensor], Tensor]
 
 
 def build_processors(
-    generation: GenerationConfig, input_ids: Tensor, eos: Tensor, rows_per_document: int
+    generation: GenerationConfig, input_ids: Tensor, eos: Tensor, rows_per_document: int, prompt: int
 ) -> list[Processor]:
     """Those that ``generation`` asks for, in the order in which they apply.
 
@@ -29,6 +29,7 @@ def build_processors(
         input_ids: the encoder's, int ``[batch, source]``.
         eos: int64 ``[any]``, the ids that end a sequence.
         rows_per_document: row ``r`` of the scores belongs to document ``r // rows_per_document``.
+        prompt: number of tokens that the sequences begin with.
     """
     processors: list[Processor] = []
     if generation.repetition_penalty != 1.0:
@@ -43,12 +44,12 @@ def build_processors(
         ends = generation.eos_token_ids
         words = [list(word) for word in generation.bad_words_ids if not (len(word) == 1 and word[0] in ends)]
         processors.append(partial(_ban_words, groups=_by_length(words, input_ids.device)))
-    if generation.least_length() > 0 and len(eos):
-        processors.append(partial(_delay_end, min_length=generation.least_length(), eos=eos))
+    if (least := generation.least_length(prompt)) > 0 and len(eos):
+        processors.append(partial(_delay_end, min_length=least, eos=eos))
     if generation.forced_bos_token_id is not None:
         processors.append(partial(_force, length=1, token_ids=[generation.forced_bos_token_id]))
     if generation.forced_eos_token_ids:
-        last = generation.length_limit() - 1
+        last = generation.length_limit(prompt) - 1
         processors.append(partial(_force, length=last, token_ids=generation.forced_eos_token_ids))
     if generation.do_sample:
         # a beam needs one token that goes on, however many ends are likely

@@ -12,15 +12,16 @@ def sample(search: Search) -> Tensor:
     """Chooses the likeliest next token, or draws one, until all rows have ended or are full.
 
     Returns:
-        int64 ``[batch * rows, length]``, start token first; a row that has ended goes on with padding.
+        int64 ``[batch * rows, length]``, prompt first; a row that has ended goes on with padding.
     """
-    generation, eos = search.generation, search.eos
-    count, limit, device = search.batch * search.rows, search.limit, eos.device
-    tokens = torch.full((count, limit), generation.decoder_start_token_id, dtype=torch.int64, device=device)
-    ended = torch.zeros(count, dtype=torch.bool, device=device)
-    length_needed = torch.ones((), dtype=torch.int64, device=device)
-    for length in range(1, limit):
-        scores = search.step(tokens[:, length - 1].view(search.batch, search.rows), length - 1)
+    generation, eos, limit = search.generation, search.eos, search.limit
+    batch, prompt = search.prompt.shape
+    tokens = search.prompt.new_zeros(batch * search.rows, limit)
+    tokens[:, :prompt] = search.prompt.repeat_interleave(search.rows, dim=0)
+    ended = torch.zeros_like(tokens[:, 0], dtype=torch.bool)
+    length_needed = torch.full_like(tokens[0, 0], prompt)
+    for length in range(prompt, limit):
+        scores = search.step(tokens[:, length - 1].view(batch, search.rows), length - 1)
         if search.processors or generation.do_sample:
             scores = search.process(tokens[:, :length], scores.float())
         next_tokens = search.draw(scores, 1)[:, 0] if generation.do_sample else scores.argmax(-1)

@@ -23,7 +23,10 @@ TEST_COMMAND = (
 def names(tmp_path: Path) -> dict[str, object]:
     """What the README takes as given: a model of transformers, a directory that holds it, and documents."""
     torch.manual_seed(0)
-    letters = [*"<s> <pad> </s> <unk> <mask>".split(), *sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())]
+    letters = [
+        *["<s>", "<pad>", "</s>", "<unk>", "<mask>"],
+        *sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet()),
+    ]
     vocabulary = {letter: i for i, letter in enumerate(letters)}
     (tmp_path / "vocab.json").write_text(json.dumps(vocabulary), encoding="utf-8")
     (tmp_path / "merges.txt").write_text("#version: 0.2\n", encoding="utf-8")

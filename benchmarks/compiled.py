@@ -1,0 +1,66 @@
+"""``python -m benchmarks.compiled``: the encoders under ``torch.compile(fullgraph=True)``, beside themselves without.
+
+They are compiled for lengths of any size, on a first document of another length.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from benchmarks import encoder, table, yardsticks
+from benchmarks.encoder import DROP_IN, OWN, Encode, make_arguments, shortest
+from benchmarks.registry import FORWARD, SMOKE, Case, Group
+from benchmarks.shapes import Shape
+
+COMPILED = ", compiled"
+
+
+def groups(smoke: bool = False) -> list[Group]:
+    shape = SMOKE if smoke else Shape()
+    cases = [Case("linears", "torch.nn", FORWARD, yardsticks.encoder_linears)]
+    for provider, build in {OWN: _build_own, DROP_IN: _build_drop_in}.items():
+        for suffix, wrap in {"": _as_it_is, COMPILED: _compiled}.items():
+            prepare = functools.partial(encoder.prepare, functools.partial(wrap, build))
+            cases.append(Case("encoder", provider + suffix, FORWARD, prepare))
+    return [Group(f"compiled_{shape.seqlen}", shape, tuple(cases))]
+
+
+def _as_it_is(build: Callable[[Shape], Encode], shape: Shape) -> Encode:
+    return torch.no_grad()(build(shape))
+
+
+def _compiled(build: Callable[[Shape], Encode], shape: Shape) -> Encode:
+    encode = torch.no_grad()(torch.compile(build(shape), fullgraph=True, dynamic=True))
+    encode(*make_arguments(shortest(shape)))
+    return encode
+
+
+def _build_own(shape: Shape) -> Encode:
+    model = encoder.own_model(encoder.stock_model(shape))
+    return functools.partial(model.led.encode, max_globals=len(shape.global_index))
+
+
+def _build_drop_in(shape: Shape) -> Encode:
+    from led_kernels.hf import apply_led_kernels
+
+    model = encoder.stock_model(shape)
+    apply_led_kernels(model, max_globals=len(shape.global_index))
+    stack = model.get_encoder()
+
+    def encode(ids: Tensor, attention_mask: Tensor, global_attention_mask: Tensor) -> Tensor:
+        return stack(
+            input_ids=ids, attention_mask=attention_mask, global_attention_mask=global_attention_mask
+        ).last_hidden_state
+
+    return encode
+
+
+if __name__ == "__main__":
+    from benchmarks import run
+
+    sys.exit(run.main(groups=groups, out=table.COMPILED, prog="python -m benchmarks.compiled"))
