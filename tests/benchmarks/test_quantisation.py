@@ -15,12 +15,11 @@ def test_smoke_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sys.argv", ["quantisation", "--smoke", "--threads", "1", "--output", str(path)])
     quantisation.main()
     rows = quantisation.read(path)
-    assert [row.weights for row in rows] == 2 * list(quantisation.WEIGHTS)
-    for first in (0, len(quantisation.WEIGHTS)):
-        fp32, bf16, int8, nf4, _ = rows[first : first + len(quantisation.WEIGHTS)]
-        assert fp32.logit_error == 0
-        assert fp32.top1_agreement == fp32.greedy_agreement == 1
-        assert bf16.weights_mib == pytest.approx(fp32.weights_mib / 2)
-        assert nf4.layers_mib < int8.layers_mib < bf16.layers_mib < fp32.layers_mib
-        assert 0 < int8.logit_error < nf4.logit_error
+    assert [row.weights for row in rows] == list(quantisation.WEIGHTS)
+    fp32, bf16, int8, nf4, _ = rows
+    assert fp32.logit_error == 0
+    assert fp32.top1_agreement == fp32.greedy_agreement == 1
+    assert bf16.weights_mib == pytest.approx(fp32.weights_mib / 2)
+    assert nf4.layers_mib < int8.layers_mib < bf16.layers_mib < fp32.layers_mib
+    assert 0 < int8.logit_error < nf4.logit_error
     assert quantisation.markdown(rows).count("\n| ") == len(rows) + 1
