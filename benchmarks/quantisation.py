@@ -35,8 +35,8 @@ class Row:
     """``layers_mib`` is the part of ``weights_mib`` in the linear layers, which alone are quantised.
 
     ``logit_error`` is ‖logits - fp32's‖ / ‖fp32's‖ and ``top1_agreement`` the share of positions with the same
-    likeliest token, of which there are ``distinct_tokens``, teacher-forced; ``greedy_agreement`` is the share of ``new_tokens`` greedy ones that
-    are the same, after a first difference with different pasts.
+    likeliest token, both teacher-forced, with ``distinct_tokens`` different ones; ``greedy_agreement`` is the
+    share of ``new_tokens`` greedy ones that are the same, after a first difference with different pasts.
     """
 
     weights: str
