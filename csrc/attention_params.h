@@ -90,6 +90,15 @@ struct LinearParams {
   int num_threads = 1;
 };
 
+// to[b, head, position[i]] = from[b, head, i]; both [batch, rows, heads, head_dim] with strides, in elements.
+struct WriteRowsParams {
+  DType dtype = DType::kFloat32;
+  int64_t batch = 0, heads = 0, rows = 0, head_dim = 0;
+  int64_t slots = 0;  // rows of `to`
+  const int64_t* position = nullptr;
+  RowsRef from, to;
+};
+
 // y = weight * (s - mean(s)) / sqrt(var(s) + eps) + bias for s = residual + block, row by row; all
 // contiguous, of one dtype, [rows, features] or [features].
 struct AddNormParams {

@@ -3,6 +3,7 @@
 #include <pybind11/stl.h>
 
 #include <array>
+#include <functional>
 #include <string>
 #include <vector>
 
@@ -54,12 +55,32 @@ void check_head_dim(const AttentionParams& params) {
     throw py::value_error("head_dim is not 1 to 256.");
 }
 
+// Calls of CPU kernels with their pointers, to be made again by one call: what a captured graph is on a GPU.
+class Recording {
+ public:
+  void enter() { current = this; }
+  void exit() { current = nullptr; }
+  void replay() const {
+    for (const auto& call : calls_) call();
+  }
+  template <class Call>
+  static void launch(const Call& call) {
+    if (current != nullptr) current->calls_.emplace_back(call);
+    py::gil_scoped_release release;
+    call();
+  }
+
+ private:
+  static thread_local Recording* current;
+  std::vector<std::function<void()>> calls_;
+};
+thread_local Recording* Recording::current = nullptr;
+
 auto cpu_launcher(void (*KernelTable::*kernel)(const AttentionParams&)) {
   return [kernel](const AttentionParams& params, const std::string& isa) {
     const KernelTable& table = kernels(isa);
     check_head_dim(params);
-    py::gil_scoped_release release;
-    (table.*kernel)(params);
+    Recording::launch([&table, kernel, params] { (table.*kernel)(params); });
   };
 }
 
@@ -170,10 +191,19 @@ PYBIND11_MODULE(_C, m) {
          uintptr_t weight, int64_t weight_stride, uintptr_t bias, uintptr_t y, bool gelu, int num_threads,
          const std::string& isa) {
         const KernelTable& table = kernels(isa);
-        py::gil_scoped_release release;
-        table.few_rows_linear({dtype, sizes[0], sizes[1], sizes[2], pointer<void>(x), pointer<void>(weight),
-                               pointer<void>(bias), reinterpret_cast<void*>(y), x_stride, weight_stride, gelu,
-                               num_threads});
+        const led::LinearParams params{dtype,
+                                       sizes[0],
+                                       sizes[1],
+                                       sizes[2],
+                                       pointer<void>(x),
+                                       pointer<void>(weight),
+                                       pointer<void>(bias),
+                                       reinterpret_cast<void*>(y),
+                                       x_stride,
+                                       weight_stride,
+                                       gelu,
+                                       num_threads};
+        Recording::launch([&table, params] { table.few_rows_linear(params); });
       },
       "x weightᵀ + bias, then GELU if asked for; sizes are rows, in_features, out_features.");
   m.def(
@@ -181,12 +211,34 @@ PYBIND11_MODULE(_C, m) {
       [](led::DType dtype, int64_t rows, int64_t features, uintptr_t residual, uintptr_t block,
          uintptr_t weight, uintptr_t bias, uintptr_t y, double eps, const std::string& isa) {
         const KernelTable& table = kernels(isa);
-        py::gil_scoped_release release;
-        table.few_rows_add_norm({dtype, rows, features, pointer<void>(residual), pointer<void>(block),
-                                 pointer<void>(weight), pointer<void>(bias), reinterpret_cast<void*>(y),
-                                 eps});
+        const led::AddNormParams params{dtype,
+                                        rows,
+                                        features,
+                                        pointer<void>(residual),
+                                        pointer<void>(block),
+                                        pointer<void>(weight),
+                                        pointer<void>(bias),
+                                        reinterpret_cast<void*>(y),
+                                        eps};
+        Recording::launch([&table, params] { table.few_rows_add_norm(params); });
       },
       "Layer norm of residual + block.");
+  m.def(
+      "cpu_write_rows",
+      [](led::DType dtype, const std::array<int64_t, 4>& sizes, int64_t slots, uintptr_t position,
+         const std::array<int64_t, 4>& from, const std::array<int64_t, 4>& to, const std::string& isa) {
+        const KernelTable& table = kernels(isa);
+        const led::WriteRowsParams params{
+            dtype,          sizes[0],    sizes[1], sizes[2], sizes[3], slots, pointer<int64_t>(position),
+            rows_ref(from), rows_ref(to)};
+        Recording::launch([&table, params] { table.write_rows(params); });
+      },
+      "Rows into slots of a cache; sizes are batch, heads, rows, head_dim.");
+  py::class_<Recording>(m, "Recording")
+      .def(py::init<>())
+      .def("__enter__", &Recording::enter)
+      .def("__exit__", [](Recording& recording, const py::args&) { recording.exit(); })
+      .def("replay", &Recording::replay, py::call_guard<py::gil_scoped_release>());
 #if defined(LED_KERNELS_WITH_CUDA)
   define_cuda(m);
 #endif

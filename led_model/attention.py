@@ -73,7 +73,7 @@ class DecoderSelfAttention(nn.Module):
         self.out_proj = nn.Linear(config.d_model, config.d_model)
 
     def forward(
-        self, hidden: Tensor, mask: Tensor | None, position: Tensor, cache: StaticKVCache | None = None
+        self, hidden: Tensor, mask: Tensor | None, slots: Tensor | None, cache: StaticKVCache | None = None
     ) -> Tensor:
         """``[batch, seqlen, d_model]`` to the same.
 
@@ -83,7 +83,7 @@ class DecoderSelfAttention(nn.Module):
         qkv = few_rows_linear(self.qkv, hidden).view(batch, seqlen, 3, self.num_heads, -1)
         q, k, v = qkv.transpose(1, 3).unbind(2)  # each [batch, heads, seqlen, head_dim]
         if cache is not None:
-            attended = decode_attention(q, *cache.write(self.layer, position, k, v), mask)
+            attended = decode_attention(q, *cache.write(self.layer, slots, k, v), mask)
         else:
             dropout_p = self.dropout if self.training else 0.0
             attended = F.scaled_dot_product_attention(q, k, v, mask, dropout_p, is_causal=mask is None)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from led_kernels.decode import write_rows
 from led_model.config import LEDConfig
 
 
@@ -40,11 +41,15 @@ class StaticKVCache:
     def max_length(self) -> int:
         return self.slots.shape[0]
 
-    def write(self, layer: int, position: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Writes ``[batch, heads, n, head_dim]`` at int64 ``position [n]``; returns the full buffers."""
-        self.keys[layer].index_copy_(2, position, key)
-        self.values[layer].index_copy_(2, position, value)
+    def write(self, layer: int, slots: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Writes ``[batch, heads, n, head_dim]`` at :meth:`slots_of` their positions; returns the full buffers."""
+        write_rows(self.keys[layer], slots, key)
+        write_rows(self.values[layer], slots, value)
         return self.keys[layer], self.values[layer]
+
+    def slots_of(self, position: Tensor) -> Tensor:
+        """Where what belongs to ``position``, int64 ``[n]``, is written: int64 ``[n]``."""
+        return position
 
     def attention_mask(self, position: Tensor, padding_mask: Tensor | None = None) -> Tensor:
         """Which slots queries at ``position [n]`` see: those up to themselves that hold no padding.
@@ -88,9 +93,9 @@ class BeamKVCache(StaticKVCache):
         self.beams = torch.arange(beams, device=device)
         self.ancestry = self.beams[:, None].repeat(batch, 1, max_length)
 
-    def write(self, layer: int, position: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Writes ``[batch, heads, beams, head_dim]`` of one position, int64 ``[1]``; returns the full pools."""
-        return super().write(layer, position * len(self.beams) + self.beams, key, value)
+    def slots_of(self, position: Tensor) -> Tensor:
+        """The slots of all beams at ``position``, int64 ``[1]``: int64 ``[beams]``."""
+        return position * len(self.beams) + self.beams
 
     def attention_mask(self, position: Tensor, padding_mask: Tensor | None = None) -> Tensor:
         """Which slots the beams at ``position [1]`` see: one of each position up to it that is no padding.

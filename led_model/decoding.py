@@ -8,8 +8,9 @@ from functools import cache
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from led_kernels.decode import CapturedCalls, few_rows_linear
 from led_model.attention import padding_scores
 from led_model.cache import BeamKVCache, StaticKVCache
 from led_model.config import GenerationConfig
@@ -26,7 +27,8 @@ class DecoderStep:
     """Logits of the next token for ``rows`` sequences of each document, over caches of fixed shape.
 
     A document's rows are the queries of one attention, so its cross keys and values are made and held once. From one
-    step to the next only the contents of tensors change, so ``compiled`` compiles the first and replays the others.
+    step to the next only the contents of tensors change: ``compiled`` compiles the first and replays the others, and
+    on the CPU the kernels' calls of the first are captured and replayed.
     """
 
     def __init__(
@@ -48,16 +50,18 @@ class DecoderStep:
             self.cache = StaticKVCache(model.config, batch, max_steps, **place)
         else:
             self.cache = BeamKVCache(model.config, batch, rows, max_steps, **place)
-        self.run = _compiled_step(encoded.device.type) if compiled else _step
+        self.run = _step
         if compiled:
+            self.run = _compiled_step(encoded.device.type)
             for tensor in self.cache.tensors():  # written in place by a captured graph
                 torch._dynamo.mark_static_address(tensor)
+        elif encoded.device.type == "cpu" and not _has_hooks(model.led.decoder):
+            self.run = _CapturedStep()
 
     def __call__(self, tokens: Tensor, step: int) -> Tensor:
         """int64 ``[batch, rows]``, the tokens at position ``step``, to ``[batch * rows, vocab_size]``."""
-        position = self.cache.slots[
-            step : step + 1
-        ].clone()  # a view at another address would be another graph
+        # a view at another address would be another graph
+        position = self.cache.slots[step : step + 1].clone()
         return self.run(
             self.model,
             tokens,
@@ -88,6 +92,53 @@ def _step(
         position=position,
     )
     return model.logits(hidden.flatten(0, 1))
+
+
+class _CapturedStep:
+    """:func:`_step`, but its layers' kernel calls are replayed from the second token on, if they are kernels' alone."""
+
+    def __init__(self) -> None:
+        self.is_first = True
+        self.calls: CapturedCalls | None = None
+
+    def __call__(
+        self,
+        model: LEDForConditionalGeneration,
+        tokens: Tensor,
+        cross_keys_values: list[tuple[Tensor, Tensor]],
+        cross_mask: Tensor | None,
+        prompt_mask: Tensor | None,
+        cache: StaticKVCache,
+        position: Tensor,
+    ) -> Tensor:
+        decoder = model.led.decoder
+        if not self.is_first and self.calls is None:
+            return _step(model, tokens, cross_keys_values, cross_mask, prompt_mask, cache, position)
+        inputs = (
+            decoder.embed(tokens, position),
+            cache.attention_mask(position, prompt_mask),
+            cache.slots_of(position),
+        )
+        if self.is_first:
+            self.is_first = False
+            self.inputs = tuple(x.clone() for x in inputs)
+
+            def layers() -> Tensor:
+                hidden = decoder.run_layers(*self.inputs, cross_keys_values, cross_mask, cache)
+                return few_rows_linear(model.lm_head, hidden.flatten(0, 1))
+
+            self.calls = CapturedCalls.of(layers)
+            if self.calls is None:
+                return _step(model, tokens, cross_keys_values, cross_mask, prompt_mask, cache, position)
+        else:
+            for fixed, new in zip(self.inputs, inputs, strict=True):
+                fixed.copy_(new)
+            self.calls.replay()
+        return self.calls.result + model.final_logits_bias
+
+
+def _has_hooks(module: nn.Module) -> bool:
+    return any(m._forward_hooks or m._forward_pre_hooks for m in module.modules())
 
 
 @cache

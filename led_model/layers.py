@@ -97,7 +97,7 @@ class DecoderLayer(_Layer):
         self,
         hidden: Tensor,
         mask: Tensor | None,
-        position: Tensor,
+        slots: Tensor | None,
         cross_keys_values: tuple[Tensor, Tensor],
         cross_mask: Tensor | None,
         cache: StaticKVCache | None,
@@ -105,7 +105,7 @@ class DecoderLayer(_Layer):
     ) -> Tensor:
         if record is not None:
             record.self_attention.append((self.self_attn, hidden))
-        attended = self.self_attn(hidden, mask, position, cache)
+        attended = self.self_attn(hidden, mask, slots, cache)
         hidden = self.add_and_norm(hidden, attended, self.self_attn_layer_norm)
         if record is not None:
             record.cross_attention.append((self.encoder_attn, hidden))

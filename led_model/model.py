@@ -120,19 +120,40 @@ class LEDDecoder(nn.Module):
         hidden = embed("decoder_input_ids", input_ids, "decoder_inputs_embeds", inputs_embeds, self)
         if position is None:
             position = torch.arange(hidden.shape[1], device=hidden.device)
-        mask = None
+        mask = slots = None
         if cache is not None:
-            mask = cache.attention_mask(position, attention_mask)
+            mask, slots = cache.attention_mask(position, attention_mask), cache.slots_of(position)
         elif attention_mask is not None:
             mask = (position <= position[:, None]) & (attention_mask != 0)[:, None, None, :]
-        hidden = hidden + self.embed_positions(position)
-        hidden = F.dropout(self.layernorm_embedding(hidden), self.dropout, self.training)
+        hidden = self.layernorm_embedding(hidden + self.embed_positions(position))
+        return self.run_layers(hidden, mask, slots, cross_keys_values, cross_mask, cache, record)
+
+    def embed(self, input_ids: Tensor, position: Tensor) -> Tensor:
+        """What the layers of a step begin with, ``[batch, target, d_model]``."""
+        return self.layernorm_embedding(self.embed_tokens(input_ids) + self.embed_positions(position))
+
+    def run_layers(
+        self,
+        hidden: Tensor,
+        mask: Tensor | None,
+        slots: Tensor | None,
+        cross_keys_values: list[tuple[Tensor, Tensor]],
+        cross_mask: Tensor | None,
+        cache: StaticKVCache | None,
+        record: LayerRecord | None = None,
+    ) -> Tensor:
+        """The layers over embedded tokens, ``[batch, target, d_model]`` to the same.
+
+        ``mask`` and ``slots`` say what is seen in the cache and where it is written, see :class:`StaticKVCache`.
+        """
+        if self.training:
+            hidden = F.dropout(hidden, self.dropout)
         for layer, keys_values in zip(self.layers, cross_keys_values, strict=True):
             if record is not None:
                 record.hidden_states.append(hidden)
             if self.training and self.layerdrop and torch.rand([]) < self.layerdrop:
                 continue
-            hidden = layer(hidden, mask, position, keys_values, cross_mask, cache, record)
+            hidden = layer(hidden, mask, slots, keys_values, cross_mask, cache, record)
         return hidden
 
 

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from led_kernels import decode
-from led_kernels.decode import decode_attention, few_rows_add_norm, few_rows_linear
+from led_kernels.decode import CapturedCalls, decode_attention, few_rows_add_norm, few_rows_linear, write_rows
 from led_kernels.dispatch import backend_module, can_run
 from led_kernels.testing import assert_within_error_bound, unaligned
 
@@ -29,7 +29,7 @@ def calls(monkeypatch):
         made.append(name)
         return function(*args)
 
-    for name in ("few_rows_linear", "few_rows_add_norm", "decode_attention"):
+    for name in ("write_rows", "few_rows_linear", "few_rows_add_norm", "decode_attention"):
         monkeypatch.setattr(cpu, name, partial(spy, name, getattr(cpu, name)))
     return made
 
@@ -166,6 +166,70 @@ def test_large_scores_and_tensors_that_lie_anywhere():
     expected = F.scaled_dot_product_attention(q.double(), k.double(), v.double())
     out = decode_attention(q, k, v)
     assert_within_error_bound(out, expected, F.scaled_dot_product_attention(q, k, v), "out")
+
+
+@needs_extension
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_rows_into_a_cache(calls, dtype):
+    cache = draw(2, 3, 9, 5, dtype=dtype)
+    rows = draw(2, 2, 3, 5, dtype=dtype, seed=1).transpose(1, 2)
+    expected, position = cache.clone(), torch.tensor([7, 0])
+    write_rows(cache, position, rows)
+    assert calls == ["write_rows"]
+    assert torch.equal(cache, expected.index_copy_(2, position, rows))
+    for outside in (9, -1):
+        with pytest.raises(IndexError, match="give a longer cache"):
+            write_rows(cache, torch.tensor([0, outside]), rows)
+    assert torch.equal(cache, expected)
+
+
+@needs_extension
+@torch.no_grad()
+def test_captured_calls_read_and_write_where_they_did(calls):
+    module, norm = nn.Linear(16, 16), nn.LayerNorm(16)
+    x, cache, position = torch.randn(1, 2, 3, 16), torch.zeros(1, 2, 8, 16), torch.tensor([0, 1, 2])
+    visible = torch.ones(1, 1, 1, 8, dtype=torch.bool)
+
+    def step() -> torch.Tensor:
+        y = few_rows_linear(module, x, gelu=True)
+        write_rows(cache, position, y)
+        attended = decode_attention(y, cache, cache, visible)
+        return few_rows_add_norm(x.view(6, 16), attended.transpose(1, 2).reshape(6, 16), norm)
+
+    captured = CapturedCalls.of(step)
+    assert torch.equal(captured.result, step())
+    made = len(calls)
+    for start in (3, 5):
+        x.copy_(torch.randn(x.shape))
+        position.copy_(torch.arange(start, start + 3))
+        visible[..., start:] = False
+        cache.zero_()
+        captured.replay()
+        assert len(calls) == made  # nothing of Python ran again
+        result, written = captured.result.clone(), cache.clone()
+        cache.zero_()
+        assert torch.equal(result, step())
+        assert torch.equal(written, cache)
+        made = len(calls)
+
+
+@needs_extension
+@torch.no_grad()
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda x: x + 1,
+        lambda x: x.clone(),
+        lambda x: few_rows_linear(nn.Linear(8, 8), x.repeat(9, 1)),  # more rows than the kernel takes
+        lambda x: x.zero_(),
+        lambda x: torch.zeros(2),
+    ],
+)
+def test_what_no_replay_would_do_is_not_captured(function):
+    assert CapturedCalls.of(lambda: function(torch.randn(2, 8))) is None
+    x = torch.randn(2, 8)
+    assert CapturedCalls.of(lambda: function(x)) is None
 
 
 def test_torch_serves_the_rest(calls, monkeypatch):

@@ -3,6 +3,7 @@
 // of the bandwidth.
 #pragma once
 
+#include <stdexcept>
 #include <type_traits>
 
 #include "forward_tile.h"
@@ -172,6 +173,22 @@ class FewRowsAddNorm {
 
   const AddNormParams& p_;
 };
+
+// Into a cache; std::out_of_range for a position that it does not have.
+inline void write_rows(const WriteRowsParams& p) {
+  for (int64_t i = 0; i < p.rows; ++i) {
+    if (p.position[i] < 0 || p.position[i] >= p.slots)
+      throw std::out_of_range("position is not one of the cache's slots; give a longer cache.");
+  }
+  const size_t bytes = static_cast<size_t>(p.head_dim * bytes_of(p.dtype));
+  for (int64_t batch = 0; batch < p.batch; ++batch) {
+    for (int64_t head = 0; head < p.heads; ++head) {
+      for (int64_t i = 0; i < p.rows; ++i)
+        memcpy(row_address(p.to, p.dtype, batch, p.position[i], head),
+               row_address(p.from, p.dtype, batch, i, head), bytes);
+    }
+  }
+}
 
 // Softmax attention of a few queries over all visible keys, split over keys so that one document employs
 // every thread.

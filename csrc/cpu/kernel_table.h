@@ -14,6 +14,7 @@ struct KernelTable {
   void (*global_forward)(const AttentionParams&);
   void (*global_backward)(const AttentionParams&);
   void (*decode_attention)(const AttentionParams&);
+  void (*write_rows)(const WriteRowsParams&);
   void (*few_rows_linear)(const LinearParams&);
   void (*few_rows_add_norm)(const AddNormParams&);
 };

@@ -96,6 +96,24 @@ def global_backward(
     return run_backward(kernel, params, d_out, d_lse, q_global, k_global, v_global, out, lse)
 
 
+Recording = _C.Recording
+
+
+def write_rows(cache: Tensor, position: Tensor, rows: Tensor) -> None:
+    """``rows`` ``[batch, heads, n, head_dim]`` into slots ``position``, int64 ``[n]``, of ``cache`` ``[batch, heads,
+    slots, head_dim]``."""
+    rows = _contiguous_rows(rows)
+    _C.cpu_write_rows(
+        element_type(cache.dtype),
+        rows.shape,
+        cache.shape[2],
+        position.contiguous().data_ptr(),
+        _heads(rows),
+        _heads(cache),
+        instruction_set(),
+    )
+
+
 def few_rows_linear(x: Tensor, weight: Tensor, bias: Tensor | None, gelu: bool) -> Tensor:
     """``x`` ``[..., in_features]`` by ``weight`` ``[out_features, in_features]`` -> ``[..., out_features]``."""
     x = x.contiguous()
