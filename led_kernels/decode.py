@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from led_kernels.dispatch import backend_module, choose_backend
-from led_kernels.projection import is_plain_linear
+from led_kernels.projection import is_plain_linear, runs_its_own_code
 
 _FEW = 16  # rows, from which on torch is as fast
 
@@ -39,7 +39,9 @@ def few_rows_linear(module: nn.Module, x: Tensor, gelu: bool = False) -> Tensor:
 
 def few_rows_add_norm(residual: Tensor, block: Tensor, norm: nn.LayerNorm) -> Tensor:
     """``norm(residual + block)``, both ``[..., d_model]``; by one kernel for at most 16 rows, else over ``block``."""
-    if residual.dtype == block.dtype == norm.weight.dtype and _serves(residual, residual.shape[-1]):
+    is_plain = type(norm) is nn.LayerNorm and norm.bias is not None and runs_its_own_code(norm)
+    same_dtype = residual.dtype == block.dtype == norm.weight.dtype
+    if is_plain and same_dtype and _serves(residual, residual.shape[-1]):
         return backend_module("cpu").few_rows_add_norm(residual, block, norm.weight, norm.bias, norm.eps)
     if block.dtype == residual.dtype:
         block += residual  # in place: neither a Linear nor a dropout keeps its output for the backward
@@ -60,8 +62,9 @@ def decode_attention(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None = N
     Returns:
         ``[batch, heads, queries, head_dim]``.
     """
+    batch, heads, _, head_dim = q.shape
     is_bool = visible is None or visible.dtype == torch.bool
-    if is_bool and q.dtype == k.dtype and _serves(q, q.shape[0] * q.shape[1] * q.shape[3]):
+    if is_bool and head_dim <= 256 and q.dtype == k.dtype and _serves(q, batch * heads * head_dim):
         return backend_module("cpu").decode_attention(q, k, v, visible)
     return F.scaled_dot_product_attention(q, k, v, visible)
 

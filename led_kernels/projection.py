@@ -107,9 +107,13 @@ def is_plain_linear(module: nn.Module) -> bool:
     The exact type excludes LoRA, bitsandbytes and parametrisations; the parameters' type excludes quantised
     and sharded tensors; the forward function excludes accelerate's hooks.
     """
+    return type(module) is nn.Linear and runs_its_own_code(module)
+
+
+def runs_its_own_code(module: nn.Module) -> bool:
+    """Whether calling a module with a weight runs its class's forward alone, on a parameter that is a plain tensor."""
     return (
-        type(module) is nn.Linear
-        and getattr(module.forward, "__func__", None) is nn.Linear.forward
+        getattr(module.forward, "__func__", None) is type(module).forward
         and type(module.weight) is nn.Parameter
         and not module._forward_hooks
         and not module._forward_pre_hooks

@@ -257,4 +257,8 @@ def test_torch_serves_the_rest(calls, monkeypatch):
         hook = module.register_forward_hook(lambda *_: torch.zeros(1))
         assert few_rows_linear(module, x).shape == (1,)
         hook.remove()
+        norm = nn.LayerNorm(8)
+        norm.register_forward_hook(lambda *_: torch.zeros(1))
+        assert few_rows_add_norm(x, x.clone(), norm).shape == (1,)
+        decode_attention(torch.randn(1, 1, 3, 257), torch.randn(1, 1, 9, 257), torch.randn(1, 1, 9, 257))
     assert calls == []
