@@ -40,13 +40,6 @@ struct MaskRef {
   bool packed = false;
 };
 
-// Which keys a query sees, a byte each; without data, all. Strides may be 0.
-struct VisibleRef {
-  const uint8_t* data = nullptr;
-  int64_t batch_stride = 0;
-  int64_t query_stride = 0;
-};
-
 // One call of one kernel. Banded: q, out, d_out and dq have a row per token; global: a row per slot of
 // global_index.
 struct AttentionParams {
@@ -67,15 +60,24 @@ struct AttentionParams {
   RowsRef d_out, dq, dk, dv;
   LseRef d_lse;  // data is null when lse has no gradient
 
-  // A decoding step's alone, which has no mask: `queries` rows of q and out, max_seqlen keys.
-  int64_t queries = 0;
-  VisibleRef visible;
-
   // The CUDA kernels' alone; pointers are to memory of the device.
   int device = 0;
   uintptr_t stream = 0;                  // a cudaStream_t
   const int64_t* device_seed = nullptr;  // in place of dropout_seed; null without dropout
   float* workspace = nullptr;
+};
+
+// Which keys a query sees, a byte each; without data, all. Strides may be 0.
+struct VisibleRef {
+  const uint8_t* data = nullptr;
+  int64_t batch_stride = 0;
+  int64_t query_stride = 0;
+};
+
+// Attention of a decoding step, which has no mask: `queries` rows of q and out, max_seqlen keys.
+struct DecodeParams : AttentionParams {
+  int64_t queries = 0;
+  VisibleRef visible;
 };
 
 // y = x weightᵀ + bias for a few rows, then GELU if asked for: x [rows, in_features], weight [out_features,

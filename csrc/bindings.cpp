@@ -18,6 +18,7 @@ namespace py = pybind11;
 namespace {
 
 using led::AttentionParams;
+using led::DecodeParams;
 using led::KernelTable;
 using led::LseRef;
 using led::RowsRef;
@@ -76,8 +77,9 @@ class Recording {
 };
 thread_local Recording* Recording::current = nullptr;
 
-auto cpu_launcher(void (*KernelTable::*kernel)(const AttentionParams&)) {
-  return [kernel](const AttentionParams& params, const std::string& isa) {
+template <class Params>
+auto cpu_launcher(void (*KernelTable::*kernel)(const Params&)) {
+  return [kernel](const Params& params, const std::string& isa) {
     const KernelTable& table = kernels(isa);
     check_head_dim(params);
     Recording::launch([&table, kernel, params] { (table.*kernel)(params); });
@@ -161,11 +163,6 @@ PYBIND11_MODULE(_C, m) {
                        max_globals,
                        packed};
            })
-      .def_readwrite("queries", &AttentionParams::queries)
-      .def("set_visible",
-           [](AttentionParams& p, uintptr_t address, int64_t batch_stride, int64_t query_stride) {
-             p.visible = {pointer<uint8_t>(address), batch_stride, query_stride};
-           })
       .def("set_lse", [](AttentionParams& p, const std::array<int64_t, 3>& x) { p.lse = lse_ref(x); })
       .def("set_d_lse", [](AttentionParams& p, const std::array<int64_t, 3>& x) { p.d_lse = lse_ref(x); });
   const std::pair<const char*, RowsRef AttentionParams::*> tensors[] = {
@@ -178,6 +175,13 @@ PYBIND11_MODULE(_C, m) {
       p.*member = rows_ref(x);
     });
   }
+
+  py::class_<DecodeParams, AttentionParams>(m, "DecodeParams")
+      .def(py::init<>())
+      .def_readwrite("queries", &DecodeParams::queries)
+      .def("set_visible", [](DecodeParams& p, uintptr_t address, int64_t batch_stride, int64_t query_stride) {
+        p.visible = {pointer<uint8_t>(address), batch_stride, query_stride};
+      });
 
   m.def("cpu_isas", &cpu_isas, "Instruction sets that this build holds and this processor runs, best first.");
   m.def("cpu_banded_forward", cpu_launcher(&KernelTable::banded_forward));

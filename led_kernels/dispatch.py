@@ -114,7 +114,6 @@ def choose_backend(device: torch.device, dtype: torch.dtype, backend: str | None
     return next((name for name in preferred if can_run(name, device, dtype)), "torch")
 
 
-@functools.cache
 def backend_module(backend: str) -> ModuleType:
     """The module that holds a backend's four functions."""
     return importlib.import_module(f"led_kernels.backends.{_MODULES.get(backend, backend)}")

@@ -121,7 +121,7 @@ def test_imports_are_declared(path):
         at_import -= requirements("triton")
     assert not at_import
     lazily = {name.partition(".")[0] for name in imported(path)} - own - requirements()
-    assert lazily <= set().union(*map(requirements, ("hf", "text", "demo", "triton")))
+    assert lazily <= set().union(*map(requirements, ("hf", "text", "quant", "demo", "triton")))
 
 
 def test_version_and_console_script():

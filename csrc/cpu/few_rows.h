@@ -198,7 +198,7 @@ class DecodeAttention {
   static constexpr int64_t kKeys = 32;  // of a block: its keys and values stay in the first-level cache
 
  public:
-  explicit DecodeAttention(const AttentionParams& p)
+  explicit DecodeAttention(const DecodeParams& p)
       : p_(p),
         width_(round_up(p.head_dim, G::kPanel)),
         split_(round_up(ceil_div(p.max_seqlen, ceil_div(2 * p.num_threads, p.batch * p.heads)), kKeys)),
@@ -277,7 +277,7 @@ class DecodeAttention {
     }
   }
 
-  static bool sees(const AttentionParams& p, int64_t batch, int64_t query, int64_t key) {
+  static bool sees(const DecodeParams& p, int64_t batch, int64_t query, int64_t key) {
     return p.visible.data == nullptr ||
            p.visible.data[batch * p.visible.batch_stride + query * p.visible.query_stride + key] != 0;
   }
@@ -286,7 +286,7 @@ class DecodeAttention {
   struct Block {
     int64_t key, keys, seen = 0;
     bool is_seen[kKeys];
-    Block(const AttentionParams& p, int64_t batch, int64_t key, int64_t keys) : key(key), keys(keys) {
+    Block(const DecodeParams& p, int64_t batch, int64_t key, int64_t keys) : key(key), keys(keys) {
       for (int64_t j = 0; j < keys; ++j) {
         is_seen[j] = false;
         for (int64_t i = 0; i < p.queries && !is_seen[j]; ++i)
@@ -312,7 +312,7 @@ class DecodeAttention {
     return {widened, width_};
   }
 
-  const AttentionParams& p_;
+  const DecodeParams& p_;
   int64_t width_, split_, splits_;
 };
 

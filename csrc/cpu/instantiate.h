@@ -38,7 +38,7 @@ const KernelTable* LED_JOIN(LED_ISA, _kernels)() {
                                       LED_ISA::run<LED_ISA::BandedBackward>,
                                       LED_ISA::run<LED_ISA::GlobalForward>,
                                       LED_ISA::run<LED_ISA::GlobalBackward>,
-                                      LED_ISA::run<LED_ISA::DecodeAttention>,
+                                      LED_ISA::run<LED_ISA::DecodeAttention, DecodeParams>,
                                       LED_ISA::write_rows,
                                       LED_ISA::run<LED_ISA::FewRowsLinear, LinearParams>,
                                       LED_ISA::run<LED_ISA::FewRowsAddNorm, AddNormParams>};

@@ -13,7 +13,7 @@ struct KernelTable {
   void (*banded_backward)(const AttentionParams&);
   void (*global_forward)(const AttentionParams&);
   void (*global_backward)(const AttentionParams&);
-  void (*decode_attention)(const AttentionParams&);
+  void (*decode_attention)(const DecodeParams&);
   void (*write_rows)(const WriteRowsParams&);
   void (*few_rows_linear)(const LinearParams&);
   void (*few_rows_add_norm)(const AddNormParams&);

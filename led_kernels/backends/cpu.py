@@ -164,7 +164,7 @@ def decode_attention(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None) ->
     """
     batch, heads, queries, head_dim = q.shape
     out = q.new_empty((batch, queries, heads, head_dim)).transpose(1, 2)
-    params = _C.AttentionParams()
+    params = _C.DecodeParams()
     params.dtype = element_type(q.dtype)
     params.batch, params.heads, params.queries, params.head_dim = batch, heads, queries, head_dim
     params.max_seqlen = k.shape[2]
