@@ -38,7 +38,8 @@ if [[ $preload != /* ]]; then  # clang names its library otherwise
   preload=$("$compiler" -print-file-name=libclang_rt.asan-"$(uname -m)".so)
 fi
 
-export LD_PRELOAD=$preload
+# with the C++ library, or AddressSanitizer, which comes first, does not find what throws
+export LD_PRELOAD="$preload $("$compiler" -print-file-name=libstdc++.so.6)"
 # Python and torch leave memory to the end of the process, which is no concern of the kernels
 export ASAN_OPTIONS=detect_leaks=0:halt_on_error=1:abort_on_error=0
 export UBSAN_OPTIONS=print_stacktrace=1:halt_on_error=1
