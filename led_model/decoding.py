@@ -50,18 +50,27 @@ class DecoderStep:
             self.cache = StaticKVCache(model.config, batch, max_steps, **place)
         else:
             self.cache = BeamKVCache(model.config, batch, rows, max_steps, **place)
-        self.run = _step
+        self.run = _compiled_step(encoded.device.type) if compiled else _step
         if compiled:
-            self.run = _compiled_step(encoded.device.type)
             for tensor in self.cache.tensors():  # written in place by a captured graph
                 torch._dynamo.mark_static_address(tensor)
-        elif encoded.device.type == "cpu" and not _has_hooks(model.led.decoder):
-            self.run = _CapturedStep()
+        self.may_capture = encoded.device.type == "cpu" and not compiled and not _has_hooks(model.led.decoder)
+        self.captured: CapturedCalls | None = None
 
     def __call__(self, tokens: Tensor, step: int) -> Tensor:
         """int64 ``[batch, rows]``, the tokens at position ``step``, to ``[batch * rows, vocab_size]``."""
         # a view at another address would be another graph
         position = self.cache.slots[step : step + 1].clone()
+        if self.captured is not None:
+            for fixed, new in zip(self.inputs, self._inputs(tokens, position), strict=True):
+                fixed.copy_(new)
+            self.captured.replay()
+        elif self.may_capture:
+            self.may_capture = False  # if it fails, it always will
+            self.inputs = self._inputs(tokens, position)
+            self.captured = CapturedCalls.of(self._layers_and_head)
+        if self.captured is not None:
+            return self.captured.result + self.model.final_logits_bias
         return self.run(
             self.model,
             tokens,
@@ -71,6 +80,20 @@ class DecoderStep:
             self.cache,
             position,
         )
+
+    def _inputs(self, tokens: Tensor, position: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """What of a step is not captured: embedded tokens, what they see of the cache, where it is written."""
+        return (
+            self.model.led.decoder.embed(tokens, position),
+            self.cache.attention_mask(position, self.prompt_mask),
+            self.cache.slots_of(position),
+        )
+
+    def _layers_and_head(self) -> Tensor:
+        hidden = self.model.led.decoder.run_layers(
+            *self.inputs, self.cross_keys_values, self.cross_mask, self.cache
+        )
+        return few_rows_linear(self.model.lm_head, hidden.flatten(0, 1))
 
 
 def _step(
@@ -92,49 +115,6 @@ def _step(
         position=position,
     )
     return model.logits(hidden.flatten(0, 1))
-
-
-class _CapturedStep:
-    """:func:`_step`, but its layers' kernel calls are replayed from the second token on, if they are kernels' alone."""
-
-    def __init__(self) -> None:
-        self.is_first = True
-        self.calls: CapturedCalls | None = None
-
-    def __call__(
-        self,
-        model: LEDForConditionalGeneration,
-        tokens: Tensor,
-        cross_keys_values: list[tuple[Tensor, Tensor]],
-        cross_mask: Tensor | None,
-        prompt_mask: Tensor | None,
-        cache: StaticKVCache,
-        position: Tensor,
-    ) -> Tensor:
-        decoder = model.led.decoder
-        if not self.is_first and self.calls is None:
-            return _step(model, tokens, cross_keys_values, cross_mask, prompt_mask, cache, position)
-        inputs = (
-            decoder.embed(tokens, position),
-            cache.attention_mask(position, prompt_mask),
-            cache.slots_of(position),
-        )
-        if self.is_first:
-            self.is_first = False
-            self.inputs = tuple(x.clone() for x in inputs)
-
-            def layers() -> Tensor:
-                hidden = decoder.run_layers(*self.inputs, cross_keys_values, cross_mask, cache)
-                return few_rows_linear(model.lm_head, hidden.flatten(0, 1))
-
-            self.calls = CapturedCalls.of(layers)
-            if self.calls is None:
-                return _step(model, tokens, cross_keys_values, cross_mask, prompt_mask, cache, position)
-        else:
-            for fixed, new in zip(self.inputs, inputs, strict=True):
-                fixed.copy_(new)
-            self.calls.replay()
-        return self.calls.result + model.final_logits_bias
 
 
 def _has_hooks(module: nn.Module) -> bool:
