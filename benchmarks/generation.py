@@ -50,7 +50,7 @@ def step_bytes(shape: Shape) -> int:
 
 def tokens_of(search: str, shape: Shape) -> dict[str, Tensor]:
     """What transformers writes."""
-    return _prepare(_load_stock, search, shape)()
+    return _prepare(stock_model, search, shape)()
 
 
 def stock_model(shape: Shape) -> nn.Module:
@@ -70,21 +70,17 @@ def _settings(search: str) -> dict[str, int | bool | None]:
     }
 
 
-def _load_stock(shape: Shape) -> nn.Module:
-    return stock_model(shape)
-
-
 def _load_own(shape: Shape) -> nn.Module:
     return encoder.own_model(stock_model(shape))
 
 
-_MODELS = {OWN: _load_own, STOCK: _load_stock}
+_MODELS = {OWN: _load_own, STOCK: stock_model}
 
 
 def _prepare(load: Callable[[Shape], nn.Module], search: str, shape: Shape) -> Call:
     model, (ids, attention_mask, _) = _model_of(load, shape), make_arguments(shape)
     encoded = _encoded(shape)
-    if load is _load_stock:
+    if load is stock_model:
         from transformers.modeling_outputs import BaseModelOutput
 
         # generate expands what it is given in place
