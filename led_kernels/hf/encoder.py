@@ -27,22 +27,19 @@ class FusedSelfAttention(nn.Module):
     """
 
     led_kernels_options = Options()
+    must_not_be_overridden = True
 
     def forward(
         self,
         hidden_states: Tensor,
         attention_mask: LongformerMask | Tensor | None = None,
-        *,
         output_attentions: bool = False,
-        layer_head_mask: Tensor | None = None,
-        **stock_masks,
     ) -> tuple[Tensor, ...]:
         """
         Args:
             hidden_states: ``[batch, seqlen, d_model]``; any seqlen.
             attention_mask: the mask of the batch, or what transformers' own encoders pass, ``[batch,
-                seqlen]``: negative for padding, 0 for local and positive for global tokens. ``stock_masks``
-                repeat it.
+                seqlen]``: negative for padding, 0 for local and positive for global tokens.
             output_attentions: also return the probabilities, before dropout.
 
         Returns:
@@ -50,7 +47,6 @@ class FusedSelfAttention(nn.Module):
             ``[batch, seqlen, heads, max_globals + attention_window + 1]`` and, if there are global tokens,
             ``[batch, heads, max_globals, seqlen]``.
         """
-        refuse_head_mask(layer_head_mask)
         mask = mask_of(attention_mask, hidden_states, self.led_kernels_options.max_globals)
         window_size = self.one_sided_attn_window_size
         q, k, v = (
@@ -132,10 +128,3 @@ def mask_of(
     else:
         kind = attention_mask.sign() + 1  # negative, 0, positive -> 0 padding, 1 local, 2 global
     return LongformerMask.from_padding(kind, max_globals=max_globals)
-
-
-def refuse_head_mask(head_mask: Tensor | None) -> None:
-    if head_mask is not None:
-        raise ValueError(
-            "head_mask is not supported by led_kernels; leave it out or call revert_led_kernels."
-        )
