@@ -41,7 +41,7 @@ class Decoder(enum.Enum):
 
     STOCK = "is right with every cache, and stays"
     OURS = "gives other tokens with a cache than without, and is replaced by ours, which does not"
-    NEITHER = "gives other tokens with a static cache than without, and ours does not run there: static caches are refused"
+    NEITHER = "gives other tokens with a static cache, and ours does not run there: static caches are refused"
 
 
 @functools.cache

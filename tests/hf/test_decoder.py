@@ -27,13 +27,14 @@ from led_kernels.hf.compat import is_newer_than_tested
 from led_kernels.hf.decoder import FusedLEDDecoderAttention
 
 VERSION = tuple(map(int, transformers.__version__.split(".")[:2]))
-has_static_cache = pytest.mark.skipif(VERSION < (4, 56), reason="before 4.56 LED has no static cache")
+pytestmark = pytest.mark.skipif(
+    VERSION < (4, 56), reason="before 4.56 LED has no static cache and keeps its decoder"
+)
 known_release = pytest.mark.skipif(is_newer_than_tested(), reason="what a newer release does is not known")
 
 CASE = HFCase(globals_per_row=((0, 9), (4,)), padding=("none", "right"))
 STEPS = 12
-# before 4.56 LED has no static cache, and transformers says so
-STATIC = {"cache_implementation": "static"} if VERSION >= (4, 56) else {}
+STATIC = {"cache_implementation": "static"}
 PROMPTS = {
     "no-prompt": {},
     "prompt": {"decoder_input_ids": torch.tensor([[2, 7, 9, 30], [2, 8, 8, 41]])},
@@ -99,7 +100,6 @@ def test_generation_with_every_cache(prompt, search, stock):
 
 
 @known_release
-@has_static_cache
 @pytest.mark.parametrize("search", SEARCHES.values(), ids=SEARCHES.keys())
 def test_stock_generates_other_tokens_with_a_static_cache(search, stock):
     """Why the decoder is replaced."""

@@ -25,6 +25,9 @@ from led_kernels.hf.probe import Decoder, encoder_difference, right_decoder
 
 CASE = HFCase(globals_per_row=((0, 9), (4,)), padding=("none", "right"))
 VERSION = tuple(map(int, transformers.__version__.split(".")[:2]))
+has_decoder_of_ours = pytest.mark.skipif(
+    VERSION < (4, 56), reason="before 4.56 LED has no static cache and keeps its decoder"
+)
 MEMORIES = (right_decoder, encoder_difference, patching._warn_once)
 TABLES = {
     f"{stock.__name__}": (stock, ours)
@@ -55,7 +58,10 @@ def static(model: nn.Module):
 
 def test_what_tested_releases_do():
     """A list of facts: were the question asked wrongly, some release would answer otherwise."""
-    if not is_newer_than_tested():
+    if VERSION < (4, 56):  # which do without a cache where one of another kind is asked for
+        assert right_decoder() is Decoder.STOCK
+        assert "stays" in decoder_report()
+    elif not is_newer_than_tested():
         assert right_decoder() is Decoder.OURS
         assert "is replaced by ours" in decoder_report()
     assert encoder_difference("led") is None
@@ -71,6 +77,7 @@ def play_right_release(monkeypatch):
                 monkeypatch.setattr(theirs, name, function, raising=False)
 
 
+@has_decoder_of_ours
 def test_release_with_a_right_decoder_keeps_it(stock, monkeypatch, forgetful):
     play_right_release(monkeypatch)
     assert right_decoder() is Decoder.STOCK
@@ -90,7 +97,7 @@ def play_release_of_neither(monkeypatch):
     monkeypatch.setattr(FusedLEDDecoderAttention, "forward", fails)
 
 
-@pytest.mark.skipif(VERSION < (4, 56), reason="before 4.56 LED has no static cache")
+@has_decoder_of_ours
 @pytest.mark.skipif(is_newer_than_tested(), reason="what a newer release does is not known")
 def test_where_neither_is_right_static_caches_are_refused(stock, monkeypatch, forgetful):
     expected = stock.generate(**CASE.inputs(), max_new_tokens=4)
@@ -120,7 +127,7 @@ class OwnDecoder(LEDDecoder):
         return super().forward(*args, **kwargs)
 
 
-@pytest.mark.skipif(VERSION < (4, 56), reason="before 4.56 LED has no static cache")
+@has_decoder_of_ours
 def test_decoder_with_a_forward_of_its_own_keeps_it_and_refuses_static_caches(stock):
     expected = stock.generate(**CASE.inputs(), max_new_tokens=4)
     stock.get_decoder().__class__ = OwnDecoder
@@ -232,6 +239,7 @@ def test_every_position_arrives(stock):
         assert len(by_position) == len(by_name)
 
 
+@has_decoder_of_ours
 @pytest.mark.parametrize("spelling", ["cache", "past_key_values", "past_key_value"])
 def test_every_spelling_of_the_cache(spelling, stock):
     with warnings.catch_warnings():
@@ -250,6 +258,7 @@ def test_every_spelling_of_the_cache(spelling, stock):
     assert cache.get_seq_length() == 3
 
 
+@has_decoder_of_ours
 def test_cache_under_an_unknown_name_is_refused(stock):
     decoder = apply_led_kernels(stock).get_decoder()
     with pytest.raises(TypeError, match="got 'memory', which led_kernels does not know"):
@@ -272,6 +281,7 @@ def test_no_deprecation_warning_comes_from_our_calls(stock):
             static(stock)
 
 
+@has_decoder_of_ours
 def test_is_static():
     config = CASE.led_config()
     assert compat.is_static(StaticCache(config=config, max_cache_len=4))
