@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import fields
+from itertools import chain
 from typing import Any
 
 import transformers
@@ -16,15 +17,21 @@ from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttenti
 
 TESTED = ("4.53", "4.57", "5.0", "5.12", "5.23", "5.24")
 
-# 5.24 renamed it, and so did 4.56 in decoder layers
+# 5.24 renamed it, and so did 4.56 in decoder layers; a name that is not here is found by what it holds
 _CACHE_SPELLINGS = ("cache", "past_key_values", "past_key_value")
 # up to 5.0 a cache wants the positions, of which it needs the number
 _MASK_SIZES_TAKE_LENGTH = "query_length" in inspect.signature(Cache.get_mask_sizes).parameters
-_OUTPUT_CACHE = next(
-    field.name
-    for field in fields(BaseModelOutputWithPastAndCrossAttentions)
-    if field.name in _CACHE_SPELLINGS
-)
+
+
+def _name_of_cache(annotations: Iterable[tuple[str, Any]]) -> str:
+    """Which of some names, with their annotations, is a cache's."""
+    annotations = tuple(annotations)
+    known = (name for name, _ in annotations if name in _CACHE_SPELLINGS)
+    annotated = (name for name, annotation in annotations if "Cache" in str(annotation))
+    return next(chain(known, annotated), _CACHE_SPELLINGS[0])
+
+
+_OUTPUT_CACHE = _name_of_cache((f.name, f.type) for f in fields(BaseModelOutputWithPastAndCrossAttentions))
 
 
 def tested_note() -> str:
@@ -45,12 +52,14 @@ def _release(version: str) -> tuple[int, ...]:
     return tuple(map(int, version.split(".")[:2]))
 
 
-def takes_arguments_of(stock_forward: Callable) -> Callable[[Callable], Callable]:
-    """A forward that is called as this release calls ``stock_forward``: positions in its order, any spelling of the
-    cache, which arrives as ``cache``, and no ``head_mask`` but None.
+def takes_arguments_of(
+    stock_forward: Callable, ignores: Sequence[str] = ()
+) -> Callable[[Callable], Callable]:
+    """A forward that is called as this release calls ``stock_forward``.
 
-    Arguments that the decorated forward does not name are dropped where the stock forward takes any, and refused
-    otherwise, or if one of them is a cache.
+    Positions are in its order, and the cache, under whatever name it comes, arrives as ``cache``. An argument that the
+    decorated forward does not name must be None or False, unless it is among those that it ``ignores``, or one of the
+    ``**kwargs`` that the stock forward ignores.
     """
     stock = inspect.signature(stock_forward)
     order = tuple(n for n, p in stock.parameters.items() if p.kind is p.POSITIONAL_OR_KEYWORD)[1:]
@@ -68,13 +77,16 @@ def takes_arguments_of(stock_forward: Callable) -> Callable[[Callable], Callable
             given = {**dict(zip(order, args, strict=False)), **kwargs}
             named: dict[str, Any] = {}
             for name, value in given.items():
-                name = "cache" if name in _CACHE_SPELLINGS else name
+                if name in _CACHE_SPELLINGS or isinstance(value, Cache):
+                    name = "cache"
                 if name in served:
                     if named.get(name) is None:
                         named[name] = value
                 elif name.endswith("head_mask"):
-                    refuse_head_mask(value)
-                elif isinstance(value, Cache) or (not takes_any and name not in order):
+                    _refuse_head_mask(value)
+                elif not (value is None or value is False or name in ignores) and (
+                    name in order or not takes_any
+                ):
                     raise TypeError(
                         f"{type(self).__name__}.forward got {name!r}, which led_kernels does not know in "
                         f"transformers {transformers.__version__}; leave it out or call revert_led_kernels."
@@ -87,22 +99,21 @@ def takes_arguments_of(stock_forward: Callable) -> Callable[[Callable], Callable
     return decorate
 
 
+def _refuse_head_mask(head_mask: Tensor | None) -> None:
+    if head_mask is not None:
+        raise ValueError(
+            "head_mask is not supported by led_kernels; leave it out or call revert_led_kernels."
+        )
+
+
 def cache_argument(function: Callable) -> str:
     """The name by which a forward of this release takes its cache."""
-    names = inspect.signature(function).parameters
-    return next((name for name in _CACHE_SPELLINGS if name in names), _CACHE_SPELLINGS[0])
+    return _name_of_cache((p.name, p.annotation) for p in inspect.signature(function).parameters.values())
 
 
 def accepts(function: Callable, name: str) -> bool:
     """Whether a forward names an argument."""
     return name in inspect.signature(function).parameters
-
-
-def refuse_head_mask(head_mask: Tensor | None) -> None:
-    if head_mask is not None:
-        raise ValueError(
-            "head_mask is not supported by led_kernels; leave it out or call revert_led_kernels."
-        )
 
 
 def as_cache(cache: Cache | tuple | None) -> Cache | None:

@@ -188,7 +188,7 @@ class FusedLEDDecoder(LEDDecoder):
     led_kernels_options = Options()
     where_overridden = CautiousLEDDecoder
 
-    @takes_arguments_of(LEDDecoder.forward)
+    @takes_arguments_of(LEDDecoder.forward, ignores=("global_attention_mask",))
     def forward(
         self,
         input_ids: Tensor | None = None,

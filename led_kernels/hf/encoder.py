@@ -12,6 +12,9 @@ from led_kernels.attention_weights import banded_attention_weights, global_atten
 from led_kernels.mask import LongformerMask
 from led_kernels.projection import encoder_self_attention, project_global_queries
 
+# what transformers' encoders repeat of the mask
+STOCK_MASKS = ("is_index_masked", "is_index_global_attn", "is_global_attn")
+
 
 class Options(NamedTuple):
     """What :func:`led_kernels.hf.apply_led_kernels` was given; an attribute of every fused module."""

@@ -12,18 +12,18 @@ from transformers.models.led.modeling_led import (
 )
 
 from led_kernels.hf.compat import takes_arguments_of
-from led_kernels.hf.encoder import FusedSelfAttention, Options, run_layers
+from led_kernels.hf.encoder import STOCK_MASKS, FusedSelfAttention, Options, run_layers
 from led_kernels.mask import LongformerMask
 
 
 class FusedLEDEncoderSelfAttention(FusedSelfAttention, LEDEncoderSelfAttention):
-    forward = takes_arguments_of(LEDEncoderSelfAttention.forward)(FusedSelfAttention.forward)
+    forward = takes_arguments_of(LEDEncoderSelfAttention.forward, STOCK_MASKS)(FusedSelfAttention.forward)
 
 
 class FusedLEDEncoderLayer(LEDEncoderLayer):
     """The stock layer, but fp16 states are clamped without asking the device whether they need it."""
 
-    @takes_arguments_of(LEDEncoderLayer.forward)
+    @takes_arguments_of(LEDEncoderLayer.forward, STOCK_MASKS)
     def forward(
         self,
         hidden_states: Tensor,

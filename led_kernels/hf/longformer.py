@@ -11,11 +11,11 @@ from transformers.models.longformer.modeling_longformer import (
 )
 
 from led_kernels.hf.compat import takes_arguments_of
-from led_kernels.hf.encoder import FusedSelfAttention, Options, mask_of, run_layers
+from led_kernels.hf.encoder import STOCK_MASKS, FusedSelfAttention, Options, mask_of, run_layers
 
 
 class FusedLongformerSelfAttention(FusedSelfAttention, LongformerSelfAttention):
-    forward = takes_arguments_of(LongformerSelfAttention.forward)(FusedSelfAttention.forward)
+    forward = takes_arguments_of(LongformerSelfAttention.forward, STOCK_MASKS)(FusedSelfAttention.forward)
 
 
 class FusedLongformerEncoder(LongformerEncoder):

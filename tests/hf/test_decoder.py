@@ -23,7 +23,7 @@ from transformers.models.led.modeling_led import (
 )
 
 from led_kernels.hf import apply_led_kernels, revert_led_kernels
-from led_kernels.hf.compat import is_newer_than_tested
+from led_kernels.hf.compat import cache_argument, is_newer_than_tested
 from led_kernels.hf.decoder import FusedLEDDecoderAttention
 
 VERSION = tuple(map(int, transformers.__version__.split(".")[:2]))
@@ -296,7 +296,7 @@ def test_static_step_compiles_once_without_a_graph_break(stock):
                 input_ids=tokens[:, position : position + 1],
                 encoder_hidden_states=encoded,
                 encoder_attention_mask=CASE.inputs()["attention_mask"],
-                past_key_values=cache,
+                cache=cache,
                 cache_position=torch.tensor([position]),
             ).last_hidden_state
             logits.append(ours.lm_head(hidden))
@@ -306,6 +306,7 @@ def test_static_step_compiles_once_without_a_graph_break(stock):
 
 def test_steps_without_cache_positions(stock):
     """As callers do that hold the cache themselves."""
+    name = cache_argument(LEDForConditionalGeneration.forward)
     tokens = torch.tensor([[2, 7, 9, 30, 11, 12], [2, 8, 8, 41, 5, 6]])
     with torch.no_grad(), true_fp64():
         expected = stock(**CASE.inputs(), decoder_input_ids=tokens).logits
@@ -317,9 +318,9 @@ def test_steps_without_cache_positions(stock):
                     encoder_outputs=encoded,
                     attention_mask=CASE.inputs()["attention_mask"],
                     decoder_input_ids=tokens[:, start:stop],
-                    past_key_values=cache,
                     use_cache=True,
+                    **{name: cache},
                 )
-                assert result.past_key_values is cache
+                assert result[name] is cache
                 logits.append(result.logits)
             assert_close({"logits": torch.cat(logits, 1)}, {"logits": expected}, 1e-6)
