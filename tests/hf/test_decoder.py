@@ -101,10 +101,13 @@ def test_generation_with_every_cache(prompt, search, stock):
 
 @known_release
 @pytest.mark.parametrize("search", SEARCHES.values(), ids=SEARCHES.keys())
-def test_stock_generates_other_tokens_with_a_static_cache(search, stock):
+def test_stock_fails_or_generates_other_tokens_with_a_static_cache(search, stock):
     """Why the decoder is replaced."""
     expected, _ = generate(stock, **search)
-    tokens, _ = generate(stock, **search, **STATIC)
+    try:
+        tokens, _ = generate(stock, **search, **STATIC)
+    except TypeError:  # 5.12 cannot embed positions that its cache counts in a tensor
+        return
     assert tokens.shape != expected.shape or not torch.equal(tokens, expected)
 
 
