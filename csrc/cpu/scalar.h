@@ -13,6 +13,16 @@ namespace LED_ISA {
 template <class T>
 struct Scalar;
 
+// What comparing lanes of whole numbers gives.
+template <>
+struct Scalar<int32_t> {
+  using Bits = int32_t;
+};
+template <>
+struct Scalar<int64_t> {
+  using Bits = int64_t;
+};
+
 template <>
 struct Scalar<float> {
   using Bits = int32_t;
