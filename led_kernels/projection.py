@@ -6,6 +6,7 @@ Source of the projections: Beltagy et al., "Longformer: The Long-Document Transf
 from __future__ import annotations
 
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
 
 from led_kernels.api import (
     absorbed_global_attention,
@@ -119,4 +120,5 @@ def runs_its_own_code(module: nn.Module) -> bool:
         and not module._forward_pre_hooks
         and not module._backward_hooks
         and not module._backward_pre_hooks
+        and not _has_any_global_hook()
     )
