@@ -27,9 +27,9 @@ class LEDTokenizer:
     """Text to token ids, ``<s> text </s>`` or ``<s> text </s></s> pair </s>``, and back.
 
     Names, arguments and ids are those of transformers' ``LEDTokenizer``; padding is to the right, unless
-    ``padding_side`` is set to "left". Each special token, ``bos_token`` to ``mask_token``, has its id in ``bos_token_id`` and so on. ``tokenizer`` is the
-    underlying ``tokenizers.Tokenizer``, ``model_max_length`` what the checkpoint says, or ``None``. Threads may
-    share one, and transformers' collators take it.
+    ``padding_side`` is set to "left". Each special token, ``bos_token`` to ``mask_token``, has its id in
+    ``bos_token_id`` and so on. ``tokenizer`` is the underlying ``tokenizers.Tokenizer``, ``model_max_length``
+    what the checkpoint says, or ``None``. Threads may share one, and transformers' collators take it.
 
     >>> tokenizer = LEDTokenizer.from_pretrained(directory)
     >>> batch = tokenizer(["A text.", "A longer text."], padding=True, return_tensors="pt")

@@ -154,13 +154,9 @@ def _added_tokens(
         if content not in known:
             yield _as_added_token(content, content in special), token_id
             known.add(content)
-    defaults = [
-        token
-        for token in SPECIAL_TOKENS.values()
-        if tokenizer.token_to_id(token) is not None or token in known
-    ]
+    there = [t for t in SPECIAL_TOKENS.values() if t in known or tokenizer.token_to_id(t) is not None]
     given = [settings[name] for name in SPECIAL_TOKENS if settings.get(name) is not None]
-    for token in [*given, *extra, *(token for token in defaults if token in special)]:
+    for token in [*given, *extra, *(token for token in there if token in special)]:
         if _content(token) not in known:
             yield _as_added_token(token, special=True), None
             known.add(_content(token))
