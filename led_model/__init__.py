@@ -1,8 +1,9 @@
 """A Longformer-Encoder-Decoder on the kernels of ``led_kernels``."""
 
 from led_model.cache import BeamKVCache, StaticKVCache
-from led_model.config import GenerationConfig, LEDConfig
+from led_model.config import LEDConfig
 from led_model.generate import GenerateOutput
+from led_model.generation_config import GenerationConfig
 from led_model.heads import LEDForQuestionAnswering, LEDForSequenceClassification
 from led_model.model import LEDForConditionalGeneration, LEDModel
 from led_model.outputs import (
