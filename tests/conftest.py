@@ -11,6 +11,8 @@ import pytest
 import torch
 from hypothesis import settings
 
+from tests import skips
+
 # Unless named on the command line: processes of their own. The conftest of interpreter has to come before Triton, which
 # led_kernels imports through torch.compiler, that of host_cuda before led_kernels._C: hence the imports inside
 # functions here.
@@ -73,3 +75,11 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             item.add_marker(
                 pytest.mark.skip(reason="needs a GPU; run pytest --gpu on a machine that has one")
             )
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    skips.note(report)
+
+
+def pytest_collectreport(report: pytest.CollectReport) -> None:
+    skips.note(report)
