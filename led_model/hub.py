@@ -8,6 +8,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from led_kernels.extras import install_extra
+
 Fetch = Callable[[str], Path | None]  # a file of the checkpoint by name, None when it has no such file
 
 HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "token")  # of hf_hub_download
@@ -40,7 +42,7 @@ def checkpoint_files(
     except ImportError:
         raise FileNotFoundError(
             f"{path_or_id} is no directory, and fetching it from the hub needs huggingface_hub: "
-            "pip install huggingface_hub."
+            f"{install_extra('text')}."
         ) from None
     options = {name: value for name, value in (hub_options or {}).items() if value is not None}
 

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from led_kernels.extras import install_extra
+
 # a linear layer, its weights on the device that is to hold them, to the layer that takes its place
 Quantize = Callable[[nn.Linear], nn.Linear]
 
@@ -115,4 +117,4 @@ def _int8() -> Quantize:
 
 
 def _missing(argument: str, package: str) -> ImportError:
-    return ImportError(f"{argument} needs {package}; pip install 'led-kernels[quant]'.")
+    return ImportError(f"{argument} needs {package}; {install_extra('quant')}.")

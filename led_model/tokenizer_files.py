@@ -10,6 +10,7 @@ from operator import attrgetter, itemgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from led_kernels.extras import install_extra
 from led_model.config import read_json
 from led_model.hub import Fetch, checkpoint_files, first_line
 from led_model.schema import FLAG, LARGEST, TEXT, TOKEN_ID, Rule, check_values, list_of, number, table_of
@@ -66,7 +67,7 @@ def read_tokenizer_files(
     try:
         import tokenizers  # noqa: F401
     except ImportError:
-        raise ImportError("text needs the tokenizers library: pip install 'led-kernels[text]'.") from None
+        raise ImportError(f"text needs the tokenizers library; {install_extra('text')}.") from None
     fetch = checkpoint_files(path_or_id, revision, hub_options)
     settings = _settings(fetch)
     try:

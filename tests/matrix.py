@@ -47,7 +47,18 @@ EVERY_LAYER = {
     "interpreter": ["tests/interpreter", "-k", "against_loops or test_kernels"],
     "drop-in": ["tests/hf/test_parity.py", "tests/hf/test_heads.py", "tests/hf/test_probe.py"],
 }
-DEMO = ["--tokens", "2048", "--compare-tokens", "1024", "--layers", "1", "--window", "256", "--new-tokens", "4"]
+DEMO = [
+    "--tokens",
+    "2048",
+    "--compare-tokens",
+    "1024",
+    "--layers",
+    "1",
+    "--window",
+    "256",
+    "--new-tokens",
+    "4",
+]
 RUN_LED = "import sys; from led_model.cli import main; sys.exit(main())"
 VERSIONS = """
 import json, platform, torch, transformers, triton
