@@ -44,10 +44,21 @@ EVERY_LAYER = {
         "-k",
         "cpu and (against_loops or strides or deterministic or window)",
     ],
-    "interpreter": ["tests/interpreter", "-k", "against_loops or test_kernels"],
+    "interpreter": ["tests/interpreter", "-k", "against_loops or test_window"],
     "drop-in": ["tests/hf/test_parity.py", "tests/hf/test_heads.py", "tests/hf/test_probe.py"],
 }
-DEMO = ["--tokens", "2048", "--compare-tokens", "1024", "--layers", "1", "--window", "256", "--new-tokens", "4"]
+DEMO = [
+    "--tokens",
+    "2048",
+    "--compare-tokens",
+    "1024",
+    "--layers",
+    "1",
+    "--window",
+    "256",
+    "--new-tokens",
+    "4",
+]
 RUN_LED = "import sys; from led_model.cli import main; sys.exit(main())"
 VERSIONS = """
 import json, platform, torch, transformers, triton
@@ -159,7 +170,7 @@ class Entry:
         except Failure as failure:
             raise Failure(f"{counts(report) if report.exists() else 'no report'}; {failure}") from failure
         all_of = ["--part"] if "-k" in arguments or len(arguments) > 1 else ["--only", *arguments]
-        self.call("tests/skips.py", str(skips), *all_of)
+        self.call("-m", "tests.skips", str(skips), *all_of)
         return counts(report)
 
     def demo(self) -> str:
