@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 from led_kernels.api import banded_attention, gather_global_rows, global_attention, longformer_attention
-from led_kernels.dispatch import BACKENDS, can_run
 from led_kernels.mask import LongformerMask
 
 
@@ -91,11 +90,6 @@ def unaligned(x: Tensor) -> Tensor:
     """x where its address and all strides but the last are multiples of an element alone; NaN lies between rows."""
     padded = x.new_full((*x.shape[:-1], x.shape[-1] + 3), float("nan"))
     return padded[..., 1 : 1 + x.shape[-1]].copy_(x)
-
-
-def runnable_backends(device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> list[str]:
-    """Backends under test on this device: all that run there, without the oracle."""
-    return [name for name in BACKENDS if name != "reference" and can_run(name, torch.device(device), dtype)]
 
 
 def assert_within_error_bound(

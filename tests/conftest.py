@@ -12,6 +12,7 @@ import torch
 from hypothesis import settings
 
 from tests import skips
+from tests.backends import backends_on, reason_against
 
 # Unless named on the command line: processes of their own. The conftest of interpreter has to come before Triton, which
 # led_kernels imports through torch.compiler, that of host_cuda before led_kernels._C: hence the imports inside
@@ -32,11 +33,9 @@ class Target:
         return self.backend if self.device == "cpu" else f"{self.backend}-{self.device}"
 
     def require(self, dtype: torch.dtype) -> None:
-        """Skips the test where the backend does not compute in this dtype."""
-        from led_kernels.dispatch import can_run
-
-        if not can_run(self.backend, torch.device(self.device), dtype):
-            pytest.skip(f"{self.backend} does not compute in {dtype}")
+        """Skips the test where the backend was not made for this dtype."""
+        if reason := reason_against(self.backend, self.device, dtype):
+            pytest.skip(reason)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -56,10 +55,8 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "target" not in metafunc.fixturenames:
         return
-    from led_kernels.testing import runnable_backends
-
     devices = ["cpu", "cuda"] if metafunc.config.getoption("--gpu") else ["cpu"]
-    targets = [Target(backend, device) for device in devices for backend in runnable_backends(device)]
+    targets = [Target(backend, device) for device in devices for backend in backends_on(device)]
     params = [
         pytest.param(target, id=str(target), marks=[pytest.mark.gpu] if target.device == "cuda" else [])
         for target in targets

@@ -44,7 +44,7 @@ EVERY_LAYER = {
         "-k",
         "cpu and (against_loops or strides or deterministic or window)",
     ],
-    "interpreter": ["tests/interpreter", "-k", "against_loops or test_kernels"],
+    "interpreter": ["tests/interpreter", "-k", "against_loops or test_window"],
     "drop-in": ["tests/hf/test_parity.py", "tests/hf/test_heads.py", "tests/hf/test_probe.py"],
 }
 DEMO = [
@@ -170,7 +170,7 @@ class Entry:
         except Failure as failure:
             raise Failure(f"{counts(report) if report.exists() else 'no report'}; {failure}") from failure
         all_of = ["--part"] if "-k" in arguments or len(arguments) > 1 else ["--only", *arguments]
-        self.call("tests/skips.py", str(skips), *all_of)
+        self.call("-m", "tests.skips", str(skips), *all_of)
         return counts(report)
 
     def demo(self) -> str:

@@ -1,7 +1,7 @@
 """Which tests were skipped, against the committed list ``skips.txt``.
 
-    LED_KERNELS_SKIP_LOG=skips.log pytest             appends every skip to that file
-    python tests/skips.py skips.log [--only tests/hf]
+    LED_KERNELS_SKIP_LOG=$PWD/skips.log pytest             appends every skip to that file
+    python -m tests.skips skips.log [--only tests/hf]
 
 A line of the list is ``condition | test | reason``, where ``*`` stands for anything. A skip that is on no line whose
 condition holds here is an error, and so is a line whose condition holds and that no skip is on, unless ``--part`` says
@@ -12,9 +12,9 @@ from __future__ import annotations
 
 import argparse
 import functools
-import importlib.util
 import json
 import os
+import platform
 import re
 import shutil
 import sys
@@ -22,16 +22,17 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 
+from tests.backends import has_extension
+
 LIST = Path(__file__).with_name("skips.txt")
-LOG = "LED_KERNELS_SKIP_LOG"
+_log = os.environ.pop("LED_KERNELS_SKIP_LOG", None)  # not for the processes that tests start
 
 
 def note(report) -> None:
     """Appends a report of pytest's to the log, if one is asked for and it is a skip."""
-    log = os.environ.get(LOG)
-    if log and report.skipped and not hasattr(report, "wasxfail"):
+    if _log and report.skipped and not hasattr(report, "wasxfail"):
         reason = report.longrepr[2].removeprefix("Skipped: ")
-        with open(log, "a", encoding="utf-8") as file:
+        with open(_log, "a", encoding="utf-8") as file:
             print(json.dumps([report.nodeid, reason]), file=file)
 
 
@@ -51,9 +52,6 @@ class Line:
         """Whether every skip of this line must occur here; conditions are joined by commas."""
         return all(_holds(name.strip()) for name in self.condition.split(","))
 
-    def may_occur(self) -> bool:
-        return self.condition == "sometimes" or self.applies()
-
 
 def _fits(pattern: str, text: str) -> bool:
     return re.fullmatch(".*".join(map(re.escape, pattern.split("*"))), text, re.DOTALL) is not None
@@ -68,13 +66,13 @@ def _holds(condition: str) -> bool:
         return (here < wanted) == (relation == "<")
     return {
         "always": lambda: True,
-        "sometimes": lambda: False,  # for what changes from one moment to the next, such as a network
         "no gpu": lambda: not _has_gpu(),
         "gpu": _has_gpu,
         "no nvcc": lambda: not _has_nvcc(),
-        "no extension": lambda: importlib.util.find_spec("led_kernels._C") is None,
+        "no extension": lambda: not has_extension(),
         "no objdump": lambda: shutil.which("objdump") is None,
         "one processor": lambda: len(os.sched_getaffinity(0)) < 2,
+        "no x86": lambda: platform.machine() not in ("x86_64", "AMD64"),
     }[condition]()
 
 
@@ -96,14 +94,11 @@ def read_list(path: Path = LIST) -> list[Line]:
 
 def faults(lines: list[Line], skips: list[tuple[str, str]], part: bool = False) -> list[str]:
     """What differs between the list and the skips, one sentence each."""
-    possible = [line for line in lines if line.may_occur()]
-    unlisted = [s for s in skips if not any(line.covers(*s) for line in possible)]
+    here = [line for line in lines if line.applies()]
+    unlisted = [s for s in skips if not any(line.covers(*s) for line in here)]
     found = [f"not on the list: {test} | {reason}" for test, reason in dict.fromkeys(unlisted)]
     if not part:
-        needed = [line for line in possible if line.applies()]
-        found += [
-            f"no test was skipped: {line}" for line in needed if not any(line.covers(*s) for s in skips)
-        ]
+        found += [f"no test was skipped: {line}" for line in here if not any(line.covers(*s) for s in skips)]
     return found
 
 

@@ -11,12 +11,11 @@ from torch import nn
 
 from led_kernels import decode
 from led_kernels.decode import CapturedCalls, decode_attention, few_rows_add_norm, few_rows_linear, write_rows
-from led_kernels.dispatch import backend_module, can_run
+from led_kernels.dispatch import backend_module
 from led_kernels.testing import assert_within_error_bound, unaligned
+from tests.backends import needs_extension
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
-
-needs_extension = pytest.mark.skipif(not can_run("cpu"), reason="the extension led_kernels._C is not built")
 
 
 @pytest.fixture

@@ -15,11 +15,11 @@ import torch
 import led_kernels
 from led_kernels import BackendUnavailable, LongformerMask, backends, banded_attention, dispatch
 from led_kernels.backends._gpu import check_grid
+from tests.backends import has_extension, needs_extension, reason_against
 
 ROOT = Path(__file__).parents[1]
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 HAS_GPU = torch.cuda.is_available()
-needs_extension = pytest.mark.skipif(not dispatch.can_run("cpu"), reason="led_kernels._C is not built")
 
 
 def python(code: str, *args: str, **environment: str) -> subprocess.CompletedProcess:
@@ -84,7 +84,7 @@ class TestCanRun:
         assert not dispatch.can_run(backend, device, torch.int32)
         with pytest.raises(BackendUnavailable, match=f"backend '{backend}' cannot run: "):
             dispatch.can_run(backend, device, torch.int32, raise_error=True)
-        if dispatch.can_run(backend, device):
+        if reason_against(backend, device.type) is None:
             with pytest.raises(
                 BackendUnavailable, match=r"it computes in float16, .*, not int32; cast the inputs"
             ):
@@ -248,7 +248,7 @@ class TestChoice:
         monkeypatch.delenv("LED_KERNELS_BACKEND", raising=False)
 
     def test_by_device(self, monkeypatch):
-        expected = "cpu" if dispatch.can_run("cpu") else "torch"
+        expected = "cpu" if has_extension() else "torch"
         assert dispatch.choose_backend(CPU, torch.float32) == expected
         runs = {"triton", "cuda"}
         monkeypatch.setattr(dispatch, "can_run", lambda name, *args, **options: name in runs)
@@ -308,7 +308,7 @@ for backend in ("cpu", "cuda"):
 
 
 def instruction_sets() -> list[str]:
-    if not dispatch.can_run("cpu"):
+    if not has_extension():
         return []
     from led_kernels import _C
 

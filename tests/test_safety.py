@@ -17,13 +17,11 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from led_kernels import LongformerMask, banded_attention, longformer_attention, ops
 from led_kernels.decode import decode_attention, few_rows_add_norm, few_rows_linear, write_rows
-from led_kernels.dispatch import backend_module, can_run
-from led_kernels.testing import runnable_backends
-
-needs_extension = pytest.mark.skipif(not can_run("cpu"), reason="the extension led_kernels._C is not built")
+from led_kernels.dispatch import backend_module
+from tests.backends import backends_on, needs_extension
 
 
-@pytest.fixture(params=["reference", *runnable_backends()])
+@pytest.fixture(params=["reference", *backends_on("cpu")])
 def backend(request) -> str:
     return request.param
 

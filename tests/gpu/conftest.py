@@ -1,7 +1,8 @@
-"""``backend``: each test that takes it runs for every backend on the GPU, or is skipped in the words of its refusal."""
+"""``backend``: each test that takes it runs for every backend that was made for this GPU."""
 
 import pytest
-import torch
+
+from tests.backends import reason_against
 
 
 @pytest.hookimpl(trylast=True)  # backends vary fastest, so that they share the truth
@@ -13,12 +14,8 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 @pytest.fixture
 def backend(request: pytest.FixtureRequest) -> str:
-    """One that runs here, in the test's ``dtype`` if it has one."""
-    from led_kernels.dispatch import BackendUnavailable, can_run
-
+    """One that was made for this GPU, and for the test's ``dtype`` if it has one."""
     dtype = request.node.callspec.params.get("dtype")
-    try:
-        can_run(request.param, torch.device("cuda"), dtype, raise_error=True)
-    except BackendUnavailable as refusal:
-        pytest.skip(str(refusal))
+    if reason := reason_against(request.param, "cuda", dtype):
+        pytest.skip(reason)
     return request.param

@@ -27,6 +27,7 @@ def pytest_configure(config: pytest.Config) -> None:
     spec = importlib.util.spec_from_file_location("led_kernels._C", file)
     sys.modules[spec.name] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(sys.modules[spec.name])
+    os.environ["LED_HOST_CUDA"] = "1"  # as TRITON_INTERPRET says it of Triton's interpreter
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

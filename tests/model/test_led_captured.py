@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from led_kernels.decode import CapturedCalls
-from led_kernels.dispatch import can_run
+from tests.backends import needs_extension
 from tests.model.small import random_inputs
 
-pytestmark = pytest.mark.skipif(not can_run("cpu"), reason="the extension led_kernels._C is not built")
+pytestmark = needs_extension
 
 
 @pytest.fixture

@@ -357,10 +357,11 @@ def test_saved_and_loaded_bit_for_bit(model_class, tied, dtype, tmp_path):
 @pytest.mark.parametrize("model_class", CLASSES)
 def test_transformers_reads_what_is_saved_and_back(model_class, tied, tmp_path):
     transformers = pytest.importorskip("transformers")
-    if not hasattr(transformers, model_class.__name__):
-        pytest.skip("transformers no longer has this class")
+    is_old = int(transformers.__version__.split(".")[0]) < 5
+    if model_class is LEDForSequenceClassification and not is_old:
+        pytest.skip("transformers 5 has no LEDForSequenceClassification")
     model = random_model(model_class, 2, tie_word_embeddings=tied, attention_window=[4, 16], num_labels=2)
-    shares = int(transformers.__version__.split(".")[0]) < 5  # encoder and decoder always share there
+    shares = is_old  # encoder and decoder always share there
     if shares and not tied:
         for stack in (model.base_model.encoder, model.base_model.decoder):
             stack.embed_tokens.load_state_dict(model.base_model.shared.state_dict())
