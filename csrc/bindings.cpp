@@ -51,9 +51,44 @@ const KernelTable& kernels(const std::string& isa) {
   throw py::value_error("no kernels for the instruction set '" + isa + "' in this build on this processor.");
 }
 
-void check_head_dim(const AttentionParams& params) {
-  if (params.head_dim < 1 || params.head_dim > led::kMaxHeadDim)
-    throw py::value_error("head_dim is not 1 to 256.");
+void require(bool good, const char* message) {
+  if (!good) throw py::value_error(message);
+}
+
+void check_sizes(const AttentionParams& params) {
+  require(params.head_dim >= 1 && params.head_dim <= led::kMaxHeadDim, "head_dim is not 1 to 256.");
+  require(params.batch >= 0 && params.heads >= 0 && params.max_seqlen >= 0, "a size is negative.");
+  require(params.window_left >= 0 && params.window_right >= 0, "a side of the window is negative.");
+  require(params.num_threads >= 1, "num_threads is below 1.");
+  const bool has_work = params.batch > 0 && params.heads > 0 && params.max_seqlen > 0;
+  require(!has_work || params.k.data != nullptr, "k was not set.");
+}
+
+void check_sizes(const DecodeParams& params) {
+  check_sizes(static_cast<const AttentionParams&>(params));
+  require(params.queries >= 0, "a size is negative.");
+  require(params.max_seqlen >= 1, "there are no keys.");
+}
+
+// Whether a mask keeps the kernels inside their tensors: `rows` of each batch entry, or of all sequences when packed.
+// Its values are compared where they can be read.
+void check_mask(const AttentionParams& p, int64_t rows, bool on_host) {
+  require(p.batch >= 0 && p.max_seqlen >= 0 && rows >= 0 && p.mask.max_globals >= 0,
+          "a size of the mask is negative.");
+  require(p.mask.packed || rows == p.max_seqlen, "the mask's rows are not max_seqlen.");
+  if (!on_host) return;
+  for (int64_t b = 0; b < p.batch; ++b) {
+    const int64_t start = p.mask.seq_start[b], len = p.mask.seq_len[b], count = p.mask.num_globals[b];
+    require(len >= 0 && len <= p.max_seqlen, "seq_len of the mask is not 0 to max_seqlen.");
+    require(start >= 0 && start + len <= rows && (p.mask.packed || start == 0),
+            "seq_start of the mask lies outside its rows.");
+    require(count >= 0 && count <= p.mask.max_globals, "num_globals of the mask is not 0 to max_globals.");
+    const int32_t* index = p.mask.global_index + b * p.mask.max_globals;
+    for (int64_t slot = 0; slot < count; ++slot) {
+      require(index[slot] >= 0 && index[slot] < len && (slot == 0 || index[slot] > index[slot - 1]),
+              "global_index of the mask does not ascend inside its sequence.");
+    }
+  }
 }
 
 // Calls of CPU kernels with their pointers, to be made again by one call: what a captured graph is on a GPU.
@@ -81,7 +116,7 @@ template <class Params>
 auto cpu_launcher(void (*KernelTable::*kernel)(const Params&)) {
   return [kernel](const Params& params, const std::string& isa) {
     const KernelTable& table = kernels(isa);
-    check_head_dim(params);
+    check_sizes(params);
     Recording::launch([&table, kernel, params] { (table.*kernel)(params); });
   };
 }
@@ -89,7 +124,7 @@ auto cpu_launcher(void (*KernelTable::*kernel)(const Params&)) {
 #if defined(LED_KERNELS_WITH_CUDA)
 auto cuda_launcher(void (*kernel)(const AttentionParams&)) {
   return [kernel](const AttentionParams& params) {
-    check_head_dim(params);
+    check_sizes(params);
     if (params.dtype == led::DType::kFloat64) throw py::value_error("dtype is float64.");
     py::gil_scoped_release release;
     kernel(params);
@@ -151,17 +186,18 @@ PYBIND11_MODULE(_C, m) {
            [](AttentionParams& p, uintptr_t address) { p.workspace = reinterpret_cast<float*>(address); })
       .def("set_mask",
            [](AttentionParams& p, uintptr_t seq_start, uintptr_t seq_len, uintptr_t token_kind,
-              uintptr_t padding_before, uintptr_t global_index, uintptr_t num_globals, int64_t batch_stride,
-              int64_t max_globals, bool packed) {
+              uintptr_t padding_before, uintptr_t global_index, uintptr_t num_globals, int64_t rows,
+              int64_t max_globals, bool packed, bool on_host) {
              p.mask = {pointer<int32_t>(seq_start),
                        pointer<int32_t>(seq_len),
                        pointer<uint8_t>(token_kind),
                        pointer<int32_t>(padding_before),
                        pointer<int32_t>(global_index),
                        pointer<int32_t>(num_globals),
-                       batch_stride,
+                       packed ? 0 : rows,
                        max_globals,
                        packed};
+             check_mask(p, rows, on_host);
            })
       .def("set_lse", [](AttentionParams& p, const std::array<int64_t, 3>& x) { p.lse = lse_ref(x); })
       .def("set_d_lse", [](AttentionParams& p, const std::array<int64_t, 3>& x) { p.d_lse = lse_ref(x); });
@@ -195,6 +231,8 @@ PYBIND11_MODULE(_C, m) {
          uintptr_t weight, int64_t weight_stride, uintptr_t bias, uintptr_t y, bool gelu, int num_threads,
          const std::string& isa) {
         const KernelTable& table = kernels(isa);
+        require(sizes[0] >= 0 && sizes[1] >= 1 && sizes[2] >= 0 && num_threads >= 1 && weight_stride >= 0,
+                "a size is negative or zero.");
         const led::LinearParams params{dtype,
                                        sizes[0],
                                        sizes[1],
@@ -215,6 +253,7 @@ PYBIND11_MODULE(_C, m) {
       [](led::DType dtype, int64_t rows, int64_t features, uintptr_t residual, uintptr_t block,
          uintptr_t weight, uintptr_t bias, uintptr_t y, double eps, const std::string& isa) {
         const KernelTable& table = kernels(isa);
+        require(rows >= 0 && features >= 1, "a size is negative or zero.");
         const led::AddNormParams params{dtype,
                                         rows,
                                         features,
@@ -232,6 +271,7 @@ PYBIND11_MODULE(_C, m) {
       [](led::DType dtype, const std::array<int64_t, 4>& sizes, int64_t slots, uintptr_t position,
          const std::array<int64_t, 4>& from, const std::array<int64_t, 4>& to, const std::string& isa) {
         const KernelTable& table = kernels(isa);
+        for (const int64_t size : sizes) require(size >= 0 && slots >= 0, "a size is negative.");
         const led::WriteRowsParams params{
             dtype,          sizes[0],    sizes[1], sizes[2], sizes[3], slots, pointer<int64_t>(position),
             rows_ref(from), rows_ref(to)};

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from numbers import Integral
 
 import torch
 from torch import Tensor
 
 from led_kernels import ops
+from led_kernels.call_checks import lse_dtype
 from led_kernels.dispatch import choose_backend
 from led_kernels.mask import LongformerMask
 from led_kernels.philox import GLOBAL_STREAM, keep_mask
@@ -57,7 +59,7 @@ def banded_attention(
     q, k, v = _autocast(q, k, v)
     left, right = _window(window_size, mask.max_seqlen)
     out, lse = ops.banded_forward(
-        q, k, v, *_mask_tensors(mask), _seed(dropout_p, q.device), mask.max_seqlen, left, right,
+        q, k, v, *mask.tensors(), _seed(dropout_p, q.device), mask.max_seqlen, left, right,
         _scale(softmax_scale, q), float(dropout_p), choose_backend(q.device, q.dtype, backend),
     )  # fmt: skip
     return (out, lse) if return_lse else out
@@ -100,7 +102,7 @@ def global_attention(
         )
     q_global, k_global, v_global = _autocast(q_global, k_global, v_global)
     out, lse = ops.global_forward(
-        q_global, k_global, v_global, *_mask_tensors(mask), _seed(dropout_p, q_global.device), mask.max_seqlen,
+        q_global, k_global, v_global, *mask.tensors(), _seed(dropout_p, q_global.device), mask.max_seqlen,
         _scale(softmax_scale, q_global), float(dropout_p), choose_backend(q_global.device, q_global.dtype, backend),
     )  # fmt: skip
     return (out, lse) if return_lse else out
@@ -203,7 +205,7 @@ def absorbed_global_attention(
         key_weight.view(heads, head_dim, d_model),
     )  # [batch, max_globals, heads, d_model]
     scores = (q_absorbed.flatten(1, 2) @ hidden.transpose(1, 2)).view(batch, max_globals, heads, -1)
-    scores = scores.to(ops.lse_dtype(scores.dtype)).masked_fill(
+    scores = scores.to(lse_dtype(scores.dtype)).masked_fill(
         ~exists[:, None, None, :], torch.finfo(scores.dtype).min
     )
     p = scores.softmax(-1)
@@ -266,12 +268,6 @@ def _sequences(hidden: Tensor, mask: LongformerMask) -> tuple[Tensor, Tensor]:
     return hidden[rows].masked_fill(~exists[:, :, None], 0), exists
 
 
-def _mask_tensors(mask: LongformerMask) -> tuple[Tensor, ...]:
-    return (
-        mask.seq_start, mask.seq_len, mask.token_kind, mask.padding_before, mask.global_index, mask.num_globals,
-    )  # fmt: skip
-
-
 def _seed(dropout_p: float, device: torch.device) -> Tensor | None:
     if not 0 <= dropout_p <= 1:
         raise ValueError(f"dropout_p is {dropout_p}; give a probability from 0 to 1.")
@@ -287,8 +283,11 @@ def _scale(softmax_scale: float | None, q: Tensor) -> float:
 def _window(window_size: int | tuple[int, int], max_seqlen: int) -> tuple[int, int]:
     """Both sides as lengths: -1 (unlimited) and anything wider than a sequence become max_seqlen."""
     sides = window_size if isinstance(window_size, (tuple, list)) else (window_size, window_size)
-    if len(sides) != 2 or not all(isinstance(side, int) and not isinstance(side, bool) for side in sides):
+    if len(sides) != 2 or not all(
+        isinstance(side, Integral) and not isinstance(side, bool) for side in sides
+    ):
         raise TypeError(f"window_size is {window_size!r}; give an int or a pair (left, right) of ints.")
+    sides = [int(side) for side in sides]
     if any(side < -1 for side in sides):
         raise ValueError(f"window_size is {window_size!r}; give 0 or more on each side, or -1 for unlimited.")
     left, right = (max_seqlen if side == -1 else min(side, max_seqlen) for side in sides)

@@ -8,8 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from led_kernels.call_checks import lse_dtype
 from led_kernels.mask import LOCAL, PADDING, LongformerMask
-from led_kernels.ops import lse_dtype
 
 _BLOCK_M = 128  # queries scored at once
 

@@ -15,9 +15,11 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from led_kernels.dispatch import backend_module, choose_backend
+from led_kernels.eager import is_eager
 from led_kernels.projection import is_plain_linear, runs_its_own_code
 
 _FEW = 16  # rows, from which on torch is as fast
+_MAX_HEAD_DIM = 256
 
 
 def few_rows_linear(module: nn.Module, x: Tensor, gelu: bool = False) -> Tensor:
@@ -31,23 +33,17 @@ def few_rows_linear(module: nn.Module, x: Tensor, gelu: bool = False) -> Tensor:
     Returns:
         ``[..., out_features]``.
     """
-    if _serves(x, x.shape[-1]) and is_plain_linear(module) and module.weight.dtype == x.dtype:
+    if _serves(x, 1) and is_plain_linear(module) and _fits_linear(module, x):
         return backend_module("cpu").few_rows_linear(x, module.weight, module.bias, gelu)
     y = module(x)
     return F.gelu(y) if gelu else y
 
 
 def few_rows_add_norm(residual: Tensor, block: Tensor, norm: nn.LayerNorm) -> Tensor:
-    """``norm(residual + block)``, both ``[..., d_model]``; by one kernel for at most 16 rows, else over ``block``."""
-    is_plain = type(norm) is nn.LayerNorm and norm.bias is not None and runs_its_own_code(norm)
-    same_dtype = residual.dtype == block.dtype == norm.weight.dtype
-    if is_plain and same_dtype and _serves(residual, residual.shape[-1]):
+    """``norm(residual + block)``, both ``[..., d_model]``; by one kernel for at most 16 rows."""
+    if _serves(residual, 1) and _fits_norm(norm, residual, block):
         return backend_module("cpu").few_rows_add_norm(residual, block, norm.weight, norm.bias, norm.eps)
-    if block.dtype == residual.dtype:
-        block += residual  # in place: neither a Linear nor a dropout keeps its output for the backward
-    else:  # autocast: the residual stream keeps the wider dtype
-        block = block + residual
-    return norm(block)
+    return norm(residual + block)  # not in place: a hook may have kept what a module returned
 
 
 def decode_attention(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None = None) -> Tensor:
@@ -62,9 +58,7 @@ def decode_attention(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None = N
     Returns:
         ``[batch, heads, queries, head_dim]``.
     """
-    batch, heads, _, head_dim = q.shape
-    is_bool = visible is None or visible.dtype == torch.bool
-    if is_bool and head_dim <= 256 and q.dtype == k.dtype and _serves(q, batch * heads * head_dim):
+    if _serves(q, 3) and _fits_attention(q, k, v, visible):
         return backend_module("cpu").decode_attention(q, k, v, visible)
     return F.scaled_dot_product_attention(q, k, v, visible)
 
@@ -79,10 +73,10 @@ def write_rows(cache: Tensor, position: Tensor, rows: Tensor) -> None:
     Raises:
         IndexError: for a position that the cache does not have.
     """
-    if rows.dtype == cache.dtype and _serves(rows, rows.numel() // rows.shape[2]):
+    if _serves(rows, 3) and _fits_cache(cache, position, rows):
         backend_module("cpu").write_rows(cache, position, rows)
     else:
-        cache.index_copy_(2, position, rows)
+        cache.index_copy_(2, position, rows.to(cache.dtype))  # under autocast the rows are narrower
 
 
 class CapturedCalls:
@@ -138,15 +132,85 @@ class _KernelsAlone(TorchDispatchMode):
         return function(*args, **kwargs or {})
 
 
-def _serves(x: Tensor, row: int) -> bool:
-    """Whether the kernels serve ``x``, whose rows are ``row`` numbers each."""
+def _serves(x: Tensor, dims: int) -> bool:
+    """Whether the kernels serve tensors like ``x``, of ``dims`` dimensions at least, here and now."""
     return (
-        0 < x.numel() <= _FEW * row
+        not torch.is_grad_enabled()
+        and is_eager(x, under=_KernelsAlone)
         and x.device.type == "cpu"
-        and not torch.is_grad_enabled()
-        and not torch.compiler.is_compiling()
+        and x.dim() >= dims
         and not torch.is_autocast_enabled("cpu")
         and _cpu_is_chosen(x.dtype)
+    )
+
+
+def _fits_linear(module: nn.Linear, x: Tensor) -> bool:
+    features = module.weight.shape[1]
+    return (
+        x.shape[-1] == features and 0 < x.numel() <= _FEW * features and _alike(x, module.weight, module.bias)
+    )
+
+
+def _fits_norm(norm: nn.Module, residual: Tensor, block: Tensor) -> bool:
+    return (
+        type(norm) is nn.LayerNorm
+        and runs_its_own_code(norm)
+        and norm.bias is not None
+        and residual.shape == block.shape
+        and residual.shape[-1:] == norm.weight.shape
+        and 0 < residual.numel() <= _FEW * residual.shape[-1]
+        and _alike(residual, block, norm.weight, norm.bias)
+    )
+
+
+def _fits_attention(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None) -> bool:
+    if q.dim() != 4 or k.dim() != 4:
+        return False
+    (batch, heads, queries, head_dim), keys = q.shape, k.shape[2]
+    return (
+        k.shape == v.shape == (batch, heads, keys, head_dim)
+        and keys > 0
+        and 1 <= head_dim <= _MAX_HEAD_DIM
+        and 0 < queries <= _FEW
+        and q.numel() > 0
+        and _alike(q, k, v)
+        and (
+            visible is None
+            or (
+                visible.dtype == torch.bool
+                and visible.device == q.device
+                and visible.dim() == 4
+                and visible.shape[0] in (1, batch)
+                and visible.shape[1] == 1
+                and visible.shape[2] in (1, queries)
+                and visible.shape[3] == keys
+            )
+        )
+    )
+
+
+def _fits_cache(cache: Tensor, position: Tensor, rows: Tensor) -> bool:
+    if cache.dim() != 4 or rows.dim() != 4:
+        return False
+    batch, heads, n, head_dim = rows.shape
+    return (
+        cache.shape == (batch, heads, cache.shape[2], head_dim)
+        and cache.stride(-1) == 1
+        and 0 < n <= _FEW
+        and rows.numel() > 0
+        and position.shape == (n,)
+        and position.dtype == torch.int64
+        and position.device == rows.device
+        and _alike(rows, cache)
+    )
+
+
+def _alike(x: Tensor, *others: Tensor | None) -> bool:
+    """Plain tensors of one dtype and device."""
+    return all(
+        other is None
+        or (other.dtype == x.dtype and other.device == x.device and type(other) in (Tensor, nn.Parameter))
+        for other in others
     )
 
 

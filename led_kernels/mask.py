@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import InitVar, dataclass
 
 import torch
 from torch import Tensor
+
+from led_kernels.mask_checks import check_structure, check_values, is_checkable
 
 PADDING, LOCAL, GLOBAL = 0, 1, 2
 
@@ -32,8 +34,12 @@ class LongformerMask:
 
     Build one with :meth:`from_padding`, :meth:`from_lengths` or :meth:`packed`. Each does at most one
     device-to-host sync, on which the value checks ride. ``max_globals=`` fixes the capacity of ``global_index``:
-    then nothing is synced or checked, shapes depend on it alone, and more global tokens than it holds are the
-    caller's error (``LED_KERNELS_DEBUG=1`` checks the values by a device assert).
+    then shapes depend on it alone, and nothing is synced. Values are checked then on the CPU, unless a program is
+    compiled or traced; on a GPU more global tokens than it holds are the caller's error (``LED_KERNELS_DEBUG=1``
+    checks the values by a device assert).
+
+    Raises:
+        TypeError, ValueError: for tensors that are not as above; for their values on the CPU only.
     """
 
     seq_start: Tensor
@@ -43,6 +49,21 @@ class LongformerMask:
     global_index: Tensor
     num_globals: Tensor
     max_seqlen: int
+
+    are_values_checked: InitVar[bool] = False  # by the caller; shapes and dtypes are compared all the same
+
+    def __post_init__(self, are_values_checked: bool) -> None:
+        if torch.compiler.is_compiling():
+            return
+        check_structure(self)
+        if not are_values_checked and is_checkable(*self.tensors()):
+            check_values(self)
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        """All fields but ``max_seqlen``, in their order."""
+        return (
+            self.seq_start, self.seq_len, self.token_kind, self.padding_before, self.global_index, self.num_globals,
+        )  # fmt: skip
 
     @property
     def is_packed(self) -> bool:
@@ -62,8 +83,10 @@ class LongformerMask:
 
     def to(self, device: torch.device | str) -> LongformerMask:
         """The same mask on another device."""
-        values = (getattr(self, field.name) for field in fields(self))
-        return LongformerMask(*(v.to(device) if isinstance(v, Tensor) else v for v in values))
+        if isinstance(device, torch.dtype):
+            raise TypeError(f"device is {device}; a mask has dtypes of its own, give a device.")
+        tensors = (x.to(device) for x in self.tensors())
+        return LongformerMask(*tensors, self.max_seqlen, are_values_checked=True)
 
     @classmethod
     def from_padding(
@@ -106,13 +129,14 @@ class LongformerMask:
         valid = ((merged >= PADDING) & (merged <= GLOBAL)).all()
         if attention_mask.is_floating_point():  # no fraction was cut off
             valid = valid & (attention_mask == attention_mask.round()).all()
-        if max_globals is None:
-            valid, max_globals = (int(x) for x in _sync(valid, _max(counts)))
+        if max_globals is None or is_checkable(merged):
+            valid, most = (int(x) for x in _sync(valid, _max(counts)))
             if not valid:
                 raise ValueError(
                     "attention_mask holds a value other than 0 (padding), 1 (token) and 2 (global) after merging with "
                     "global_attention_mask (1 global, 0 local, -1 padding); use these values only."
                 )
+            max_globals = _capacity(max_globals, most)
         else:
             _debug_assert(
                 valid & (counts <= max_globals).all(),
@@ -143,7 +167,7 @@ class LongformerMask:
             seqlen: padded length of the batch.
             global_index: int ``[batch, n]`` positions of global tokens in any order, -1 where there is none; or
                 ``[n]``, the same for every sequence.
-            max_globals: capacity; default: n. Giving it skips the value checks and their sync.
+            max_globals: capacity; default: n. Giving it skips the value checks and their sync on a GPU.
 
         Raises:
             ValueError: for a length outside 0 … seqlen or a global position outside its sequence.
@@ -156,21 +180,21 @@ class LongformerMask:
         index = _as_global_index(global_index, lengths.shape[0], lengths.device)
         index_ok = ((index >= -1) & (index < lengths[:, None])).all()
         lengths_ok = ((lengths >= 0) & (lengths <= seqlen)).all()
-        if max_globals is None:
-            lengths_valid, index_valid = _sync(lengths_ok, index_ok)
+        candidates, counts = _sort_unique(index, lengths, seqlen)
+        if max_globals is None or is_checkable(lengths):
+            lengths_valid, index_valid, most = _sync(lengths_ok, index_ok, _max(counts))
             if not lengths_valid:
                 raise ValueError(f"lengths holds a value outside 0 … {seqlen}; clip it or raise seqlen.")
             _check_index(index_valid)
+            max_globals = _capacity(max_globals, most, at_least=candidates.shape[1])
         else:
             _debug_assert(lengths_ok & index_ok, "lengths or global_index out of range")
         position = torch.arange(seqlen, device=lengths.device)
         kind = (position < lengths[:, None]).to(torch.int64)  # [batch, seqlen]
-        candidates, counts = _sort_unique(index, lengths, seqlen)
         # column `seqlen` takes what is no position, and is cut off
         marks = torch.zeros(kind.shape[0], seqlen + 1, dtype=torch.int64, device=kind.device)
         kind = kind + marks.scatter(1, candidates.clamp(max=seqlen), 1)[:, :seqlen]
-        capacity = candidates.shape[1] if max_globals is None else max_globals
-        return cls._build(kind, torch.zeros_like(lengths), lengths, candidates, counts, capacity, seqlen)
+        return cls._build(kind, torch.zeros_like(lengths), lengths, candidates, counts, max_globals, seqlen)
 
     @classmethod
     def packed(
@@ -187,7 +211,7 @@ class LongformerMask:
             cu_seqlens: int ``[batch + 1]``, 0 and then the running total of the lengths, as in flash-attention.
             global_index: as in :meth:`from_lengths`, relative to each sequence.
             max_globals: capacity; default: the columns of ``global_index``. Giving it, with ``total_rows``, skips
-                the value checks and their sync.
+                the value checks and their sync on a GPU.
             total_rows: ``cu_seqlens[-1]``, if known on the host.
             max_seqlen: the longest sequence, if known on the host; default: measured, or ``total_rows`` when
                 nothing is synced.
@@ -205,8 +229,11 @@ class LongformerMask:
         index = _as_global_index(global_index, lengths.shape[0], lengths.device)
         ascending = (cu_seqlens[0] == 0) & (lengths >= 0).all()
         index_ok = ((index >= -1) & (index < lengths[:, None])).all()
-        if max_globals is None or total_rows is None:
-            is_ascending, is_index, total, longest = _sync(ascending, index_ok, cu_seqlens[-1], _max(lengths))
+        candidates, counts = _sort_unique(index, lengths)
+        if max_globals is None or total_rows is None or is_checkable(cu_seqlens):
+            is_ascending, is_index, total, longest, most = _sync(
+                ascending, index_ok, cu_seqlens[-1], _max(lengths), _max(counts)
+            )
             if not is_ascending:
                 raise ValueError(
                     "cu_seqlens does not start at 0 and ascend; give the running total of the lengths."
@@ -214,19 +241,23 @@ class LongformerMask:
             _check_index(is_index)
             if total_rows is not None and total_rows != total:
                 raise ValueError(
-                    f"total_rows is {total_rows} but cu_seqlens ends at {int(total)}; give the latter."
+                    f"total_rows is {total_rows} but cu_seqlens ends at {total}; give the latter."
                 )
-            total_rows = int(total)
-            max_seqlen = int(longest) if max_seqlen is None else max_seqlen
+            if max_seqlen is not None and max_seqlen < longest:
+                raise ValueError(
+                    f"max_seqlen is {max_seqlen} but a sequence has {longest} rows; give that many at least."
+                )
+            if max_seqlen is None:  # with both known, shapes must not depend on the lengths
+                max_seqlen = longest if total_rows is None or max_globals is None else total_rows
+            total_rows = total
+            max_globals = _capacity(max_globals, most, at_least=candidates.shape[1])
         else:
             _debug_assert(ascending & index_ok, "cu_seqlens not ascending or global_index out of range")
             max_seqlen = total_rows if max_seqlen is None else max_seqlen
-        candidates, counts = _sort_unique(index, lengths, total_rows)
         rows = torch.where(candidates < lengths[:, None], candidates + start[:, None], total_rows)
         marks = torch.zeros(total_rows + 1, dtype=torch.int64, device=rows.device)
         kind = marks.scatter(0, rows.flatten(), 1)[:total_rows] + 1
-        capacity = candidates.shape[1] if max_globals is None else max_globals
-        return cls._build(kind, start, lengths, candidates, counts, capacity, max_seqlen)
+        return cls._build(kind, start, lengths, candidates, counts, max_globals, max_seqlen)
 
     @classmethod
     def _build(
@@ -248,14 +279,24 @@ class LongformerMask:
         slot = torch.arange(max_globals, device=kind.device)
         is_padding = (kind == PADDING).to(torch.int32)
         return cls(
-            seq_start=seq_start.to(torch.int32),
-            seq_len=seq_len.to(torch.int32),
+            seq_start=seq_start.to(torch.int32).contiguous(),
+            seq_len=seq_len.to(torch.int32).contiguous(),
             token_kind=kind.to(torch.uint8),
             padding_before=(is_padding.cumsum(-1) - is_padding).to(torch.int32),
             global_index=torch.where(slot < counts[:, None], candidates, -1).to(torch.int32).contiguous(),
-            num_globals=counts.clamp(max=max_globals).to(torch.int32),
+            num_globals=counts.clamp(max=max_globals).to(torch.int32).contiguous(),
             max_seqlen=max_seqlen,
+            are_values_checked=True,
         )
+
+
+def _capacity(max_globals: int | None, most: int, at_least: int = 0) -> int:
+    """Slots for the ``most`` global tokens that a sequence has; by default that many, or ``at_least``."""
+    if max_globals is None:
+        return max(most, at_least)
+    if 0 <= max_globals < most:
+        raise ValueError(f"max_globals is {max_globals} but a sequence has {most} global tokens; raise it.")
+    return max_globals
 
 
 def _sync(*values: Tensor) -> list:
@@ -299,7 +340,7 @@ def _as_global_index(global_index: Tensor | Sequence | None, batch: int, device:
     return index
 
 
-def _sort_unique(index: Tensor, lengths: Tensor, beyond: int) -> tuple[Tensor, Tensor]:
+def _sort_unique(index: Tensor, lengths: Tensor, beyond: int = 2**62) -> tuple[Tensor, Tensor]:
     """Ascending positions without duplicates, `beyond` behind them: int64 [batch, n], and their counts [batch]."""
     index = torch.where((index >= 0) & (index < lengths[:, None]), index, beyond).sort(dim=1).values
     repeated = (

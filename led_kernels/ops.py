@@ -1,4 +1,7 @@
-"""The custom ops: schemas, fake functions and autograd. Flat tensors, ints and a backend name; no validation here.
+"""The custom ops: schemas, fake functions and autograd. Flat tensors, ints and a backend name.
+
+Public functions have validated their arguments for people; here, where a traced graph arrives too, shapes are compared
+once more, so that no backend makes a pointer to less than it reads.
 
 ``banded_forward`` and ``global_forward`` return ``(out, lse)``; their backward ops recompute the probabilities from
 ``lse`` and so save only q, k, v, out and lse.
@@ -12,6 +15,7 @@ from functools import wraps
 import torch
 from torch import Tensor
 
+from led_kernels.call_checks import check_lse, check_rows, check_seed, check_slots, check_window, lse_dtype
 from led_kernels.dispatch import backend_module
 from led_kernels.mask import LongformerMask
 
@@ -52,9 +56,10 @@ def banded_forward(
     dropout_p: float,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
-    mask = LongformerMask(
-        seq_start, seq_len, token_kind, padding_before, global_index, num_globals, max_seqlen
-    )
+    mask = _mask(seq_start, seq_len, token_kind, padding_before, global_index, num_globals, max_seqlen)
+    check_rows(mask, {"q": q, "k": k, "v": v})
+    check_window(mask, window_left, window_right)
+    check_seed(seed, dropout_p, q)
     return backend_module(backend).banded_forward(
         q, k, v, mask, window_left, window_right, softmax_scale, dropout_p, seed
     )
@@ -84,9 +89,11 @@ def banded_backward(
     dropout_p: float,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    mask = LongformerMask(
-        seq_start, seq_len, token_kind, padding_before, global_index, num_globals, max_seqlen
-    )
+    mask = _mask(seq_start, seq_len, token_kind, padding_before, global_index, num_globals, max_seqlen)
+    check_rows(mask, {"q": q, "k": k, "v": v, "d_out": d_out, "out": out})
+    check_window(mask, window_left, window_right)
+    check_lse(q, {"lse": lse, "d_lse": d_lse})
+    check_seed(seed, dropout_p, q)
     return backend_module(backend).banded_backward(
         d_out, d_lse, q, k, v, out, lse, mask, window_left, window_right, softmax_scale, dropout_p, seed
     )
@@ -110,9 +117,10 @@ def global_forward(
     dropout_p: float,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
-    mask = LongformerMask(
-        seq_start, seq_len, token_kind, padding_before, global_index, num_globals, max_seqlen
-    )
+    mask = _mask(seq_start, seq_len, token_kind, padding_before, global_index, num_globals, max_seqlen)
+    check_rows(mask, {"k_global": k_global, "v_global": v_global})
+    check_slots(mask, k_global, {"q_global": q_global})
+    check_seed(seed, dropout_p, q_global)
     return backend_module(backend).global_forward(
         q_global, k_global, v_global, mask, softmax_scale, dropout_p, seed
     )
@@ -140,17 +148,19 @@ def global_backward(
     dropout_p: float,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    mask = LongformerMask(
-        seq_start, seq_len, token_kind, padding_before, global_index, num_globals, max_seqlen
-    )
+    mask = _mask(seq_start, seq_len, token_kind, padding_before, global_index, num_globals, max_seqlen)
+    check_rows(mask, {"k_global": k_global, "v_global": v_global})
+    check_slots(mask, k_global, {"q_global": q_global, "d_out": d_out, "out": out})
+    check_lse(q_global, {"lse": lse, "d_lse": d_lse})
+    check_seed(seed, dropout_p, q_global)
     return backend_module(backend).global_backward(
         d_out, d_lse, q_global, k_global, v_global, out, lse, mask, softmax_scale, dropout_p, seed
     )
 
 
-def lse_dtype(dtype: torch.dtype) -> torch.dtype:
-    """fp32, or fp64 for fp64 inputs."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
+def _mask(*fields: Tensor | int) -> LongformerMask:
+    """The mask of all its fields, which an operator takes one by one."""
+    return LongformerMask(*fields, are_values_checked=True)
 
 
 @banded_forward.register_fake

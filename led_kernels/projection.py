@@ -5,6 +5,7 @@ Source of the projections: Beltagy et al., "Longformer: The Long-Document Transf
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
 from led_kernels.api import (
@@ -119,4 +120,16 @@ def runs_its_own_code(module: nn.Module) -> bool:
         and not module._forward_pre_hooks
         and not module._backward_hooks
         and not module._backward_pre_hooks
+        and not has_global_hooks()
+    )
+
+
+def has_global_hooks() -> bool:
+    """Whether hooks run at every call of every module."""
+    every = torch.nn.modules.module
+    return bool(
+        every._global_forward_hooks
+        or every._global_forward_pre_hooks
+        or every._global_backward_hooks
+        or every._global_backward_pre_hooks
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -250,6 +251,8 @@ def test_layers_do_not_sync(name, monkeypatch):
 
 
 def test_debug_checks_the_capacity(monkeypatch):
+    """Where looking would mean waiting for a GPU."""
+    monkeypatch.setattr("led_kernels.mask.is_checkable", lambda *tensors: False)
     attention_mask = torch.full((1, 4), 2)
     LongformerMask.from_padding(attention_mask, max_globals=2)  # the caller's error, not looked for
     monkeypatch.setenv("LED_KERNELS_DEBUG", "1")
@@ -259,6 +262,81 @@ def test_debug_checks_the_capacity(monkeypatch):
         LongformerMask.from_lengths([9], 5, max_globals=2)
     with pytest.raises(RuntimeError, match="cu_seqlens not ascending"):
         LongformerMask.packed([0, 5, 4], max_globals=2, total_rows=4)
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (lambda: LongformerMask.packed([0, 5000], max_seqlen=5), "max_seqlen is 5 but a sequence has 5000"),
+        (lambda: LongformerMask.packed([0, 600, 1200], max_seqlen=256), "max_seqlen is 256"),
+        (lambda: LongformerMask.packed([0, 10**8], total_rows=100, max_globals=0), "cu_seqlens ends at"),
+        (lambda: LongformerMask.packed([0, 5, 4], max_globals=2, total_rows=4), "does not start at 0 and"),
+        (lambda: LongformerMask.packed([0, 4], [4], max_globals=1, total_rows=4), "outside its sequence"),
+        (lambda: LongformerMask.packed([0, 4], [1, 2], max_globals=1, total_rows=4), "max_globals is 1 but"),
+        (lambda: LongformerMask.from_lengths([100000, 5], 450, max_globals=0), "value outside 0 … 450"),
+        (lambda: LongformerMask.from_lengths([9], 9, [5000000], max_globals=1), "outside its sequence"),
+        (lambda: LongformerMask.from_lengths([9], 9, [2, 4, 2], max_globals=1), "max_globals is 1 but"),
+        (lambda: LongformerMask.from_padding(torch.full((1, 4), 2), max_globals=2), "max_globals is 2 but"),
+        (lambda: LongformerMask.from_padding(torch.full((1, 4), 3), max_globals=2), "value other than 0"),
+    ],
+)
+def test_values_are_checked_on_the_cpu_with_a_capacity_too(build, message):
+    with pytest.raises(ValueError, match=message):
+        build()
+
+
+def two_sequences(packed: bool) -> LongformerMask:
+    if packed:
+        return LongformerMask.packed([0, 4, 7], [[0, 2], [1, -1]])
+    return LongformerMask.from_padding(torch.tensor([[2, 1, 2, 1], [0, 2, 1, 0]]))
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
+@pytest.mark.parametrize(
+    ("name", "change", "error", "message"),
+    [
+        ("global_index", lambda x: torch.full_like(x, 2**30), ValueError, "holds values that do not go"),
+        ("global_index", lambda x: x.flip(1).contiguous(), ValueError, "holds values that do not go"),
+        ("global_index", lambda x: x[:1], ValueError, r"give it as \[batch, max_globals\]"),
+        ("global_index", lambda x: x[:, ::2], ValueError, "not contiguous"),
+        ("num_globals", lambda x: x + 2, ValueError, "holds values that do not go"),
+        ("num_globals", lambda x: x - 3, ValueError, "holds values that do not go"),
+        ("seq_start", lambda x: x - 1, ValueError, "holds values that do not go"),
+        ("seq_start", lambda x: x + 5, ValueError, "holds values that do not go"),
+        ("seq_start", lambda x: torch.full_like(x, 2**31 - 1), ValueError, "holds values that do not go"),
+        ("seq_len", lambda x: x + 9, ValueError, "holds values that do not go"),
+        ("seq_len", lambda x: -x, ValueError, "holds values that do not go"),
+        ("seq_len", lambda x: x[:1], ValueError, "has shape"),
+        ("token_kind", lambda x: x + 3, ValueError, "holds values that do not go"),
+        ("token_kind", lambda x: x.long(), TypeError, "has dtype torch.int64; give torch.uint8"),
+        ("token_kind", lambda x: x.to("meta"), ValueError, "move both to one device"),
+        ("padding_before", lambda x: x.float(), TypeError, "has dtype torch.float32; give torch.int32"),
+        ("padding_before", lambda x: x[..., :2], ValueError, "is not contiguous|has shape"),
+        ("seq_len", lambda x: x.tolist(), TypeError, "is a list; give a torch.Tensor"),
+    ],
+)
+def test_a_mask_made_by_hand_is_checked(packed, name, change, error, message):
+    mask = two_sequences(packed)
+    with pytest.raises(error, match=message):
+        replace(mask, **{name: change(getattr(mask, name))})
+
+
+def test_a_mask_made_by_hand_of_right_tensors():
+    for packed in (False, True):
+        mask = two_sequences(packed)
+        again = replace(mask, global_index=mask.global_index.clone())
+        assert again.global_index.tolist() == mask.global_index.tolist()
+    with pytest.raises(ValueError, match="padding_before of a mask holds"):
+        replace(mask := two_sequences(False), padding_before=mask.padding_before + 1)
+    with pytest.raises(ValueError, match="token_kind of a mask has shape"):
+        replace(mask, max_seqlen=5)
+    with pytest.raises(ValueError, match="seq_len of a mask holds"):
+        replace(two_sequences(True), max_seqlen=3)
+
+
+def test_to_takes_a_device_only():
+    with pytest.raises(TypeError, match=r"device is torch\.float16; a mask has dtypes of its own"):
+        two_sequences(False).to(torch.float16)
 
 
 def test_to_and_device():

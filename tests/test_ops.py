@@ -21,7 +21,7 @@ from led_kernels import (
     longformer_attention,
     ops,
 )
-from led_kernels.api import _mask_tensors, gather_global_rows
+from led_kernels.api import gather_global_rows
 from led_kernels.testing import AttentionCase, attention_function
 
 OPS = ("banded", "global", "longformer")
@@ -51,7 +51,7 @@ class TestRegistration:
         seed = torch.tensor([7], device=target.device) if case.dropout_p else None
         window = (3, 4) if op == "banded" else ()
         scale = 1 / math.sqrt(case.head_dim)
-        shared = (*_mask_tensors(mask), seed, mask.max_seqlen, *window, scale, case.dropout_p, target.backend)
+        shared = (*mask.tensors(), seed, mask.max_seqlen, *window, scale, case.dropout_p, target.backend)
         return (q, k, v, *shared)
 
     @pytest.mark.parametrize("op", OPS[:2])

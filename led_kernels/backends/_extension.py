@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from led_kernels.call_checks import lse_dtype
 from led_kernels.mask import LongformerMask
 
 
@@ -43,11 +44,14 @@ def attention_params(
     params.heads, params.head_dim = q.shape[-2:]
     params.softmax_scale = softmax_scale
     params.dropout_p = dropout_p
-    tensors = (
-        mask.seq_start, mask.seq_len, mask.token_kind, mask.padding_before, mask.global_index, mask.num_globals,
-    )  # fmt: skip
-    batch_stride = 0 if mask.is_packed else mask.max_seqlen
-    params.set_mask(*(x.data_ptr() for x in tensors), batch_stride, mask.max_globals, mask.is_packed)
+    is_on_host = mask.device.type == "cpu"  # where the extension compares the values with the sizes
+    params.set_mask(
+        *(x.data_ptr() for x in mask.tensors()),
+        mask.token_kind.shape[-1],
+        mask.max_globals,
+        mask.is_packed,
+        is_on_host,
+    )
     params.set_q(_rows(q))
     params.set_k(_rows(k))
     params.set_v(_rows(v))
@@ -74,8 +78,7 @@ def run_forward(
 ) -> tuple[Tensor, Tensor]:
     """Allocates out and lse, and runs a forward kernel."""
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    lse_dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
-    lse = torch.empty(lse_shape, dtype=lse_dtype, device=q.device)
+    lse = torch.empty(lse_shape, dtype=lse_dtype(q.dtype), device=q.device)
     params.set_out(_rows(out))
     params.set_lse(_lse(lse))
     kernel(params)

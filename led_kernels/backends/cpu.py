@@ -102,12 +102,18 @@ Recording = _C.Recording
 def write_rows(cache: Tensor, position: Tensor, rows: Tensor) -> None:
     """``rows`` ``[batch, heads, n, head_dim]`` into slots ``position``, int64 ``[n]``, of ``cache`` ``[batch, heads,
     slots, head_dim]``."""
+    batch, heads, n, head_dim = rows.shape
+    _check("cache", cache, (batch, heads, cache.shape[2], head_dim), rows)
+    _check("position", position, (n,), rows, torch.int64)
     rows = _contiguous_rows(rows)
+    if cache.stride(-1) != 1 and head_dim > 1:
+        raise ValueError("cache has a non-contiguous last dimension; allocate it contiguous.")
+    position = position.contiguous()
     _C.cpu_write_rows(
         element_type(cache.dtype),
         rows.shape,
         cache.shape[2],
-        position.contiguous().data_ptr(),
+        position.data_ptr(),
         _heads(rows),
         _heads(cache),
         instruction_set(),
@@ -116,10 +122,14 @@ def write_rows(cache: Tensor, position: Tensor, rows: Tensor) -> None:
 
 def few_rows_linear(x: Tensor, weight: Tensor, bias: Tensor | None, gelu: bool) -> Tensor:
     """``x`` ``[..., in_features]`` by ``weight`` ``[out_features, in_features]`` -> ``[..., out_features]``."""
-    x = x.contiguous()
-    if weight.stride(1) != 1:
-        weight = weight.contiguous()
     out_features, in_features = weight.shape
+    _check("x", x, (*x.shape[:-1], in_features), weight)
+    if bias is not None:
+        _check("bias", bias, (out_features,), weight)
+        bias = bias.contiguous()
+    x = x.contiguous()
+    if weight.stride(1) != 1 or weight.stride(0) < in_features:
+        weight = weight.contiguous()
     y = x.new_empty((*x.shape[:-1], out_features))
     _C.cpu_few_rows_linear(
         element_type(x.dtype),
@@ -139,7 +149,14 @@ def few_rows_linear(x: Tensor, weight: Tensor, bias: Tensor | None, gelu: bool) 
 
 def few_rows_add_norm(residual: Tensor, block: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
     """Layer norm of ``residual + block``, both ``[..., features]`` -> like them."""
+    for name, x, shape in (
+        ("block", block, residual.shape),
+        ("weight", weight, residual.shape[-1:]),
+        ("bias", bias, residual.shape[-1:]),
+    ):
+        _check(name, x, shape, residual)
     residual, block = residual.contiguous(), block.contiguous()
+    weight, bias = weight.contiguous(), bias.contiguous()
     y = torch.empty_like(residual)
     _C.cpu_few_rows_add_norm(
         element_type(residual.dtype),
@@ -163,6 +180,13 @@ def decode_attention(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None) ->
     ``visible``: bool ``[batch or 1, 1, queries or 1, keys]``.
     """
     batch, heads, queries, head_dim = q.shape
+    for name, x in (("k", k), ("v", v)):
+        _check(name, x, (batch, heads, k.shape[2], head_dim), q)
+    if visible is not None:
+        masks, rows = (
+            visible.shape[i] if visible.shape[i] == 1 else n for i, n in ((0, batch), (2, queries))
+        )
+        _check("visible", visible, (masks, 1, rows, k.shape[2]), q, torch.bool)
     out = q.new_empty((batch, queries, heads, head_dim)).transpose(1, 2)
     params = _C.DecodeParams()
     params.dtype = element_type(q.dtype)
@@ -185,6 +209,17 @@ def decode_attention(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None) ->
         )
     _C.cpu_decode_attention(params, instruction_set())
     return out
+
+
+def _check(
+    name: str, x: Tensor, shape: tuple[int, ...], like: Tensor, dtype: torch.dtype | None = None
+) -> None:
+    """Raises ValueError for a tensor whose address the kernels must not get."""
+    dtype = like.dtype if dtype is None else dtype
+    if x.shape != shape or x.dtype != dtype or x.device.type != "cpu" or like.device.type != "cpu":
+        raise ValueError(
+            f"{name} is {tuple(x.shape)} of {x.dtype} on {x.device}; give {tuple(shape)} of {dtype} on the CPU."
+        )
 
 
 def _contiguous_rows(x: Tensor) -> Tensor:

@@ -3,8 +3,8 @@
     from led_kernels.hf import apply_led_kernels
     apply_led_kernels(model)
 
-Tested with transformers 4.53, 4.57, 5.0 and 5.23. The encoder is replaced, and from 4.56 LED's decoder too, unless a
-release decodes right with a static cache by itself.
+Served are transformers 4.53 and later; ``led_kernels.hf.compat.TESTED`` lists the tested releases. The encoder is
+replaced, and LED's decoder, unless a release generates the right tokens with every cache by itself.
 """
 
 try:
@@ -18,6 +18,6 @@ if tuple(map(int, _transformers.__version__.split(".")[:2])) < (4, 53):
         f"led_kernels.hf needs transformers 4.53 or later and found {_transformers.__version__}; upgrade it."
     )
 
-from led_kernels.hf.patching import apply_led_kernels, revert_led_kernels
+from led_kernels.hf.patching import apply_led_kernels, decoder_report, is_applied, revert_led_kernels
 
-__all__ = ["apply_led_kernels", "revert_led_kernels"]
+__all__ = ["apply_led_kernels", "decoder_report", "is_applied", "revert_led_kernels"]

@@ -6,14 +6,11 @@ the empty slots of a static cache, and to padding of the prompt.
 
 from __future__ import annotations
 
-import functools
-import inspect
-
 import torch
+import transformers
 from torch import Tensor, nn
-from transformers import DynamicCache, EncoderDecoderCache, LEDConfig, StaticCache
+from transformers import EncoderDecoderCache
 from transformers.cache_utils import Cache
-from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
 from transformers.models.led.modeling_led import (
     LEDDecoder,
     LEDDecoderAttention,
@@ -22,26 +19,40 @@ from transformers.models.led.modeling_led import (
 )
 
 from led_kernels.attention_weights import attention_weights
-from led_kernels.hf.encoder import Options, refuse_head_mask
+from led_kernels.hf.compat import (
+    accepts,
+    as_cache,
+    cache_argument,
+    cached_keys,
+    decoder_output,
+    is_static,
+    layer_states,
+    new_cache,
+    takes_arguments_of,
+)
+from led_kernels.hf.encoder import Options
 
-# up to 5.0 a cache wants the positions, of which it needs the number
-_MASK_SIZES_TAKE_LENGTH = "query_length" in inspect.signature(Cache.get_mask_sizes).parameters
+# how this release calls a layer and its attentions, which may be subclasses with a forward of their own
+_LAYER_CACHE = cache_argument(LEDDecoderLayer.forward)
+_ATTENTION_CACHE = cache_argument(LEDDecoderAttention.forward)
+_PASSES_POSITIONS = accepts(LEDDecoderLayer.forward, "cache_position")
 
 
 class FusedLEDDecoderAttention(LEDDecoderAttention):
     """Self- and cross-attention by SDPA; the projections are the model's own modules."""
 
     led_kernels_options = Options()
+    must_not_be_overridden = True
 
+    @takes_arguments_of(LEDDecoderAttention.forward)
     def forward(
         self,
         hidden_states: Tensor,
         key_value_states: Tensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         attention_mask: Tensor | None = None,
         output_attentions: bool = False,
         cache_position: Tensor | None = None,
-        layer_head_mask: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None, Cache | None]:
         """
         Args:
@@ -54,40 +65,42 @@ class FusedLEDDecoderAttention(LEDDecoderAttention):
             cache_position: int64 ``[tgt_len]``, where a static cache before 5.23 stores the tokens.
 
         Returns:
-            ``[batch, tgt_len, d_model]``; the probabilities ``[batch, heads, tgt_len, keys]`` or None;
-            ``past_key_values``.
+            ``[batch, tgt_len, d_model]``; the probabilities ``[batch, heads, tgt_len, keys]`` or None; the cache.
         """
-        refuse_head_mask(layer_head_mask)
         q = self._split_heads(self.q_proj(hidden_states))
-        k, v = self._keys_values(hidden_states, key_value_states, past_key_values, cache_position)
-        out = nn.functional.scaled_dot_product_attention(
-            q, k, v, attn_mask=attention_mask, dropout_p=self.dropout if self.training else 0.0
-        )
+        k, v = self._keys_values(hidden_states, key_value_states, cache, cache_position)
+        if attention_mask is not None and attention_mask.is_floating_point():
+            attention_mask = attention_mask.to(q.dtype)
+        dropout_p = self.dropout if self.training else 0.0
         weights = _probabilities(q, k, attention_mask) if output_attentions else None
-        return self.out_proj(out.transpose(1, 2).flatten(2)), weights, past_key_values
+        if weights is not None and torch.is_grad_enabled():  # gradients of the probabilities are wanted, too
+            out = nn.functional.dropout(weights, dropout_p) @ v
+        else:
+            out = nn.functional.scaled_dot_product_attention(
+                q, k, v, attn_mask=attention_mask, dropout_p=dropout_p
+            )
+        return self.out_proj(out.transpose(1, 2).flatten(2)), weights, cache
 
     def _keys_values(
         self,
         hidden_states: Tensor,
         key_value_states: Tensor | None,
-        past_key_values: Cache | None,
+        cache: Cache | None,
         cache_position: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         """All keys and values, cached ones included, ``[batch, heads, keys, head_dim]``."""
-        is_cross, cache = key_value_states is not None, past_key_values
-        if isinstance(past_key_values, EncoderDecoderCache):
-            cache = (
-                past_key_values.cross_attention_cache if is_cross else past_key_values.self_attention_cache
-            )
-            if is_cross and past_key_values.is_updated.get(self.layer_idx):
-                return cache.layers[self.layer_idx].keys, cache.layers[self.layer_idx].values
+        is_cross, of_layer = key_value_states is not None, cache
+        if isinstance(cache, EncoderDecoderCache):
+            of_layer = cache.cross_attention_cache if is_cross else cache.self_attention_cache
+            if is_cross and cache.is_updated.get(self.layer_idx):
+                return layer_states(of_layer, self.layer_idx)
         states = key_value_states if is_cross else hidden_states
         k, v = self._split_heads(self.k_proj(states)), self._split_heads(self.v_proj(states))
-        if cache is not None:
+        if of_layer is not None:
             position = None if is_cross else cache_position
-            k, v = cache.update(k, v, self.layer_idx, {"cache_position": position})
-            if is_cross and isinstance(past_key_values, EncoderDecoderCache):
-                past_key_values.is_updated[self.layer_idx] = True
+            k, v = of_layer.update(k, v, self.layer_idx, {"cache_position": position})
+            if is_cross and isinstance(cache, EncoderDecoderCache):
+                cache.is_updated[self.layer_idx] = True
         return k, v
 
     def _split_heads(self, x: Tensor) -> Tensor:
@@ -95,42 +108,102 @@ class FusedLEDDecoderAttention(LEDDecoderAttention):
         return x.unflatten(-1, (self.num_heads, self.head_dim)).transpose(1, 2)
 
 
+class FusedLEDDecoderLayer(LEDDecoderLayer):
+    """The stock layer, over attentions that any release's layer would call in its own way."""
+
+    led_kernels_options = Options()
+
+    @takes_arguments_of(LEDDecoderLayer.forward)
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        encoder_hidden_states: Tensor | None = None,
+        encoder_attention_mask: Tensor | None = None,
+        cache: Cache | None = None,
+        output_attentions: bool = False,
+        use_cache: bool = True,
+        cache_position: Tensor | None = None,
+    ) -> tuple:
+        """Arguments as in :class:`FusedLEDDecoderAttention`, outputs as in transformers' LEDDecoderLayer."""
+        common = {_ATTENTION_CACHE: cache, "output_attentions": output_attentions}
+        attended, weights, _ = self.self_attn(
+            hidden_states, attention_mask=attention_mask, **common, **_positions(cache_position)
+        )
+        hidden_states = self.self_attn_layer_norm(hidden_states + self._dropout(attended, self.dropout))
+        cross_weights = None
+        if encoder_hidden_states is not None:
+            attended, cross_weights, _ = self.encoder_attn(
+                hidden_states,
+                key_value_states=encoder_hidden_states,
+                attention_mask=encoder_attention_mask,
+                **common,
+            )
+            attended = self._dropout(attended, self.dropout)
+            hidden_states = self.encoder_attn_layer_norm(hidden_states + attended)
+        expanded = self._dropout(self.activation_fn(self.fc1(hidden_states)), self.activation_dropout)
+        contracted = self._dropout(self.fc2(expanded), self.dropout)
+        hidden_states = self.final_layer_norm(hidden_states + contracted)
+        attentions = (weights, cross_weights) if output_attentions else ()
+        return hidden_states, *attentions, *((cache,) if use_cache else ())
+
+    def _dropout(self, x: Tensor, p: float) -> Tensor:
+        return nn.functional.dropout(x, p=p, training=self.training)
+
+
 class FusedLEDLearnedPositionalEmbedding(LEDLearnedPositionalEmbedding):
     """The stock embedding, but a number of past tokens that is a tensor stays on its device."""
 
     led_kernels_options = Options()
 
-    def forward(self, input_ids_shape: torch.Size, past_key_values_length: int | Tensor = 0) -> Tensor:
-        positions = torch.arange(input_ids_shape[1], device=self.weight.device) + past_key_values_length
+    def forward(self, input_ids_shape: torch.Size, past_length: int | Tensor = 0) -> Tensor:
+        positions = torch.arange(input_ids_shape[1], device=self.weight.device) + past_length
         return nn.Embedding.forward(self, positions)
+
+
+class CautiousLEDDecoder(LEDDecoder):
+    """A decoder that does not know the empty slots of a cache, nor padding once it is cached, and refuses them."""
+
+    led_kernels_options = Options()
+
+    def forward(self, *args, **kwargs):
+        caches = [value for value in (*args, *kwargs.values()) if isinstance(value, Cache)]
+        if any(map(is_static, caches)):
+            raise ValueError(
+                f'cache_implementation="static" gives wrong tokens with the LED decoder of transformers '
+                f"{transformers.__version__}; leave it out, for a dynamic cache."
+            )
+        mask = kwargs.get("attention_mask")
+        if mask is not None and any(cache.get_seq_length() > 0 for cache in caches) and not bool(mask.all()):
+            raise ValueError(
+                f"decoder_attention_mask is forgotten by the LED decoder of transformers {transformers.__version__} "
+                "once its prompt is cached; give use_cache=False, or prompts of one length."
+            )
+        return super().forward(*args, **kwargs)
 
 
 class FusedLEDDecoder(LEDDecoder):
     """Builds the masks once per forward, for any number of tokens and any cache."""
 
     led_kernels_options = Options()
+    where_overridden = CautiousLEDDecoder
 
+    @takes_arguments_of(LEDDecoder.forward, ignores=("global_attention_mask",))
     def forward(
         self,
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
-        global_attention_mask: Tensor | None = None,
         encoder_hidden_states: Tensor | None = None,
         encoder_attention_mask: Tensor | None = None,
-        head_mask: Tensor | None = None,
-        cross_attn_head_mask: Tensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | tuple | None = None,
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
         cache_position: Tensor | None = None,
-        **kwargs,
     ):
-        """Arguments and outputs as in transformers' LEDDecoder; ``global_attention_mask`` is ignored there too."""
-        refuse_head_mask(head_mask)
-        refuse_head_mask(cross_attn_head_mask)
+        """Arguments and outputs as in transformers' LEDDecoder, which ignores ``global_attention_mask``, too."""
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError(
                 "decoder_input_ids and decoder_inputs_embeds are both given or both missing; give one of them."
@@ -141,15 +214,16 @@ class FusedLEDDecoder(LEDDecoder):
         if output_hidden_states is None:
             output_hidden_states = config.output_hidden_states
         if inputs_embeds is None:
-            inputs_embeds = self.embed_tokens(input_ids)
+            inputs_embeds = self.embed_tokens(input_ids.view(-1, input_ids.shape[-1]))
         shape = inputs_embeds.shape[:2]
-        if use_cache and past_key_values is None and not (self.gradient_checkpointing and self.training):
-            past_key_values = EncoderDecoderCache(DynamicCache(config=config), DynamicCache(config=config))
+        cache = as_cache(cache)
+        if use_cache and cache is None and not (self.gradient_checkpointing and self.training):
+            cache = new_cache(config)
         if cache_position is None:
-            past_length = 0 if past_key_values is None else past_key_values.get_seq_length()
+            past_length = 0 if cache is None else cache.get_seq_length()
             cache_position = torch.arange(shape[1], device=inputs_embeds.device) + past_length
 
-        mask = _causal_mask(cache_position, attention_mask, past_key_values)
+        mask = _causal_mask(cache_position, attention_mask, cache)
         cross_mask = encoder_attention_mask
         if cross_mask is not None and cross_mask.dim() == 2:
             cross_mask = cross_mask.bool()[:, None, None, :]
@@ -170,36 +244,44 @@ class FusedLEDDecoder(LEDDecoder):
                 mask,
                 encoder_hidden_states,
                 encoder_attention_mask=cross_mask,
-                past_key_values=past_key_values,
                 output_attentions=output_attentions,
                 use_cache=False,
-                cache_position=cache_position,
+                **{_LAYER_CACHE: cache},
+                **_positions(cache_position),
             )
             attentions += weights[:1]
             cross_attentions += weights[1:]
-        values = {
-            "last_hidden_state": hidden_states,
-            "past_key_values": past_key_values,
-            "hidden_states": (*states, hidden_states) if output_hidden_states else None,
-            "attentions": tuple(attentions) if output_attentions else None,
-            "cross_attentions": tuple(cross_attentions) if output_attentions else None,
-        }
-        if config.return_dict if return_dict is None else return_dict:
-            return BaseModelOutputWithPastAndCrossAttentions(**values)
-        return tuple(value for value in values.values() if value is not None)
+        return decoder_output(
+            config.return_dict if return_dict is None else return_dict,
+            cache,
+            last_hidden_state=hidden_states,
+            hidden_states=(*states, hidden_states) if output_hidden_states else None,
+            attentions=tuple(attentions) if output_attentions else None,
+            cross_attentions=tuple(cross_attentions) if output_attentions else None,
+        )
 
 
-def _causal_mask(positions: Tensor, attention_mask: Tensor | None, past_key_values: Cache | None) -> Tensor:
+def _positions(cache_position: Tensor | None) -> dict[str, Tensor | None]:
+    """Where a static cache stores the tokens, for releases whose caches do not count them."""
+    return {"cache_position": cache_position} if _PASSES_POSITIONS else {}
+
+
+def _causal_mask(positions: Tensor, attention_mask: Tensor | None, cache: Cache | None) -> Tensor:
     """True where a token sees a key: bool ``[batch or 1, 1, tgt_len, keys]``, with a key per slot of the cache.
 
     ``positions``: int64 ``[tgt_len]``. ``attention_mask``: ``[batch, keys]``, of which the last may be missing; one
     of four dimensions is taken as it is.
     """
     if attention_mask is not None and attention_mask.dim() == 4:
+        if attention_mask.dtype != torch.bool and not attention_mask.is_floating_point():
+            raise ValueError(
+                f"decoder_attention_mask has four dimensions and holds {attention_mask.dtype}; give bool, true where "
+                "a token is seen, or floating-point numbers to add to the scores."
+            )
         return attention_mask
-    keys = tgt_len = positions.shape[0]
-    if past_key_values is not None:
-        keys, _ = past_key_values.get_mask_sizes(tgt_len if _MASK_SIZES_TAKE_LENGTH else positions, 0)
+    keys = positions.shape[0]
+    if cache is not None:
+        keys = cached_keys(cache, positions)
     elif attention_mask is not None:
         keys = attention_mask.shape[1]
     mask = (torch.arange(keys, device=positions.device) <= positions[:, None])[None, None]
@@ -217,43 +299,3 @@ def _probabilities(q: Tensor, k: Tensor, mask: Tensor | None) -> Tensor:
     return attention_weights(
         q, k, torch.ones((), dtype=torch.bool, device=q.device) if mask is None else mask
     )
-
-
-@functools.cache
-def stock_decoder_fails() -> bool:
-    """Whether this transformers' LED decoder reads the empty slots of a static cache.
-
-    Tried on a decoder of one layer, so that a release with a right decoder keeps its own. Before 4.56 layers took
-    their cache under another name or had no static one: False too.
-    """
-    if "past_key_values" not in inspect.signature(LEDDecoderLayer.forward).parameters:
-        return False
-    config = LEDConfig(
-        vocab_size=4,
-        d_model=16,
-        encoder_layers=1,
-        decoder_layers=1,
-        decoder_ffn_dim=4,
-        encoder_attention_heads=1,
-        decoder_attention_heads=1,
-        max_decoder_position_embeddings=2,
-        dropout=0.0,
-        pad_token_id=1,
-    )
-    with torch.random.fork_rng(devices=[]), torch.device("cpu"), torch.no_grad():
-        decoder = LEDDecoder(config).float().eval()
-        torch.manual_seed(0)
-        for parameter in decoder.parameters():
-            nn.init.normal_(parameter, std=0.3)  # so that empty slots weigh as much as tokens
-        last = []
-        for cache in (DynamicCache(), StaticCache(config=config, max_cache_len=64)):
-            caches = EncoderDecoderCache(cache, DynamicCache())
-            for position in range(2):
-                out = decoder(
-                    input_ids=torch.tensor([[2]]),
-                    past_key_values=caches,
-                    use_cache=True,
-                    cache_position=torch.tensor([position]),
-                )
-            last.append(out.last_hidden_state)
-    return not torch.allclose(*last, atol=1e-3)

@@ -12,6 +12,9 @@ from led_kernels.attention_weights import banded_attention_weights, global_atten
 from led_kernels.mask import LongformerMask
 from led_kernels.projection import encoder_self_attention, project_global_queries
 
+# what transformers' encoders repeat of the mask
+STOCK_MASKS = ("is_index_masked", "is_index_global_attn", "is_global_attn")
+
 
 class Options(NamedTuple):
     """What :func:`led_kernels.hf.apply_led_kernels` was given; an attribute of every fused module."""
@@ -27,22 +30,19 @@ class FusedSelfAttention(nn.Module):
     """
 
     led_kernels_options = Options()
+    must_not_be_overridden = True
 
     def forward(
         self,
         hidden_states: Tensor,
         attention_mask: LongformerMask | Tensor | None = None,
-        *,
         output_attentions: bool = False,
-        layer_head_mask: Tensor | None = None,
-        **stock_masks,
     ) -> tuple[Tensor, ...]:
         """
         Args:
             hidden_states: ``[batch, seqlen, d_model]``; any seqlen.
             attention_mask: the mask of the batch, or what transformers' own encoders pass, ``[batch,
-                seqlen]``: negative for padding, 0 for local and positive for global tokens. ``stock_masks``
-                repeat it.
+                seqlen]``: negative for padding, 0 for local and positive for global tokens.
             output_attentions: also return the probabilities, before dropout.
 
         Returns:
@@ -50,7 +50,6 @@ class FusedSelfAttention(nn.Module):
             ``[batch, seqlen, heads, max_globals + attention_window + 1]`` and, if there are global tokens,
             ``[batch, heads, max_globals, seqlen]``.
         """
-        refuse_head_mask(layer_head_mask)
         mask = mask_of(attention_mask, hidden_states, self.led_kernels_options.max_globals)
         window_size = self.one_sided_attn_window_size
         q, k, v = (
@@ -132,10 +131,3 @@ def mask_of(
     else:
         kind = attention_mask.sign() + 1  # negative, 0, positive -> 0 padding, 1 local, 2 global
     return LongformerMask.from_padding(kind, max_globals=max_globals)
-
-
-def refuse_head_mask(head_mask: Tensor | None) -> None:
-    if head_mask is not None:
-        raise ValueError(
-            "head_mask is not supported by led_kernels; leave it out or call revert_led_kernels."
-        )

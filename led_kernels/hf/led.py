@@ -11,28 +11,26 @@ from transformers.models.led.modeling_led import (
     LEDEncoderSelfAttention,
 )
 
-from led_kernels.hf.encoder import FusedSelfAttention, Options, refuse_head_mask, run_layers
+from led_kernels.hf.compat import takes_arguments_of
+from led_kernels.hf.encoder import STOCK_MASKS, FusedSelfAttention, Options, run_layers
 from led_kernels.mask import LongformerMask
 
 
 class FusedLEDEncoderSelfAttention(FusedSelfAttention, LEDEncoderSelfAttention):
-    pass
+    forward = takes_arguments_of(LEDEncoderSelfAttention.forward, STOCK_MASKS)(FusedSelfAttention.forward)
 
 
 class FusedLEDEncoderLayer(LEDEncoderLayer):
     """The stock layer, but fp16 states are clamped without asking the device whether they need it."""
 
+    @takes_arguments_of(LEDEncoderLayer.forward, STOCK_MASKS)
     def forward(
         self,
         hidden_states: Tensor,
         attention_mask: LongformerMask | Tensor,
-        *,
         output_attentions: bool = False,
-        layer_head_mask: Tensor | None = None,
-        **stock_masks,
     ) -> tuple[Tensor, ...]:
         """Arguments and further outputs as in :class:`FusedSelfAttention`."""
-        refuse_head_mask(layer_head_mask)
         attended, *weights = self.self_attn(
             hidden_states=hidden_states, attention_mask=attention_mask, output_attentions=output_attentions
         )
@@ -55,30 +53,29 @@ class FusedLEDEncoder(LEDEncoder):
 
     led_kernels_options = Options()
 
+    @takes_arguments_of(LEDEncoder.forward)
     def forward(
         self,
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         global_attention_mask: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
-        *,
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
-        head_mask: Tensor | None = None,
-        **kwargs,
     ):
         """Arguments and outputs as in transformers' LEDEncoder."""
-        refuse_head_mask(head_mask)
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("input_ids and inputs_embeds are both given or both missing; give one of them.")
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
         shape = inputs_embeds.shape[:2]
-        if shape[1] > self.max_source_positions:
+        positions = self.embed_positions.weight.shape[
+            0
+        ]  # not the config's, as the table may have been extended
+        if shape[1] > positions:
             raise IndexError(
-                f"the input has {shape[1]} tokens and the model {self.max_source_positions} positions; "
-                "truncate the input."
+                f"the input has {shape[1]} tokens and the model {positions} positions; truncate the input."
             )
         if attention_mask is None:
             attention_mask = torch.ones(shape, dtype=torch.long, device=inputs_embeds.device)

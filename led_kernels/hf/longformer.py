@@ -10,11 +10,12 @@ from transformers.models.longformer.modeling_longformer import (
     LongformerSelfAttention,
 )
 
-from led_kernels.hf.encoder import FusedSelfAttention, Options, mask_of, refuse_head_mask, run_layers
+from led_kernels.hf.compat import takes_arguments_of
+from led_kernels.hf.encoder import STOCK_MASKS, FusedSelfAttention, Options, mask_of, run_layers
 
 
 class FusedLongformerSelfAttention(FusedSelfAttention, LongformerSelfAttention):
-    pass
+    forward = takes_arguments_of(LongformerSelfAttention.forward, STOCK_MASKS)(FusedSelfAttention.forward)
 
 
 class FusedLongformerEncoder(LongformerEncoder):
@@ -22,19 +23,17 @@ class FusedLongformerEncoder(LongformerEncoder):
 
     led_kernels_options = Options()
 
+    @takes_arguments_of(LongformerEncoder.forward)
     def forward(
         self,
         hidden_states: Tensor,
         attention_mask: Tensor | None = None,
-        *,
         output_attentions: bool = False,
         output_hidden_states: bool = False,
         return_dict: bool = True,
-        head_mask: Tensor | None = None,
         padding_len: int = 0,
     ):
         """Arguments and outputs as in LongformerEncoder; the last ``padding_len`` rows are cut."""
-        refuse_head_mask(head_mask)
         seqlen = hidden_states.shape[1] - padding_len
         hidden_states = hidden_states[:, :seqlen]
         if attention_mask is not None:

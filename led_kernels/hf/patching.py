@@ -1,77 +1,38 @@
-"""Turning transformers' models into fused ones and back: live instances, and models still to be built.
-
-A module becomes fused by a change of ``__class__`` to a subclass that adds only methods: its parameters,
-hooks and state-dict keys stay.
-"""
+"""Turning transformers' models into fused ones and back: live instances, and models still to be built."""
 
 from __future__ import annotations
 
 import functools
-import inspect
+import warnings
 from collections.abc import Callable
-from types import MethodType
-from typing import NamedTuple
+from typing import TypeVar
 from weakref import WeakSet
 
+import transformers
 from torch import nn
-from transformers.models.led.modeling_led import (
-    LEDDecoder,
-    LEDDecoderAttention,
-    LEDEncoder,
-    LEDEncoderLayer,
-    LEDEncoderSelfAttention,
-    LEDLearnedPositionalEmbedding,
-)
-from transformers.models.longformer.modeling_longformer import (
-    LongformerEncoder,
-    LongformerModel,
-    LongformerSelfAttention,
-)
+from transformers.models.led.modeling_led import LEDDecoder, LEDEncoder
+from transformers.models.longformer.modeling_longformer import LongformerModel
 
-from led_kernels.hf.decoder import (
-    FusedLEDDecoder,
-    FusedLEDDecoderAttention,
-    FusedLEDLearnedPositionalEmbedding,
-    stock_decoder_fails,
-)
-from led_kernels.hf.encoder import FusedSelfAttention, Options
-from led_kernels.hf.led import FusedLEDEncoder, FusedLEDEncoderLayer, FusedLEDEncoderSelfAttention
-from led_kernels.hf.longformer import (
-    FusedLongformerEncoder,
-    FusedLongformerModel,
-    FusedLongformerSelfAttention,
-)
-
-_FUSED_ENCODERS = {
-    LEDEncoder: FusedLEDEncoder,
-    LEDEncoderLayer: FusedLEDEncoderLayer,
-    LEDEncoderSelfAttention: FusedLEDEncoderSelfAttention,
-    LongformerModel: FusedLongformerModel,
-    LongformerEncoder: FusedLongformerEncoder,
-    LongformerSelfAttention: FusedLongformerSelfAttention,
-}
-_FUSED_DECODER = {
-    LEDDecoder: FusedLEDDecoder,
-    LEDDecoderAttention: FusedLEDDecoderAttention,
-    LEDLearnedPositionalEmbedding: FusedLEDLearnedPositionalEmbedding,
-}
-for _stock, _fused in (_FUSED_ENCODERS | _FUSED_DECODER).items():
-    _fused.stock_class = _stock
-    # transformers and accelerate find modules by __name__ (_no_split_modules, config.architectures); pickle
-    # goes by __qualname__, which stays
-    _fused.__name__ = _stock.__name__
+from led_kernels.hf.classes import CAUTIOUS_LED_DECODER, LED_DECODER, LED_ENCODER, LONGFORMER
+from led_kernels.hf.compat import TESTED, is_newer_than_tested
+from led_kernels.hf.encoder import Options
+from led_kernels.hf.probe import Decoder, encoder_difference, right_decoder
+from led_kernels.hf.swap import Table, class_of_ours, stock_class, swap, swap_back
 
 _ROOTS = (LEDEncoder, LongformerModel, LEDDecoder)  # their constructors build all the others
 _built_fused: WeakSet[nn.Module] = WeakSet()
 
+Model = TypeVar("Model", bound=nn.Module)
+
 
 def apply_led_kernels(
-    model: nn.Module | None = None, *, max_globals: int | None = None, backend: str | None = None
-) -> None:
+    model: Model | None = None, *, max_globals: int | None = None, backend: str | None = None
+) -> Model | None:
     """Run the encoder of LED or Longformer models of transformers through the fused kernels.
 
     LED's decoder runs by SDPA, and with masks that make ``generate(..., cache_implementation="static")`` right, where
-    transformers returns other tokens. A release whose own decoder passes a test of this at the first call keeps it.
+    transformers returns other tokens. The first call tries both decoders on a tiny model: a release that is right
+    keeps its own, and where neither is right, static caches are refused from then on, after a warning.
 
     Outputs, gradients and state-dict keys stay those of transformers, with these differences: nothing is
     padded to a multiple of ``attention_window``, so ``global_attentions`` have the input's length; their
@@ -90,7 +51,11 @@ def apply_led_kernels(
             global tokens are the caller's error. Default: the largest count of each batch.
         backend: as in :func:`led_kernels.banded_attention`.
 
+    Returns:
+        ``model``.
+
     Raises:
+        RuntimeError: when this release of transformers computes other states than our encoder; nothing is changed.
         TypeError: for something that is no module, or a module whose forward someone else replaced.
         ValueError: for a model without modules of LED or Longformer, or a negative max_globals.
     """
@@ -98,18 +63,73 @@ def apply_led_kernels(
         raise ValueError(f"max_globals is {max_globals}; give the capacity, 0 or more.")
     options = Options(max_globals, backend)
     if model is None:
-        for root in filter(_fused_class, _ROOTS):
-            root.__init__ = _then_apply(_stock_init(root), options)
-        return
+        table = _checked(LED_ENCODER | LONGFORMER | _decoder_table())
+        for root in _ROOTS:
+            if class_of_ours(root, table) is not None:
+                root.__init__ = _then_apply(_stock_init(root), options)
+        return None
     if not isinstance(model, nn.Module):
         raise TypeError(f"model is a {type(model).__name__}; give a torch.nn.Module, or nothing.")
-    modules = [(module, _fused_class(_stock_class(module))) for module in model.modules()]
-    changes = [_Change.plan(module, fused) for module, fused in modules if fused is not None]
-    if not changes:
+    stock = {stock_class(module) for module in model.modules()}
+    families = [
+        family
+        for family in (LED_ENCODER, LONGFORMER, LED_DECODER)
+        if any(issubclass(cls, tuple(family)) for cls in stock)
+    ]
+    if not families:
+        if any(cls.__module__.startswith("led_model.") for cls in stock):
+            raise ValueError("model is one of led_model, which is already on the kernels; use it as it is.")
         raise ValueError("model holds no LED or Longformer modules of transformers; pass one that does.")
-    for change in changes:
-        change.make()
-        change.module.led_kernels_options = options
+    table: Table = {}
+    for family in families:
+        table |= _decoder_table() if family is LED_DECODER else family
+    swap(model, _checked(table), options)
+    return model
+
+
+def is_applied(model: nn.Module) -> bool:
+    """Whether any module of ``model`` runs through the fused kernels."""
+    return any(stock_class(module) is not type(module) for module in model.modules())
+
+
+def decoder_report() -> str:
+    """What was found out about LED's decoder in the installed transformers, in one sentence."""
+    return f"the LED decoder of transformers {transformers.__version__} {right_decoder().value}."
+
+
+def _decoder_table() -> Table:
+    """Ours, or what makes a decoder that nobody has made right refuse what it gets wrong."""
+    decoder = right_decoder()
+    if decoder is Decoder.NEITHER:
+        _warn_once(
+            f"{decoder_report()} Use another release ({TESTED[0]} to {TESTED[-1]} were tested) to have them."
+        )
+    return {Decoder.STOCK: {}, Decoder.OURS: LED_DECODER, Decoder.NEITHER: CAUTIOUS_LED_DECODER}[decoder]
+
+
+def _checked(table: Table) -> Table:
+    """The table itself, once the encoders in it have been compared with those of this release.
+
+    Raises:
+        RuntimeError: when they differ.
+    """
+    for family, encoder in (("led", LED_ENCODER), ("longformer", LONGFORMER)):
+        if table.keys() & encoder.keys() and (difference := encoder_difference(family)) is not None:
+            raise RuntimeError(
+                f"the {family} encoder of led_kernels {difference} in transformers {transformers.__version__}; "
+                f"nothing was changed, use a release from {TESTED[0]} to {TESTED[-1]}."
+            )
+    if is_newer_than_tested():
+        _warn_once(
+            f"transformers {transformers.__version__} is newer than {TESTED[-1]}, the newest that led_kernels was "
+            "tested with; tiny models gave the same results in both just now."
+        )
+    return table
+
+
+@functools.cache
+def _warn_once(message: str) -> None:
+    warnings.warn(message, stacklevel=4)
 
 
 def revert_led_kernels(model: nn.Module | None = None) -> None:
@@ -127,10 +147,7 @@ def revert_led_kernels(model: nn.Module | None = None) -> None:
             revert_led_kernels(built)
         _built_fused.clear()
         return
-    fused = [module for module in model.modules() if _stock_class(module) is not type(module)]
-    for change in [_Change.plan(module, _stock_class(module)) for module in fused]:
-        change.make()
-        del change.module.led_kernels_options
+    swap_back(model)
 
 
 def _then_apply(init: Callable, options: Options) -> Callable:
@@ -146,54 +163,3 @@ def _then_apply(init: Callable, options: Options) -> Callable:
 
 def _stock_init(root: type[nn.Module]) -> Callable:
     return getattr(root.__init__, "led_kernels_replaced", root.__init__)
-
-
-def _stock_class(module: nn.Module) -> type[nn.Module]:
-    return getattr(type(module), "stock_class", type(module))
-
-
-@functools.cache
-def _fused_class(cls: type[nn.Module]) -> type[nn.Module] | None:
-    """The fused class of a stock class or of a subclass that inherits its forward; None for all others."""
-    for stock, fused in (_FUSED_ENCODERS | (_FUSED_DECODER if stock_decoder_fails() else {})).items():
-        if cls is stock:
-            return fused
-        if issubclass(cls, stock):
-            # transformers wraps the forward of subclasses of checkpointed layers, also one they inherit
-            if inspect.unwrap(cls.forward) is inspect.unwrap(stock.forward):
-                return type(cls.__name__, (fused, cls), {"__module__": cls.__module__, "stock_class": cls})
-            if issubclass(fused, (FusedSelfAttention, FusedLEDDecoderAttention)):
-                raise TypeError(
-                    f"{cls.__name__} overrides the forward of {stock.__name__}, which led_kernels would "
-                    "replace; leave this model stock."
-                )
-    return None
-
-
-class _Change(NamedTuple):
-    """A module, the class it is to get, and which instance attributes hold the forward of its present one."""
-
-    module: nn.Module
-    new_class: type[nn.Module]
-    bound: list[str]
-
-    @classmethod
-    def plan(cls, module: nn.Module, new_class: type[nn.Module]) -> _Change:
-        attributes, forward = vars(module), type(module).forward
-        # accelerate's hooks keep the forward they wrap in _old_forward, and leave it in forward once removed
-        bound = [
-            name
-            for name in ("forward", "_old_forward")
-            if getattr(attributes.get(name), "__func__", None) is forward
-        ]
-        if "forward" in attributes and not bound and new_class.forward is not forward:
-            raise TypeError(
-                f"the forward of a {type(module).__name__} was replaced on the instance and would go on "
-                "running old code; call this before it is wrapped."
-            )
-        return cls(module, new_class, bound)
-
-    def make(self) -> None:
-        self.module.__class__ = self.new_class
-        for name in self.bound:
-            setattr(self.module, name, MethodType(self.new_class.forward, self.module))

@@ -25,8 +25,10 @@ from transformers import (
 from transformers.models.led.modeling_led import LEDEncoder, LEDEncoderSelfAttention
 from transformers.models.longformer.modeling_longformer import LongformerSelfAttention
 
-from led_kernels.hf import apply_led_kernels, revert_led_kernels
+from led_kernels.hf import apply_led_kernels, is_applied, revert_led_kernels
 from led_kernels.hf.encoder import FusedSelfAttention
+from led_model import LEDConfig as OwnConfig
+from led_model import LEDModel as OwnModel
 
 CASE = HFCase(globals_per_row=((0, 9), (4,)), padding=("none", "right"))
 
@@ -49,11 +51,14 @@ def stock(request) -> nn.Module:
 def test_revert_gives_back_stock_bits(stock):
     expected, keys = outputs(stock, CASE.inputs()), list(stock.state_dict())
     classes, attributes = [type(m) for m in stock.modules()], [set(vars(m)) for m in stock.modules()]
-    apply_led_kernels(stock)
+    assert not is_applied(stock)
+    assert apply_led_kernels(stock) is stock
+    assert is_applied(stock)
     assert is_fused(stock)
     assert list(stock.state_dict()) == keys
     assert_close(outputs(stock, CASE.inputs()), expected, 1e-4)
     revert_led_kernels(stock)
+    assert not is_applied(stock)
     assert [type(m) for m in stock.modules()] == classes
     assert [set(vars(m)) for m in stock.modules()] == attributes
     assert_close(outputs(stock, CASE.inputs()), expected, 0)
@@ -185,6 +190,12 @@ def test_forward_replaced_on_an_instance_is_refused():
 def test_wrong_arguments(arguments, options, error, message):
     with pytest.raises(error, match=message):
         apply_led_kernels(*arguments, **options)
+
+
+def test_model_of_led_model_is_on_the_kernels_already():
+    model = OwnModel(OwnConfig.from_dict(CASE.led_config().to_dict()))
+    with pytest.raises(ValueError, match="already on the kernels; use it as it is"):
+        apply_led_kernels(model)
 
 
 @pytest.mark.parametrize("implementation", ["eager", "own"])

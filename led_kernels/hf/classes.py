@@ -1,0 +1,55 @@
+"""Which class of ours replaces which class of transformers."""
+
+from __future__ import annotations
+
+from transformers.models.led.modeling_led import (
+    LEDDecoder,
+    LEDDecoderAttention,
+    LEDDecoderLayer,
+    LEDEncoder,
+    LEDEncoderLayer,
+    LEDEncoderSelfAttention,
+    LEDLearnedPositionalEmbedding,
+)
+from transformers.models.longformer.modeling_longformer import (
+    LongformerEncoder,
+    LongformerModel,
+    LongformerSelfAttention,
+)
+
+from led_kernels.hf.decoder import (
+    CautiousLEDDecoder,
+    FusedLEDDecoder,
+    FusedLEDDecoderAttention,
+    FusedLEDDecoderLayer,
+    FusedLEDLearnedPositionalEmbedding,
+)
+from led_kernels.hf.led import FusedLEDEncoder, FusedLEDEncoderLayer, FusedLEDEncoderSelfAttention
+from led_kernels.hf.longformer import (
+    FusedLongformerEncoder,
+    FusedLongformerModel,
+    FusedLongformerSelfAttention,
+)
+from led_kernels.hf.swap import Table, replaces
+
+LED_ENCODER: Table = {
+    LEDEncoder: FusedLEDEncoder,
+    LEDEncoderLayer: FusedLEDEncoderLayer,
+    LEDEncoderSelfAttention: FusedLEDEncoderSelfAttention,
+}
+LONGFORMER: Table = {
+    LongformerModel: FusedLongformerModel,
+    LongformerEncoder: FusedLongformerEncoder,
+    LongformerSelfAttention: FusedLongformerSelfAttention,
+}
+LED_DECODER: Table = {
+    LEDDecoder: FusedLEDDecoder,
+    LEDDecoderLayer: FusedLEDDecoderLayer,
+    LEDDecoderAttention: FusedLEDDecoderAttention,
+    LEDLearnedPositionalEmbedding: FusedLEDLearnedPositionalEmbedding,
+}
+CAUTIOUS_LED_DECODER: Table = {LEDDecoder: CautiousLEDDecoder}
+
+for _table in (LED_ENCODER, LONGFORMER, LED_DECODER, CAUTIOUS_LED_DECODER):
+    for _stock, _ours in _table.items():
+        replaces(_stock, _ours)

@@ -1,0 +1,251 @@
+"""Hostile calls of public functions, operators and the extension: each returns or raises, none ends the process.
+
+    python -m tests.fuzz --cases 2000 --seed 0
+
+Each case is named on stderr before it runs, so that one that ends the process is the last one named; ``--only N`` runs
+it alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import sys
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from led_kernels import (
+    LongformerMask,
+    absorbed_global_attention,
+    banded_attention,
+    global_attention,
+    longformer_attention,
+    ops,
+)
+from led_kernels.decode import decode_attention, few_rows_add_norm, few_rows_linear, write_rows
+from led_kernels.dispatch import backend_module, can_run
+
+REFUSALS = (ValueError, TypeError, IndexError, RuntimeError, OverflowError)
+NUMBERS = (-(2**63), -(2**31), -7, -1, 0, 1, 2, 3, 5, 8, 17, 100, 300, 2**24 + 1, 2**31 - 1, 2**40)
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.int64, torch.int32, torch.uint8, torch.bool)
+BACKENDS = [name for name in ("cpu", "torch", "reference") if can_run(name, torch.device("cpu"))]
+
+
+def hostile(rng: random.Random, x: Tensor) -> Tensor:
+    """A tensor that is like ``x`` but for one thing."""
+    dim = rng.randrange(max(1, x.dim()))
+    changes: list[Callable[[], Tensor]] = [
+        lambda: x.to(rng.choice(DTYPES)),
+        lambda: x.narrow(dim, 0, max(0, x.shape[dim] - 1)),
+        lambda: x.narrow(dim, 0, 0),
+        lambda: torch.cat([x, x], dim),
+        lambda: x.transpose(0, -1),
+        lambda: x.narrow(dim, 0, 1).expand_as(x),
+        lambda: x.flip(dim),
+        lambda: torch.cat([x, x], dim).narrow(dim, 1, x.shape[dim]),
+        lambda: x.unsqueeze(dim),
+        lambda: x.flatten(),
+        lambda: x.to("meta"),
+        lambda: torch.full_like(x, rng.choice(NUMBERS) if x.dtype.itemsize == 8 else rng.randrange(200)),
+        lambda: torch.full_like(x, 2**30 if x.dtype in (torch.int32, torch.int64) else 0),
+        lambda: -x,
+        lambda: x[..., ::2],
+    ]
+    return rng.choice(changes)()
+
+
+def mask_of(rng: random.Random) -> LongformerMask:
+    """Built by a constructor whose arguments are now and then out of bounds."""
+    batch, seqlen = rng.randint(1, 3), rng.choice([1, 2, 9, 40])
+    number = (lambda n: rng.choice(NUMBERS)) if rng.random() < 0.4 else (lambda n: n)
+    most = rng.choice([None, None, 0, 1, 2, 5])
+    index = [[rng.choice([0, seqlen - 1, -1, number(0)]) for _ in range(2)] for _ in range(batch)]
+    kind = rng.randrange(3)
+    if kind == 0:
+        values = torch.tensor([[rng.choice([0, 1, 1, 2]) for _ in range(seqlen)] for _ in range(batch)])
+        return LongformerMask.from_padding(
+            hostile(rng, values) if rng.random() < 0.3 else values, max_globals=most
+        )
+    lengths = [number(rng.randint(0, seqlen)) for _ in range(batch)]
+    if kind == 1:
+        return LongformerMask.from_lengths(lengths, min(number(seqlen), 10**5), index, max_globals=most)
+    total = [0]
+    for length in lengths:
+        total.append(total[-1] + length)
+    known = {"total_rows": min(number(total[-1]), 10**5)} if rng.random() < 0.5 and total[-1] < 10**5 else {}
+    if total[-1] > 10**5 and known == {}:
+        known = {"total_rows": 100}
+    longest = {"max_seqlen": number(seqlen)} if rng.random() < 0.5 else {}
+    return LongformerMask.packed(total, index if rng.random() < 0.7 else None, most, **known, **longest)
+
+
+def rows_of(rng: random.Random, mask: LongformerMask) -> tuple[Tensor, ...]:
+    heads, head_dim = rng.choice([1, 2, 3]), rng.choice([1, 4, 7, 16])
+    if mask.token_kind.numel() * heads * head_dim > 10**6:
+        raise ValueError("too large a case")
+    return torch.randn(6, *mask.token_kind.shape, heads, head_dim).unbind()
+
+
+def public_call(rng: random.Random) -> None:
+    mask = mask_of(rng)
+    if rng.random() < 0.5:
+        name = rng.choice(
+            ["seq_start", "seq_len", "token_kind", "padding_before", "global_index", "num_globals"]
+        )
+        change = hostile(rng, getattr(mask, name))
+        mask = (
+            replace(mask, **{name: change})
+            if rng.random() < 0.8
+            else replace(mask, max_seqlen=rng.choice(NUMBERS))
+        )
+    tensors = list(rows_of(rng, mask))
+    q_global = torch.randn(mask.batch, mask.max_globals, *tensors[0].shape[-2:])
+    if rng.random() < 0.5:
+        place = rng.randrange(6)
+        tensors[place] = hostile(rng, tensors[place])
+    tensors = [x.requires_grad_() if x.is_floating_point() and rng.random() < 0.5 else x for x in tensors]
+    settings = {"dropout_p": rng.choice([0.0, 0.0, 0.3, 1.0]), "backend": rng.choice(BACKENDS)}
+    window = rng.choice([0, 2, -1, (1, 300), rng.choice(NUMBERS)])
+    which = rng.randrange(4)
+    if which == 0:
+        out = banded_attention(*tensors[:3], mask, window_size=window, **settings)
+    elif which == 1:
+        out = global_attention(q_global, *tensors[4:], mask, **settings)
+    elif which == 2:
+        out = longformer_attention(*tensors, mask, window_size=window, **settings)
+    else:
+        hidden = tensors[0].flatten(-2)
+        weight = torch.randn(hidden.shape[-1], hidden.shape[-1])
+        out = absorbed_global_attention(hidden, q_global, weight, hostile(rng, weight), None, mask)
+    if out.requires_grad:
+        out.sum().backward()
+
+
+def operator_call(rng: random.Random) -> None:
+    """Flat arguments, as a traced graph passes them, one or two of which are changed."""
+    mask = LongformerMask.from_padding(torch.tensor([[2, 1, 1, 0], [1, 2, 2, 1]]))
+    banded, backward = rng.random() < 0.5, rng.random() < 0.5
+    tokens = (2, 4, 2, 8)
+    rows, lse = (tokens, (2, 2, 4)) if banded else ((2, 2, 2, 8), (2, 2, 2))
+    q, k, v = torch.randn(rows), torch.randn(tokens), torch.randn(tokens)
+    saved: list = [torch.randn(rows), torch.randn(lse)] if backward else []
+    results: list = [torch.randn(rows), torch.randn(lse)] if backward else []
+    window = [2, 2] if banded else []
+    arguments = [*saved, q, k, v, *results, *mask.tensors(), None, 4, *window, 0.5, 0.0, rng.choice(BACKENDS)]
+    for _ in range(rng.randint(1, 2)):
+        place = rng.randrange(len(arguments) - 1)
+        value = arguments[place]
+        if isinstance(value, Tensor):
+            arguments[place] = hostile(rng, value)
+        elif isinstance(value, int):
+            arguments[place] = rng.choice(NUMBERS)
+        elif isinstance(value, float):
+            arguments[place] = rng.choice([0.0, -1.0, 0.5, float("nan"), float("inf")])
+        else:
+            arguments[place] = hostile(rng, torch.tensor([3]))
+    name = f"{'banded' if banded else 'global'}_{'backward' if backward else 'forward'}"
+    getattr(ops, name)(*arguments)
+
+
+def decoding_call(rng: random.Random) -> None:
+    batch, heads, keys, head_dim = rng.randint(1, 3), 2, rng.choice([1, 5, 40]), rng.choice([1, 8, 64])
+    q, k, v = torch.randn(batch, heads, 1, head_dim), *torch.randn(2, batch, heads, keys, head_dim)
+    visible = torch.ones(batch, 1, 1, keys).bool()
+    position = torch.tensor([keys - 1])
+    linear, norm, x = nn.Linear(head_dim, 5), nn.LayerNorm(head_dim), torch.randn(2, head_dim)
+    calls = {
+        decode_attention: [q, k, v, visible],
+        write_rows: [k, position, q],
+        few_rows_linear: [linear, x],
+        few_rows_add_norm: [x, x.clone(), norm],
+    }
+    direct = {}
+    if "cpu" in BACKENDS:
+        cpu = backend_module("cpu")
+        direct = {
+            cpu.decode_attention: [q, k, v, visible],
+            cpu.write_rows: [k, position, q],
+            cpu.few_rows_linear: [x, linear.weight.detach(), linear.bias.detach(), True],
+            cpu.few_rows_add_norm: [x, x.clone(), norm.weight.detach(), norm.bias.detach(), 1e-5],
+        }
+    function, arguments = rng.choice(list((calls | direct).items()))
+    places = [i for i, value in enumerate(arguments) if isinstance(value, Tensor)]
+    for place in rng.sample(places, rng.randint(1, min(2, len(places)))):
+        arguments[place] = hostile(rng, arguments[place])
+    if rng.random() < 0.2 and function in (few_rows_linear, few_rows_add_norm):
+        module = linear if function is few_rows_linear else norm
+        module.weight = nn.Parameter(hostile(rng, module.weight.detach()).float())
+    with torch.no_grad():
+        function(*arguments)
+
+
+def extension_call(rng: random.Random) -> None:
+    """Parameters whose sizes do not go with each other; addresses are those of tensors that are large enough."""
+    if "cpu" not in BACKENDS:
+        return
+    cpu = backend_module("cpu")
+    mask, n = LongformerMask.from_padding(torch.tensor([[2, 1, 1, 1, 1, 1, 1, 0]])), 8
+    x = torch.randn(1, n, 2, 8)
+    params = cpu._C.AttentionParams()
+    sizes = {"batch": 1, "max_seqlen": n, "heads": 2, "head_dim": 8, "num_threads": 1}
+    sizes |= {"window_left": 2, "window_right": 2}
+    spoilt = rng.choice(list(sizes))
+    for name, value in sizes.items():
+        setattr(params, name, rng.choice([-(2**40), -1, 0, value]) if name == spoilt else value)
+    values = [hostile_values(rng, t) if rng.random() < 0.4 else t for t in mask.tensors()]
+    params.set_mask(*(t.data_ptr() for t in values), n, 1, False, True)
+    address = (x.data_ptr(), n * 16, 16, 8)
+    for name in rng.sample(["q", "k", "v", "out"], rng.randint(3, 4)):
+        getattr(params, f"set_{name}")(address)
+    params.set_lse((torch.zeros(2 * n).data_ptr(), 2 * n, n))
+    if rng.random() < 0.5:  # otherwise tensors may be missing
+        cpu._C.cpu_banded_forward(params, "no such set")
+
+
+def hostile_values(rng: random.Random, x: Tensor) -> Tensor:
+    return torch.full_like(
+        x, rng.choice([0, 1, 100]) if x.dtype == torch.uint8 else rng.choice([-9, 0, 1, 9, 2**30])
+    )
+
+
+KINDS = {
+    "public": public_call,
+    "operator": operator_call,
+    "decoding": decoding_call,
+    "extension": extension_call,
+}
+
+
+def run(index: int, seed: int) -> tuple[str, str]:
+    """The kind of a case, and how it ended."""
+    rng = random.Random(f"{seed} {index}")
+    torch.manual_seed(index)
+    kind = rng.choices(list(KINDS), weights=[5, 4, 4, 1])[0]
+    try:
+        KINDS[kind](rng)
+    except REFUSALS as error:
+        return kind, "refused" if str(error).strip() else "refused without a word"
+    return kind, "returned"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--cases", type=int, default=2000)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--only", type=int, help="run this case alone")
+    args = parser.parse_args()
+    ends: Counter[tuple[str, str]] = Counter()
+    for index in range(args.cases) if args.only is None else [args.only]:
+        print(f"case {index} of seed {args.seed}", file=sys.stderr, flush=True)
+        ends[run(index, args.seed)] += 1
+    print(", ".join(f"{kind} {end}: {count}" for (kind, end), count in sorted(ends.items())))
+    print(f"{sum(ends.values())} cases")
+    return any(end == "refused without a word" for _, end in ends)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
