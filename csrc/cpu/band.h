@@ -52,10 +52,10 @@ struct BandGeometry {
   }
 
   void fill(int64_t row, Band<T>* bands) const {
-    constexpr int64_t least = kNoPosition<T> + 1, most = std::numeric_limits<Position<T>>::max();
+    constexpr int64_t last = std::numeric_limits<Position<T>>::max();
     for (int i = 0; i < G::kRows; ++i) {
-      bands[i] = {static_cast<Position<T>>(larger(row + i - left, least)),
-                  static_cast<Position<T>>(smaller(row + i + right, most))};
+      bands[i] = {static_cast<Position<T>>(first_key(row + i)),
+                  static_cast<Position<T>>(smaller(row + i + right, last))};
     }
   }
 };

@@ -13,16 +13,6 @@ namespace LED_ISA {
 template <class T>
 struct Scalar;
 
-// What comparing lanes of whole numbers gives.
-template <>
-struct Scalar<int32_t> {
-  using Bits = int32_t;
-};
-template <>
-struct Scalar<int64_t> {
-  using Bits = int64_t;
-};
-
 template <>
 struct Scalar<float> {
   using Bits = int32_t;
@@ -55,6 +45,16 @@ struct Scalar<double> {
                                            1.0178199007253608e-7,
                                            7.0741819456159963e-9,
                                            4.4352281013764685e-10};
+};
+
+// Of comparisons between integers, whose lanes are like theirs.
+template <>
+struct Scalar<int32_t> {
+  using Bits = int32_t;
+};
+template <>
+struct Scalar<int64_t> {
+  using Bits = int64_t;
 };
 
 template <class T>
