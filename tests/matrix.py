@@ -47,18 +47,7 @@ EVERY_LAYER = {
     "interpreter": ["tests/interpreter", "-k", "against_loops or test_window"],
     "drop-in": ["tests/hf/test_parity.py", "tests/hf/test_heads.py", "tests/hf/test_probe.py"],
 }
-DEMO = [
-    "--tokens",
-    "2048",
-    "--compare-tokens",
-    "1024",
-    "--layers",
-    "1",
-    "--window",
-    "256",
-    "--new-tokens",
-    "4",
-]
+DEMO = {"tokens": 2048, "compare-tokens": 1024, "layers": 1, "window": 256, "new-tokens": 4}
 RUN_LED = "import sys; from led_model.cli import main; sys.exit(main())"
 VERSIONS = """
 import json, platform, torch, transformers, triton
@@ -174,7 +163,7 @@ class Entry:
         return counts(report)
 
     def demo(self) -> str:
-        printed = self.call("-c", RUN_LED, "demo", *DEMO)
+        printed = self.call("-c", RUN_LED, "demo", *(f"--{name}={value}" for name, value in DEMO.items()))
         difference = re.search(r"largest difference over [\d,]+ tokens +(\S+)", printed)
         if difference is None or not float(difference[1]) < 1e-4:
             raise Failure("the encoders differ, or were not compared")
