@@ -23,7 +23,7 @@ import torch
 from tqdm import tqdm
 
 from benchmarks import memory, summary, table, verify
-from benchmarks.registry import FORWARD, YARDSTICKS, Call, Case, Group, groups
+from benchmarks.registry import FORWARD, YARDSTICKS, Call, Case, Group, groups, unnamed_fallback
 
 BUDGET = 30.0  # seconds of repeats for one case, beyond the least number of repeats
 LEAST_REPEATS = 3
@@ -37,6 +37,9 @@ def main(
     prog: str = "python -m benchmarks.run",
 ) -> int:
     arguments = _parse(argv, out, prog)
+    if (reason := unnamed_fallback("cpu")) is not None:
+        print(f"stopped, nothing is timed under another's name: {reason}", file=sys.stderr)
+        return 1
     torch.set_num_threads(arguments.threads)
     partial = arguments.out.with_suffix(arguments.out.suffix + ".partial")
     partial.unlink(missing_ok=True)

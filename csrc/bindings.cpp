@@ -70,8 +70,8 @@ void check_sizes(const DecodeParams& params) {
   require(params.max_seqlen >= 1, "there are no keys.");
 }
 
-// Whether a mask keeps the kernels inside their tensors: `rows` of each batch entry, or of all sequences when packed.
-// Its values are compared where they can be read.
+// Whether a mask keeps the kernels inside their tensors: `rows` of each batch entry, or of all sequences when
+// packed. Its values are compared where they can be read.
 void check_mask(const AttentionParams& p, int64_t rows, bool on_host) {
   require(p.batch >= 0 && p.max_seqlen >= 0 && rows >= 0 && p.mask.max_globals >= 0,
           "a size of the mask is negative.");

@@ -11,6 +11,7 @@ from torch import Tensor
 from led_kernels import ops
 from led_kernels.call_checks import lse_dtype
 from led_kernels.dispatch import choose_backend
+from led_kernels.eager import is_transformed
 from led_kernels.mask import LongformerMask
 from led_kernels.philox import GLOBAL_STREAM, keep_mask
 
@@ -58,7 +59,7 @@ def banded_attention(
     _check_qkv({"q": q, "k": k, "v": v}, mask)
     q, k, v = _autocast(q, k, v)
     left, right = _window(window_size, mask.max_seqlen)
-    out, lse = ops.banded_forward(
+    out, lse = ops.banded(
         q, k, v, *mask.tensors(), _seed(dropout_p, q.device), mask.max_seqlen, left, right,
         _scale(softmax_scale, q), float(dropout_p), choose_backend(q.device, q.dtype, backend),
     )  # fmt: skip
@@ -101,7 +102,7 @@ def global_attention(
             f"q_global has head_dim {q_global.shape[3]} and k_global {k_global.shape[-1]}; make them equal."
         )
     q_global, k_global, v_global = _autocast(q_global, k_global, v_global)
-    out, lse = ops.global_forward(
+    out, lse = ops.global_(
         q_global, k_global, v_global, *mask.tensors(), _seed(dropout_p, q_global.device), mask.max_seqlen,
         _scale(softmax_scale, q_global), float(dropout_p), choose_backend(q_global.device, q_global.dtype, backend),
     )  # fmt: skip
@@ -242,15 +243,14 @@ def add_global_rows(out: Tensor, out_global: Tensor, mask: LongformerMask) -> Te
     Exact, since each of the two holds zeros where the other holds a result. In place when no gradient is recorded.
     """
     position = mask.global_index.clamp(min=0).long()
+    source = out_global.to(out.dtype)
     if mask.is_packed:
-        rows = _packed_rows(position, mask, out.shape[0])
-        flat = out
+        at = (_packed_rows(position, mask, out.shape[0]),)
     else:
-        rows = position + torch.arange(mask.batch, device=out.device)[:, None] * out.shape[1]
-        flat = out.flatten(0, 1)
-    source = out_global.to(out.dtype).flatten(0, 1)
-    add = flat.index_add if flat.requires_grad or source.requires_grad else flat.index_add_
-    return add(0, rows.flatten(), source).view(out.shape)
+        at = torch.arange(mask.batch, device=out.device)[:, None], position
+    is_recorded = out.requires_grad or source.requires_grad or is_transformed()
+    put = out.index_put if is_recorded else out.index_put_
+    return put(at, source, accumulate=True)
 
 
 def _packed_rows(position: Tensor, mask: LongformerMask, total_rows: int) -> Tensor:

@@ -5,9 +5,14 @@ from __future__ import annotations
 import functools
 import importlib
 import os
+import sys
+import warnings
+from pathlib import Path
 from types import ModuleType
 
 import torch
+
+from led_kernels.extras import REINSTALL, install_extra
 
 BACKENDS = ("reference", "torch", "cpu", "triton", "cuda")
 _MODULES = {"torch": "blockwise"}
@@ -95,7 +100,6 @@ def can_run(
     return _CAN_RUN[backend](device, dtype, raise_error)
 
 
-@torch.compiler.assume_constant_result  # torch.compile would trace into the import of the extension
 def choose_backend(device: torch.device, dtype: torch.dtype, backend: str | None = None) -> str:
     """Name of the backend that serves a call.
 
@@ -111,7 +115,55 @@ def choose_backend(device: torch.device, dtype: torch.dtype, backend: str | None
         can_run(named, device, dtype, raise_error=True)
         return named
     preferred = ("triton", "cuda") if device.type == "cuda" else ("cpu",)
-    return next((name for name in preferred if can_run(name, device, dtype)), "torch")
+    chosen = next((name for name in preferred if can_run(name, device, dtype)), "torch")
+    if chosen == "torch" and device.type in ("cpu", "cuda"):
+        _warn_of_fallback(device.type)
+    return chosen
+
+
+# What torch.compiler.assume_constant_result does, without its import of torch._dynamo, which takes as long as torch's
+# own: torch.compile would trace into the import of the extension.
+choose_backend._dynamo_marked_constant = True
+
+
+def missing_kernels(device_type: str) -> str | None:
+    """Why tensors on ``cpu`` or ``cuda`` are left to torch's operations, and what to do; None if kernels serve them."""
+    if device_type == "cpu":
+        reason = _import_refusal("cpu")
+    else:
+        try:
+            can_run("triton", torch.device(device_type), raise_error=True)
+            return None
+        except BackendUnavailable as refusal:
+            reason = str(refusal)
+        if can_run("cuda", torch.device(device_type)):
+            return None
+    if reason is None or (hidden := _hidden_installation()) is None:
+        return reason
+    return (
+        f"the installed led_kernels in {hidden}, which has compiled kernels, is hidden by the one in "
+        f"{Path(__file__).parent}, which has none; start Python in another folder."
+    )
+
+
+@functools.cache
+def _warn_of_fallback(device_type: str) -> None:
+    if (reason := missing_kernels(device_type)) is not None:
+        warnings.warn(
+            f"led_kernels runs on torch's operations, several times slower than on its own kernels: {reason} "
+            "LED_KERNELS_BACKEND=torch silences this.",
+            stacklevel=4,
+        )
+
+
+def _hidden_installation() -> Path | None:
+    """A led_kernels with an extension, further down in sys.path than this one."""
+    here = Path(__file__).parent
+    for folder in map(Path, sys.path):
+        other = folder / "led_kernels"
+        if other.resolve() != here.resolve() and any(other.glob("_C.*")):
+            return other
+    return None
 
 
 def backend_module(backend: str) -> ModuleType:
@@ -141,8 +193,8 @@ def _triton_refusal() -> str | None:
         triton = importlib.import_module("triton")
     except ImportError as error:
         return (
-            f"Triton cannot be imported ({error}); CUDA and ROCm builds of torch bring it, elsewhere install "
-            "led-kernels[triton], or use backend='torch'."
+            f"Triton cannot be imported ({error}); CUDA and ROCm builds of torch bring it, elsewhere "
+            f"{install_extra('triton')}, or use backend='torch'."
         )
     if tuple(int(part) for part in triton.__version__.split(".")[:2]) < (3, 6):
         return (
@@ -184,7 +236,7 @@ def _architecture_refusal(device: torch.device | None, dtype: torch.dtype | None
         serving = [ptx]
     if not serving:
         return (
-            f"{this}, the kernels were built for {cuda.describe_build()}; reinstall led-kernels with "
+            f"{this}, the kernels were built for {cuda.describe_build()}; {REINSTALL} with "
             f"LED_KERNELS_CUDA_ARCHS={major}.{minor}, or use another backend."
         )
     if dtype == torch.bfloat16 and max(serving) < 80:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 
@@ -21,3 +22,11 @@ def is_eager(*tensors: Tensor, under: type | None = None) -> bool:
         and (mode is None or type(mode) is under)
         and all(type(x) in (Tensor, nn.Parameter) and not x.is_meta for x in tensors)
     )
+
+
+def is_transformed() -> bool:
+    """Whether a function transform of torch.func or forward-mode differentiation is at work; False while a program
+    is compiled."""
+    if torch.compiler.is_compiling():
+        return False
+    return torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0

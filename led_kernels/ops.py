@@ -17,8 +17,13 @@ from torch import Tensor
 
 from led_kernels.call_checks import check_lse, check_rows, check_seed, check_slots, check_window, lse_dtype
 from led_kernels.dispatch import backend_module
+from led_kernels.eager import is_transformed
 from led_kernels.mask import LongformerMask
 
+_NO_FORWARD_MODE = (
+    "forward-mode differentiation through led_kernels attention is not supported; use reverse mode: torch.func.grad, "
+    "vjp or jacrev."
+)
 _NO_DOUBLE_BACKWARD = (
     "double backward through led_kernels attention is not supported; use backend-free dense attention where second "
     "derivatives are needed."
@@ -208,7 +213,38 @@ def _refuse_double_backward(ctx, *grads):
     raise NotImplementedError(_NO_DOUBLE_BACKWARD)
 
 
+def _refuse_forward_mode(ctx, *tangents):
+    raise NotImplementedError(_NO_FORWARD_MODE)
+
+
+def _transformable(forward_op: Callable, backward_op: Callable) -> Callable:
+    """``forward_op`` with its gradients, also under torch.func, which takes none from an operator's registration, and
+    under forward-mode differentiation, which takes such an operator for a constant."""
+
+    class AttentionBackward(torch.autograd.Function):
+        generate_vmap_rule = True
+        forward = staticmethod(lambda *args: backward_op(*args))
+        setup_context = staticmethod(lambda ctx, inputs, output: None)
+        backward = staticmethod(_refuse_double_backward)
+        jvp = staticmethod(_refuse_forward_mode)
+
+    class Attention(torch.autograd.Function):
+        generate_vmap_rule = True
+        forward = staticmethod(lambda *args: forward_op(*args))
+        setup_context = staticmethod(_save)
+        backward = staticmethod(_backward_through(AttentionBackward.apply))
+        jvp = staticmethod(_refuse_forward_mode)
+
+    def call(*args):
+        return (Attention.apply if is_transformed() else forward_op)(*args)
+
+    return call
+
+
 for _forward, _backward in ((banded_forward, banded_backward), (global_forward, global_backward)):
     _forward.register_autograd(_backward_through(_backward), setup_context=_save)
     _backward.register_fake(_fake_backward)
     _backward.register_autograd(_refuse_double_backward)
+
+banded = _transformable(banded_forward, banded_backward)
+global_ = _transformable(global_forward, global_backward)

@@ -23,6 +23,7 @@ class EncoderSelfAttention(nn.Module):
         super().__init__()
         d_model = config.d_model
         self.num_heads = config.encoder_attention_heads
+        self.head_dim = d_model // self.num_heads
         self.window_size = config.window_size(layer)
         self.dropout = config.attention_dropout
         self.qkv = nn.Linear(d_model, 3 * d_model)
@@ -33,8 +34,8 @@ class EncoderSelfAttention(nn.Module):
 
     def forward(self, hidden: Tensor, mask: LongformerMask) -> Tensor:
         """``[batch, seqlen, d_model]`` to the same."""
-        batch, seqlen, _ = hidden.shape
-        q, k, v = self.qkv(hidden).view(batch, seqlen, 3, self.num_heads, -1).unbind(2)  # views, no copy
+        # each [batch, seqlen, heads, head_dim]: views, no copy
+        q, k, v = self.qkv(hidden).unflatten(-1, (3, self.num_heads, self.head_dim)).unbind(2)
         attended = encoder_self_attention(
             hidden,
             q,
@@ -55,8 +56,11 @@ class EncoderSelfAttention(nn.Module):
 def padding_scores(attention_mask: Tensor, dtype: torch.dtype) -> Tensor:
     """``[batch, source]``, nonzero for tokens, to ``[batch, 1, 1, source]``, to be added to the scores.
 
-    Finite, so that a document of only padding gives no NaN.
+    Finite, also in what autocast makes of ``dtype``, so that a document of only padding gives no NaN.
     """
+    device_type = attention_mask.device.type
+    if torch.is_autocast_enabled(device_type):
+        dtype = torch.get_autocast_dtype(device_type)
     scores = torch.where(attention_mask != 0, 0.0, torch.finfo(dtype).min)
     return scores.to(dtype)[:, None, None, :]
 
@@ -68,6 +72,7 @@ class DecoderSelfAttention(nn.Module):
         super().__init__()
         self.layer = layer
         self.num_heads = config.decoder_attention_heads
+        self.head_dim = config.d_model // self.num_heads
         self.dropout = config.attention_dropout
         self.qkv = nn.Linear(config.d_model, 3 * config.d_model)
         self.out_proj = nn.Linear(config.d_model, config.d_model)
@@ -80,14 +85,14 @@ class DecoderSelfAttention(nn.Module):
         ``mask`` is bool ``[batch or 1, 1, seqlen, keys]``, true where a query sees a key; ``None``: causal.
         """
         batch, seqlen, _ = hidden.shape
-        qkv = few_rows_linear(self.qkv, hidden).view(batch, seqlen, 3, self.num_heads, -1)
+        qkv = few_rows_linear(self.qkv, hidden).view(batch, seqlen, 3, self.num_heads, self.head_dim)
         q, k, v = qkv.transpose(1, 3).unbind(2)  # each [batch, heads, seqlen, head_dim]
         if cache is not None:
             attended = decode_attention(q, *cache.write(self.layer, slots, k, v), mask)
         else:
             dropout_p = self.dropout if self.training else 0.0
             attended = F.scaled_dot_product_attention(q, k, v, mask, dropout_p, is_causal=mask is None)
-        return few_rows_linear(self.out_proj, attended.transpose(1, 2).reshape(batch, seqlen, -1))
+        return few_rows_linear(self.out_proj, attended.transpose(1, 2).flatten(2))
 
 
 class CrossAttention(nn.Module):
@@ -97,6 +102,7 @@ class CrossAttention(nn.Module):
         super().__init__()
         d_model = config.d_model
         self.num_heads = config.decoder_attention_heads
+        self.head_dim = d_model // self.num_heads
         self.dropout = config.attention_dropout
         self.q_proj = nn.Linear(d_model, d_model)
         self.k_proj = nn.Linear(d_model, d_model)
@@ -110,13 +116,12 @@ class CrossAttention(nn.Module):
 
     def forward(self, hidden: Tensor, keys_values: tuple[Tensor, Tensor], mask: Tensor | None) -> Tensor:
         """``[batch, seqlen, d_model]`` to the same; ``mask`` ``[batch, 1, 1, source]``, bool or added to scores."""
-        batch, seqlen, _ = hidden.shape
         q = self._split(few_rows_linear(self.q_proj, hidden))
         if self.training:
             attended = F.scaled_dot_product_attention(q, *keys_values, mask, self.dropout)
         else:
             attended = decode_attention(q, *keys_values, mask)
-        return few_rows_linear(self.out_proj, attended.transpose(1, 2).reshape(batch, seqlen, -1))
+        return few_rows_linear(self.out_proj, attended.transpose(1, 2).flatten(2))
 
     def _split(self, x: Tensor) -> Tensor:
-        return x.view(*x.shape[:2], self.num_heads, -1).transpose(1, 2)
+        return x.unflatten(-1, (self.num_heads, self.head_dim)).transpose(1, 2)

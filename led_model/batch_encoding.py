@@ -32,6 +32,7 @@ def pad_encoded(
     max_length: int | None,
     pad_to_multiple_of: int | None,
     return_tensors: str | None,
+    padding_side: str = "right",
 ) -> BatchEncoding:
     """See ``LEDTokenizer.pad``."""
     if not isinstance(encoded, Mapping):
@@ -57,7 +58,11 @@ def pad_encoded(
     for name in columns.keys() & fill.keys():
         if [len(row) for row in columns[name]] != lengths:
             raise ValueError(f"{name} and input_ids differ in length; give one element per token in both.")
-        columns[name] = [row + [fill[name]] * (target - len(row)) for row in columns[name]]
+        padding_rows = ([fill[name]] * (target - length) for length in lengths)
+        columns[name] = [
+            row + extra if padding_side == "right" else extra + row
+            for row, extra in zip(columns[name], padding_rows, strict=True)
+        ]
     if return_tensors is None:
         return BatchEncoding({name: rows[0] if single else rows for name, rows in columns.items()})
     if return_tensors != "pt":
@@ -87,6 +92,7 @@ def _padded_length(lengths: Sequence[int], how: str, max_length: int | None, mul
 
 
 def _as_lists(values: Any) -> Any:
-    if isinstance(values, Tensor):
+    """Tensors, of torch or numpy, as lists."""
+    if hasattr(values, "tolist"):
         return values.tolist()
-    return [row.tolist() if isinstance(row, Tensor) else row for row in values]
+    return [row.tolist() if hasattr(row, "tolist") else row for row in values]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from led_kernels.decode import write_rows
 from led_model.config import LEDConfig
@@ -40,6 +40,34 @@ class StaticKVCache:
     @property
     def max_length(self) -> int:
         return self.slots.shape[0]
+
+    def positions_of(self, target: int) -> int:
+        """How many positions ``target`` tokens of a step stand at."""
+        return target
+
+    def check(self, batch: int, padding_mask: Tensor | None, decoder: nn.Module) -> None:
+        """Whether this is a cache of ``batch`` documents for the layers of ``decoder``, and the mask fits it.
+
+        Raises:
+            ValueError: naming ``cache`` or ``attention_mask``.
+        """
+        layers, rows, heads, _, head_dim = self.keys.shape
+        wanted = (len(decoder.layers), batch, decoder.embed_positions.weight.shape[1])
+        if (layers, rows, heads * head_dim) != wanted:
+            raise ValueError(
+                f"cache has {layers} layers, {rows} rows and width {heads * head_dim}; give one built for "
+                f"{wanted[0]} layers, {batch} rows and width {wanted[2]}."
+            )
+        if padding_mask is not None and (
+            not isinstance(padding_mask, Tensor)
+            or padding_mask.dim() != 2
+            or padding_mask.shape[0] != batch
+            or padding_mask.shape[1] > self.max_length
+        ):
+            given = getattr(padding_mask, "shape", type(padding_mask).__name__)
+            raise ValueError(
+                f"attention_mask is {given}; give [batch, slots], here [{batch}, at most {self.max_length}]."
+            )
 
     def write(self, layer: int, slots: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """Writes ``[batch, heads, n, head_dim]`` at :meth:`slots_of` their positions; returns the full buffers."""
@@ -92,6 +120,10 @@ class BeamKVCache(StaticKVCache):
         self.slots = torch.arange(max_length, device=device)  # positions: each is one slot per beam
         self.beams = torch.arange(beams, device=device)
         self.ancestry = self.beams[:, None].repeat(batch, 1, max_length)
+
+    def positions_of(self, target: int) -> int:
+        """One: the tokens of a step are those of the beams at one position."""
+        return 1
 
     def slots_of(self, position: Tensor) -> Tensor:
         """The slots of all beams at ``position``, int64 ``[1]``: int64 ``[beams]``."""

@@ -8,27 +8,23 @@ from __future__ import annotations
 
 import json
 import os
-import pickle
 import re
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from led_model.config import GenerationConfig, LEDConfig, read_json
+from led_model.config import LEDConfig, read_json
+from led_model.generation_config import GenerationConfig
+from led_model.hub import checkpoint_files
 from led_model.quantization import Quantize, quantizable_linears
+from led_model.weights import read_tensors, required
 
-_WEIGHT_FILES = (
-    "model.safetensors",
-    "model.safetensors.index.json",
-    "pytorch_model.bin",
-    "pytorch_model.bin.index.json",
-)
 _EMBEDDINGS = (
     "led.shared.weight",
     "led.encoder.embed_tokens.weight",
@@ -40,7 +36,6 @@ _ENCODER_ATTENTION = re.compile(r"((?:led\.)?encoder\.layers\.\d+\.self_attn)\.(
 _DECODER_QKV = re.compile(r"((?:led\.)?decoder\.layers\.\d+\.self_attn)\.qkv\.(\w+)")
 
 Model = TypeVar("Model", bound=nn.Module)
-Fetch = Callable[[str], Path | None]  # a file of the checkpoint by name, None when it has no such file
 
 
 def hf_names(name: str) -> list[str]:
@@ -73,17 +68,20 @@ def load_pretrained(
     revision: str | None = None,
     quantize: Quantize | None = None,
     settings: Mapping[str, Any] | None = None,
+    hub_options: Mapping[str, Any] | None = None,
 ) -> Model:
     """Builds ``model_class`` from a checkpoint; see ``LEDPreTrainedModel.from_pretrained``."""
-    fetch = checkpoint_files(path_or_id, revision)
-    stored = read_json(_required(fetch, "config.json", path_or_id))
-    if settings and "num_labels" in settings:
+    fetch = checkpoint_files(path_or_id, revision, hub_options)
+    stored = read_json(required(fetch, "config.json", path_or_id))
+    if settings and "num_labels" in settings and "id2label" not in settings:
         stored.pop("id2label", None)
     stored |= settings or {}
-    config = LEDConfig.from_dict(stored)
-    tensors = _named_as_head_model(_read_tensors(fetch, path_or_id))
+    with _said_of(f"config.json of {path_or_id}"):
+        config = LEDConfig.from_dict(stored)
+    tensors = _named_as_head_model(read_tensors(fetch, path_or_id))
+    _check_size(config, tensors, path_or_id)
     _fill_embeddings(tensors, config.tie_word_embeddings, path_or_id)
-    tensors.setdefault("final_logits_bias", torch.zeros(1, config.vocab_size))
+    tensors.setdefault("final_logits_bias", torch.zeros(1, 1).expand(1, config.vocab_size))
 
     with torch.device("meta"):
         model = model_class(config)
@@ -113,7 +111,9 @@ def load_pretrained(
         generation_file = fetch("generation_config.json")
         overrides = read_json(generation_file) if generation_file is not None else {}
         stored |= {key: value for key, value in overrides.items() if value is not None}
-        model.generation_config = GenerationConfig.from_dict(vars(config) | stored)
+        with _said_of(f"generation settings of {path_or_id}"):
+            model.generation_config = GenerationConfig.from_dict(vars(config) | stored)
+            model.generation_config.check_ids(config.vocab_size)
     return model.eval()
 
 
@@ -153,87 +153,37 @@ def save_pretrained(model: nn.Module, directory: Path) -> None:
         _write_json(directory / "generation_config.json", settings)
 
 
-def checkpoint_files(path_or_id: str | os.PathLike[str], revision: str | None = None) -> Fetch:
-    """A function from a file's name to its path: in a directory, or downloaded from the hub.
-
-    Raises:
-        FileNotFoundError: when ``path_or_id`` is neither a directory nor of the form ``owner/name``.
-    """
-    directory = Path(path_or_id)
-    if directory.is_dir():
-        return lambda name: path if (path := directory / name).is_file() else None
-    if not re.fullmatch(r"\w[\w.-]*/[\w.-]+", str(path_or_id)) or directory.exists():
-        raise FileNotFoundError(f"{path_or_id} is no directory; give one with a config.json, or a hub id.")
-    try:
-        from huggingface_hub import hf_hub_download
-        from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError
-    except ImportError:
-        raise FileNotFoundError(
-            f"{path_or_id} is no directory, and fetching it from the hub needs huggingface_hub: "
-            "pip install 'led-kernels[text]'."
-        ) from None
-
-    def fetch(name: str) -> Path | None:
-        try:
-            return Path(hf_hub_download(str(path_or_id), name, revision=revision))
-        except LocalEntryNotFoundError as error:  # no network and not in the cache
-            raise FileNotFoundError(
-                f"{path_or_id} is no directory, and {name} could not be fetched from the hub "
-                f"({_first_line(error)}); check the path or the network."
-            ) from None
-        except EntryNotFoundError:
-            return None
-        except (HfHubHTTPError, OSError) as error:
-            raise FileNotFoundError(
-                f"{path_or_id} is no directory, and the hub refused {name} ({_first_line(error)}); "
-                "check the name."
-            ) from None
-
-    return fetch
-
-
-def _required(fetch: Fetch, name: str, source: object) -> Path:
-    path = fetch(name)
-    if path is None:
-        raise FileNotFoundError(f"{source} holds no {name}; give a complete checkpoint.")
-    return path
-
-
-def _read_tensors(fetch: Fetch, source: object) -> dict[str, Tensor]:
-    for name in _WEIGHT_FILES:
-        path = fetch(name)
-        if path is None:
-            continue
-        if not name.endswith(".index.json"):
-            return _read_file(path)
-        shards = sorted(set(read_json(path).get("weight_map", {}).values()))
-        tensors: dict[str, Tensor] = {}
-        for shard in shards:
-            if Path(shard).name != shard:
-                raise ValueError(f"{path} names a shard outside its directory, {shard!r}; fetch it again.")
-            tensors.update(_read_file(_required(fetch, shard, source)))
-        return tensors
-    raise FileNotFoundError(f"{source} holds no weights; it needs one of {', '.join(_WEIGHT_FILES)}.")
-
-
-def _read_file(path: Path) -> dict[str, Tensor]:
-    try:
-        if path.suffix == ".safetensors":
-            return load_file(path)
-        tensors: Any = torch.load(path, map_location="cpu", weights_only=True)
-    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
-        raise ValueError(
-            f"{path} holds no readable weights ({_first_line(error)}); fetch it again."
-        ) from None
-    if not isinstance(tensors, dict) or not all(isinstance(t, Tensor) for t in tensors.values()):
-        raise ValueError(f"{path} holds no plain dict of tensors; save the model's state_dict.")
-    return tensors
-
-
 def _named_as_head_model(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """A bare LEDModel's checkpoint has the same tensors without the prefix."""
     bare = not any(name.startswith("led.") for name in tensors)
     return {f"led.{name}": tensor for name, tensor in tensors.items()} if bare else dict(tensors)
+
+
+@contextmanager
+def _said_of(what: str) -> Iterator[None]:
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{what}: {error}") from None
+
+
+def _check_size(config: LEDConfig, tensors: Mapping[str, Tensor], source: object) -> None:
+    """Whether config.json is of a model as large as the weights: asked before one of its size is built."""
+    problems = []
+    for side in ("encoder", "decoder"):
+        layers = {m[1] for name in tensors if (m := re.match(rf"led\.{side}\.layers\.(\d+)\.", name))}
+        wanted = getattr(config, f"{side}_layers")
+        if len(layers) < wanted:
+            problems.append(f"has {len(layers)} {side} layers instead of {wanted}")
+    positions = {
+        f"led.{side}.embed_positions.weight": getattr(config, f"max_{side}_position_embeddings")
+        for side in ("encoder", "decoder")
+    }
+    for name, rows in positions.items() | dict.fromkeys(_EMBEDDINGS, config.vocab_size).items():
+        shape = (rows, config.d_model)
+        if name in tensors and tensors[name].shape != shape:
+            problems.append(f"has {name} {tuple(tensors[name].shape)} instead of {shape}")
+    _raise_misfit(problems, source)
 
 
 def _fill_embeddings(tensors: dict[str, Tensor], tied: bool, source: object) -> None:
@@ -291,6 +241,10 @@ def _check_tensors(ours: Mapping[str, Tensor], tensors: Mapping[str, Tensor], so
     shapes = {name: tuple(tensors[name].shape) for name in expected.keys() & tensors.keys()}
     if misshapen := [f"{n} {shapes[n]} instead of {expected[n]}" for n in shapes if shapes[n] != expected[n]]:
         problems.append(f"has {_listed(misshapen)}")
+    _raise_misfit(problems, source)
+
+
+def _raise_misfit(problems: Sequence[str], source: object) -> None:
     if problems:
         raise ValueError(
             f"the weights of {source} do not fit its config.json: the file {' and '.join(problems)}; "
@@ -306,7 +260,3 @@ def _listed(names: Iterable[str], limit: int = 8) -> str:
     names = sorted(names)
     more = f" and {len(names) - limit} more" if len(names) > limit else ""
     return ", ".join(names[:limit]) + more
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().split("\n")[0].rstrip(".") or type(error).__name__

@@ -8,12 +8,13 @@ from functools import cache
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from led_kernels.decode import CapturedCalls, few_rows_linear
 from led_model.attention import padding_scores
 from led_model.cache import BeamKVCache, StaticKVCache
-from led_model.config import GenerationConfig
+from led_model.captured import Watched, runs_only_layers
+from led_model.generation_config import GenerationConfig
 from led_model.logits import Processor, build_processors
 
 if TYPE_CHECKING:
@@ -41,9 +42,10 @@ class DecoderStep:
         max_steps: int,
         compiled: bool,
     ) -> None:
-        batch, place = encoded.shape[0], {"dtype": encoded.dtype, "device": encoded.device}
         self.model = model
         self.cross_keys_values = model.led.decoder.cross_keys_values(encoded)
+        key = self.cross_keys_values[0][0]  # under autocast narrower than what it is made of
+        batch, place = encoded.shape[0], {"dtype": key.dtype, "device": encoded.device}
         self.cross_mask = _cross_mask(attention_mask, encoded.dtype)
         self.prompt_mask = prompt_mask
         if rows == 1:
@@ -54,21 +56,28 @@ class DecoderStep:
         if compiled:
             for tensor in self.cache.tensors():  # written in place by a captured graph
                 torch._dynamo.mark_static_address(tensor)
-        self.may_capture = encoded.device.type == "cpu" and not compiled and not _has_hooks(model.led.decoder)
+        self.may_capture = encoded.device.type == "cpu" and not compiled
         self.captured: CapturedCalls | None = None
+        self.watched: Watched | None = None  # what the captured calls point to
 
     def __call__(self, tokens: Tensor, step: int) -> Tensor:
         """int64 ``[batch, rows]``, the tokens at position ``step``, to ``[batch * rows, vocab_size]``."""
         # a view at another address would be another graph
         position = self.cache.slots[step : step + 1].clone()
-        if self.captured is not None:
+        parts = (self.model.led.decoder, self.model.lm_head)
+        if self.captured is not None and self.watched.changed(parts):
+            self.captured, self.may_capture = None, True
+        if self.may_capture:
+            self.may_capture = False  # if it fails, it always will
+            if runs_only_layers(parts):
+                self.inputs = self._inputs(tokens, position)
+                self.captured = CapturedCalls.of(self._layers_and_head)
+            if self.captured is not None:
+                self.watched = Watched(parts)
+        elif self.captured is not None:
             for fixed, new in zip(self.inputs, self._inputs(tokens, position), strict=True):
                 fixed.copy_(new)
             self.captured.replay()
-        elif self.may_capture:
-            self.may_capture = False  # if it fails, it always will
-            self.inputs = self._inputs(tokens, position)
-            self.captured = CapturedCalls.of(self._layers_and_head)
         if self.captured is not None:
             return self.captured.result + self.model.final_logits_bias
         return self.run(
@@ -115,10 +124,6 @@ def _step(
         position=position,
     )
     return model.logits(hidden.flatten(0, 1))
-
-
-def _has_hooks(module: nn.Module) -> bool:
-    return any(m._forward_hooks or m._forward_pre_hooks for m in module.modules())
 
 
 @cache

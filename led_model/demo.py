@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from led_kernels.dispatch import choose_backend
+from led_kernels.extras import install_extra
 from led_model.checkpoint import to_hf_state_dict
 from led_model.config import LEDConfig
 from led_model.memory import peak_memory
@@ -88,9 +89,7 @@ def run_demo(settings: DemoSettings) -> None:
     if results:
         print(table(results))
     if stock is None or any(run.peak is None for run in runs):
-        print(
-            "\nMissing: transformers to compare with, or psutil for memory; pip install 'led-kernels[demo]'."
-        )
+        print(f"\nMissing: transformers to compare with, or psutil for memory; {install_extra('demo')}.")
 
 
 def _comparison(fused: Measurement, stock: Measurement) -> list[list[str]]:

@@ -7,12 +7,14 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from led_model.beam_search import beam_search
-from led_model.config import GenerationConfig
+from led_model.checks import check_encoded, check_ids, check_mask
 from led_model.decoding import Search
+from led_model.generation_config import GenerationConfig
 from led_model.sampling import sample
+from led_model.schema import FLAG, check_values
 
 if TYPE_CHECKING:
     from led_model.model import LEDForConditionalGeneration
@@ -38,6 +40,9 @@ def generate(
     decoder_input_ids: Tensor | None = None,
     decoder_attention_mask: Tensor | None = None,
     on_token: Callable[[Tensor], object] | None = None,
+    streamer: Any | None = None,
+    generation_config: Any | None = None,
+    use_cache: bool = True,
     compiled: bool = False,
     return_dict_in_generate: bool = False,
     **settings: Any,
@@ -58,27 +63,50 @@ def generate(
         decoder_attention_mask: ``[batch, prompt]``, nonzero for tokens of the prompt, which is padded to the left.
         on_token: called after each step with the tokens that the sequences in work end in, int64
             ``[batch * num_beams]`` or ``[batch * num_return_sequences]``; the end is then tested at every step.
+        streamer: transformers' ``TextStreamer`` or its like: ``put`` gets the prompt and then each step's tokens,
+            on the CPU, and ``end`` is called at last. Not for beams, which change their past.
+        generation_config: this model's class of it, or transformers', whose settings replace the checkpoint's.
+        use_cache: for transformers' callers; the tokens are the same without, and the caches are always used.
         compiled: run the decoder's step through ``torch.compile``, as a captured graph on a GPU. The first call
             compiles, which takes a minute, the second once more, for documents of any length.
         return_dict_in_generate: return a :class:`GenerateOutput`, which has the scores of beams.
-        settings: fields of :class:`GenerationConfig` that replace the checkpoint's, ``max_new_tokens=256``.
+        settings: fields of :class:`GenerationConfig` that replace the others, ``max_new_tokens=256``.
 
     Returns:
         int64 ``[batch * num_return_sequences, length]``, a document's sequences together, best first with
         beams; start token or prompt first; a sequence that has ended goes on with padding.
 
     Raises:
-        ValueError: when the length asked for is 0 or exceeds the decoder's position table, and for settings
-            that have no meaning or contradict each other.
+        ValueError: for ids, masks or ``encoded`` of another shape, batch or length than each other, when the
+            length asked for is 0 or exceeds the decoder's position table, and for settings that have no meaning
+            or contradict each other.
         TypeError: for a setting that is no field of :class:`GenerationConfig`.
     """
-    generation = model.generation_config.updated(**settings)
+    generation = model.generation_config
+    if generation_config is not None:
+        generation = generation.replaced_by(generation_config)
+    generation = generation.updated(**settings)
     generation.check(model.config.vocab_size)
+    check_values({"use_cache": use_cache}, {"use_cache": FLAG})
+    check_ids("input_ids", input_ids, model.led.encoder.embed_tokens)
+    check_mask("attention_mask", attention_mask, input_ids.shape, "input_ids")
+    check_mask("global_attention_mask", global_attention_mask, input_ids.shape, "input_ids")
+    if encoded is not None:
+        check_encoded(encoded, input_ids, model.led.encoder.embed_tokens)
+    if streamer is not None:
+        on_token = _both(on_token, _put_of(streamer, generation))
     prompt, prompt_mask = _prompt(
-        input_ids, decoder_input_ids, decoder_attention_mask, generation.decoder_start_token_id
+        input_ids,
+        decoder_input_ids,
+        decoder_attention_mask,
+        generation.decoder_start_token_id,
+        model.led.decoder.embed_tokens,
     )
     limit = generation.length_limit(prompt.shape[1])
-    _check_limit(limit, prompt.shape[1], model.config.max_decoder_position_embeddings)
+    _check_limit(limit, prompt.shape[1], model.led.decoder.embed_positions.weight.shape[0])
+    if len(prompt) == 0:  # a batch of no documents
+        output = GenerateOutput(prompt, prompt.new_zeros(0, dtype=torch.float32))
+        return output if return_dict_in_generate else output.sequences
     if attention_mask is None:
         attention_mask = _mask_from_padding(input_ids, generation)
     if encoded is None:
@@ -87,11 +115,36 @@ def generate(
         model, generation, input_ids, encoded, attention_mask, prompt, prompt_mask, on_token, compiled
     )
     del encoded  # the cross keys and values are all that the decoder needs of it
-    if generation.num_beams > 1:
-        output = GenerateOutput(*beam_search(search))
-    else:
-        output = GenerateOutput(sample(search))
+    if streamer is not None:
+        streamer.put(prompt.cpu())
+    try:
+        if generation.num_beams > 1:
+            output = GenerateOutput(*beam_search(search))
+        else:
+            output = GenerateOutput(sample(search))
+    finally:
+        if streamer is not None:  # whoever waits for the next token must not wait for ever
+            streamer.end()
     return output if return_dict_in_generate else output.sequences
+
+
+def _put_of(streamer: Any, generation: GenerationConfig) -> Callable[[Tensor], object]:
+    for name in ("put", "end"):
+        if not callable(getattr(streamer, name, None)):
+            raise TypeError(f"streamer is a {type(streamer).__name__} without {name}(); give a TextStreamer.")
+    if generation.num_beams > 1:
+        raise ValueError(
+            f"streamer is given with num_beams {generation.num_beams}, whose tokens still change; give num_beams=1."
+        )
+    return lambda tokens: streamer.put(tokens.cpu())
+
+
+def _both(
+    first: Callable[[Tensor], object] | None, second: Callable[[Tensor], object]
+) -> Callable[[Tensor], object]:
+    if first is None:
+        return second
+    return lambda tokens: (first(tokens), second(tokens))
 
 
 def _prompt(
@@ -99,22 +152,22 @@ def _prompt(
     decoder_input_ids: Tensor | None,
     decoder_attention_mask: Tensor | None,
     start: int,
+    embed_tokens: nn.Embedding,
 ) -> tuple[Tensor, Tensor | None]:
     """What the sequences begin with, int64 ``[batch, any]``, and its mask; with the start token, as transformers."""
     starts = torch.full((input_ids.shape[0], 1), start, dtype=torch.int64, device=input_ids.device)
     if decoder_input_ids is None:
+        if decoder_attention_mask is not None:
+            raise ValueError("decoder_attention_mask is given without decoder_input_ids; give both.")
         return starts, None
-    if decoder_input_ids.dim() != 2 or decoder_input_ids.shape[0] != starts.shape[0]:
+    check_ids("decoder_input_ids", decoder_input_ids, embed_tokens)
+    if decoder_input_ids.shape[0] != starts.shape[0]:
         raise ValueError(
             f"decoder_input_ids has shape {tuple(decoder_input_ids.shape)} for {starts.shape[0]} documents; give "
             "[batch, prompt]."
         )
     mask = decoder_attention_mask
-    if mask is not None and mask.shape != decoder_input_ids.shape:
-        raise ValueError(
-            f"decoder_attention_mask has shape {tuple(mask.shape)}; give that of decoder_input_ids, "
-            f"{tuple(decoder_input_ids.shape)}."
-        )
+    check_mask("decoder_attention_mask", mask, decoder_input_ids.shape, "decoder_input_ids")
     prompt = decoder_input_ids.to(torch.int64)
     if prompt.shape[1] == 0 or (prompt[:, :1] != starts).all():
         prompt = torch.cat([starts, prompt], dim=1)

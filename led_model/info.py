@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import platform
 from importlib import metadata
+from pathlib import Path
 
 import torch
 
@@ -14,11 +15,13 @@ _PACKAGES = ("torch", "triton", "transformers", "tokenizers", "huggingface_hub")
 
 
 def run_info() -> None:
-    """Prints versions, processor, threads, devices, and one line per backend and per device."""
+    """Prints versions, processor, threads, devices, and one line for the drop-in, per backend and per device."""
     facts = {
         "led-kernels": led_kernels.__version__,
         "python": platform.python_version(),
+        "imported from": str(Path(led_kernels.__file__).parent),
         **{package: _version(package) for package in _PACKAGES},
+        "drop-in": _drop_in(),
         "processor": f"{platform.machine()}, torch uses {torch.backends.cpu.get_cpu_capability()}",
         "threads": torch.get_num_threads(),
         "cuda kernels": _cuda_build(),
@@ -40,6 +43,16 @@ def _version(package: str) -> str:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
         return "not installed"
+
+
+def _drop_in() -> str:
+    """Whether transformers' release was tested, and whose LED decoder is right in it."""
+    try:
+        from led_kernels.hf import decoder_report
+        from led_kernels.hf.compat import tested_note
+    except ImportError as reason:
+        return f"no: {reason}"
+    return f"this transformers is {tested_note()}; {decoder_report()}"
 
 
 def _cuda_build() -> str:

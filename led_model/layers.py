@@ -2,29 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from led_kernels import LongformerMask
 from led_kernels.decode import few_rows_add_norm, few_rows_linear
+from led_kernels.eager import is_eager
+from led_kernels.projection import runs_its_own_code
+from led_model.activations import ACTIVATIONS
 from led_model.attention import CrossAttention, DecoderSelfAttention, EncoderSelfAttention
 from led_model.cache import StaticKVCache
 from led_model.config import LEDConfig
 from led_model.outputs import LayerRecord
-
-_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "gelu": F.gelu,
-    "gelu_new": partial(F.gelu, approximate="tanh"),
-    "gelu_pytorch_tanh": partial(F.gelu, approximate="tanh"),
-    "relu": F.relu,
-    "silu": F.silu,
-    "swish": F.silu,
-    "tanh": torch.tanh,
-}
 
 # Rows of the feed-forward computed at a time in inference, so that [rows, ffn_dim] stays small.
 _FEED_FORWARD_ROWS = 1024
@@ -35,12 +25,7 @@ class _Layer(nn.Module):
 
     def __init__(self, config: LEDConfig, ffn_dim: int) -> None:
         super().__init__()
-        if config.activation_function not in _ACTIVATIONS:
-            raise ValueError(
-                f"activation_function is {config.activation_function!r}; "
-                f"give one of {', '.join(_ACTIVATIONS)}."
-            )
-        self.activation = _ACTIVATIONS[config.activation_function]
+        self.activation = ACTIVATIONS[config.activation_function]
         self.dropout = config.dropout
         self.activation_dropout = config.activation_dropout
         self.self_attn_layer_norm = nn.LayerNorm(config.d_model)
@@ -54,13 +39,17 @@ class _Layer(nn.Module):
         return few_rows_add_norm(residual, block, norm)
 
     def feed_forward(self, hidden: Tensor) -> Tensor:
-        """The second half of a layer. In inference a long ``hidden`` is overwritten."""
+        """The second half of a layer; in inference a long ``hidden`` in pieces, unless hooks shall see it whole."""
         is_short = hidden.numel() <= _FEED_FORWARD_ROWS * hidden.shape[-1]
-        if is_short or self.training or torch.is_grad_enabled() or torch.compiler.is_compiling():
+        if is_short or self.training or torch.is_grad_enabled() or not is_eager(hidden):
             return self._feed_forward(hidden)
-        for rows in hidden.view(-1, hidden.shape[-1]).split(_FEED_FORWARD_ROWS):
-            rows.copy_(self._feed_forward(rows))
-        return hidden
+        if not all(runs_its_own_code(module) for module in (self.fc1, self.fc2, self.final_layer_norm)):
+            return self._feed_forward(hidden)
+        out = torch.empty_like(hidden)
+        pieces = (x.view(-1, x.shape[-1]).split(_FEED_FORWARD_ROWS) for x in (hidden, out))
+        for rows, out_rows in zip(*pieces, strict=True):
+            out_rows.copy_(self._feed_forward(rows))
+        return out
 
     def _feed_forward(self, hidden: Tensor) -> Tensor:
         if self.activation is F.gelu:

@@ -14,7 +14,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from led_model.config import GenerationConfig
+from led_model.generation_config import GenerationConfig
 
 Processor = Callable[[Tensor, Tensor], Tensor]
 """Takes the tokens so far, int64 ``[rows, length]``, and the scores; returns the new scores."""

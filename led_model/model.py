@@ -16,9 +16,10 @@ from led_kernels.decode import few_rows_linear
 from led_model.attention import padding_scores
 from led_model.attention_weights import cross_attentions, decoder_attentions, encoder_attentions
 from led_model.cache import StaticKVCache
-from led_model.config import GenerationConfig, LEDConfig
-from led_model.embedding import check_inputs, embed
+from led_model.checks import check_decoder_call, check_inputs, check_mask, embed
+from led_model.config import LEDConfig
 from led_model.generate import generate
+from led_model.generation_config import GenerationConfig
 from led_model.layers import DecoderLayer, EncoderLayer
 from led_model.outputs import LayerRecord, Seq2SeqLMOutput, Seq2SeqModelOutput
 from led_model.pretrained import LEDPreTrainedModel, resized
@@ -55,7 +56,7 @@ class LEDEncoder(nn.Module):
             ValueError: for ids of another shape or outside the vocabulary, or more tokens than positions.
         """
         embedded = embed("input_ids", input_ids, "inputs_embeds", inputs_embeds, self)
-        hidden = embedded + self.embed_positions.weight[: embedded.shape[1]]
+        hidden = embedded + self.embed_positions(torch.arange(embedded.shape[1], device=embedded.device))
         del embedded
         hidden = F.dropout(self.layernorm_embedding(hidden), self.dropout, self.training)
         if record is not None:
@@ -87,7 +88,16 @@ class LEDDecoder(nn.Module):
         self.layers = nn.ModuleList([DecoderLayer(config, i) for i in range(config.decoder_layers)])
 
     def cross_keys_values(self, encoded: Tensor) -> list[tuple[Tensor, Tensor]]:
-        """Per layer, the keys and values of ``encoded`` ``[batch, source, d_model]``: once per document."""
+        """Per layer, the keys and values of ``encoded`` ``[batch, source, d_model]``: once per document.
+
+        Raises:
+            ValueError: when ``encoded`` has another shape.
+        """
+        d_model = self.embed_positions.weight.shape[1]
+        if encoded.dim() != 3 or encoded.shape[2] != d_model:
+            raise ValueError(
+                f"encoded has shape {tuple(encoded.shape)}; give [batch, source, d_model = {d_model}]."
+            )
         return [layer.encoder_attn.keys_values(encoded) for layer in self.layers]
 
     def forward(
@@ -111,13 +121,15 @@ class LEDDecoder(nn.Module):
                 :func:`led_model.attention.padding_scores`; default: all are tokens.
             attention_mask: ``[batch, target]``, nonzero for tokens; with a cache ``[batch, slots]``.
             cache: written at ``position``, attended to as far as it is filled.
-            position: int64 ``[target]`` of ``input_ids``; default: 0, 1, …
+            position: int64 ``[target]`` of ``input_ids``; default, without a cache: 0, 1, …
             record: filled with what the layers see; without a cache.
 
         Raises:
-            ValueError: for ids of another shape or outside the vocabulary, or more tokens than positions.
+            ValueError: for ids of another shape or outside the vocabulary, more tokens than positions, and keys,
+                masks or a cache of another batch, length or width.
         """
         hidden = embed("decoder_input_ids", input_ids, "decoder_inputs_embeds", inputs_embeds, self)
+        check_decoder_call(hidden, cross_keys_values, cross_mask, attention_mask, cache, position, self)
         if position is None:
             position = torch.arange(hidden.shape[1], device=hidden.device)
         mask = slots = None
@@ -184,10 +196,15 @@ class LEDModel(LEDPreTrainedModel):
 
         Given ``max_globals``, the most global tokens that a document may have, it compiles whole:
         ``torch.compile(model.led.encode, fullgraph=True)``, once for all lengths.
+
+        Raises:
+            ValueError: for ids as in :meth:`LEDEncoder.forward`, and masks of another shape than theirs.
         """
         check_inputs("input_ids", input_ids, "inputs_embeds", inputs_embeds, self.encoder)
+        name, given = ("input_ids", input_ids) if inputs_embeds is None else ("inputs_embeds", inputs_embeds)
+        check_mask("attention_mask", attention_mask, given.shape[:2], name)
+        check_mask("global_attention_mask", global_attention_mask, given.shape[:2], name)
         if attention_mask is None:
-            given = input_ids if inputs_embeds is None else inputs_embeds
             attention_mask = torch.ones(given.shape[:2], dtype=torch.long, device=given.device)
         mask = LongformerMask.from_padding(attention_mask, global_attention_mask, max_globals)
         return self.encoder(input_ids, mask, inputs_embeds=inputs_embeds, record=record)
@@ -316,12 +333,17 @@ class LEDForConditionalGeneration(LEDPreTrainedModel):
             **inputs,
         )
         logits = self.logits(output.last_hidden_state)
+        check_mask("labels", labels, logits.shape[:2], "the decoder's input")
         loss = None if labels is None else F.cross_entropy(logits.flatten(0, 1), labels.flatten())
         return Seq2SeqLMOutput(loss=loss, logits=logits, **output.shared())
 
     def logits(self, hidden: Tensor) -> Tensor:
         """``[..., d_model]`` of the decoder to ``[..., vocab_size]``."""
         return few_rows_linear(self.lm_head, hidden) + self.final_logits_bias
+
+    def prepare_decoder_input_ids_from_labels(self, labels: Tensor) -> Tensor:
+        """Decoder input for teacher forcing, as transformers' collators ask for it: ``labels``, shifted."""
+        return self.shift_right(labels)
 
     generate = generate
 

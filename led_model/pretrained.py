@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
+import inspect
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +14,10 @@ from torch import Tensor, nn
 
 from led_model.checkpoint import Model, load_pretrained, save_pretrained
 from led_model.config import LEDConfig
+from led_model.hub import HUB_OPTIONS
 from led_model.quantization import choose_quantizer
+from led_model.schema import check_names
+from led_model.weights import WEIGHT_DTYPES
 
 
 class LEDPreTrainedModel(nn.Module):
@@ -29,9 +35,10 @@ class LEDPreTrainedModel(nn.Module):
         cls: type[Model],
         path_or_id: str | os.PathLike[str],
         *,
-        dtype: torch.dtype | None = None,
+        dtype: torch.dtype | str | None = None,
+        torch_dtype: torch.dtype | str | None = None,
         device: torch.device | str = "cpu",
-        device_map: str | None = None,
+        device_map: str | torch.device | Mapping[str, Any] | None = None,
         revision: str | None = None,
         load_in_4bit: bool = False,
         load_in_8bit: bool = False,
@@ -46,36 +53,45 @@ class LEDPreTrainedModel(nn.Module):
         Args:
             path_or_id: directory with config.json and the weights (``model.safetensors``,
                 ``pytorch_model.bin``, or either in shards with its index), or a hub id (extra ``text``).
-            dtype: default: the checkpoint's own.
-            device_map: ``"auto"``, as for transformers: the accelerator if there is one, whatever ``device`` is.
+            dtype: also by its name, ``"bfloat16"``; default, or ``"auto"``: the checkpoint's own.
+            torch_dtype: the older name of ``dtype``.
+            device_map: a device instead of ``device``, also as transformers' ``{"": device}``; ``"auto"``: the
+                accelerator if there is one.
             revision: branch, tag or commit on the hub.
             load_in_4bit: keep the weights of the layers as NF4 (bitsandbytes; extra ``quant``), multiplied in
                 the model's dtype.
             load_in_8bit: keep them as int8, one scale per output (torchao; extra ``quant``).
             quantization_config: transformers' BitsAndBytesConfig with ``load_in_4bit=True``, for its other
                 4-bit settings.
-            settings: replace those of config.json, ``num_labels=5``.
+            settings: replace those of config.json, ``num_labels=5``; and ``cache_dir``, ``force_download``,
+                ``local_files_only`` and ``token``, as ``huggingface_hub.hf_hub_download`` takes them.
 
         Raises:
             FileNotFoundError: when a file is not there.
             ValueError: when a file cannot be read, or tensors are missing, unexpected or of another shape; for
-                another ``device_map``, and for requests of quantisation that contradict each other.
+                another ``dtype`` or ``device_map``, and for arguments that contradict each other.
+            TypeError: for a setting that neither config.json nor the hub has.
             ImportError: when the package that quantises is not installed.
         """
-        if device_map is not None:
-            if device_map != "auto":
-                raise ValueError(
-                    f'device_map is {device_map!r}; give "auto", or device for a place of your own.'
-                )
-            device = torch.accelerator.current_accelerator(check_available=True) or "cpu"
+        if dtype is not None and torch_dtype is not None and dtype != torch_dtype:
+            raise ValueError(f"dtype is {dtype} and torch_dtype {torch_dtype}; give dtype alone.")
+        hub_options = {name: settings.pop(name) for name in HUB_OPTIONS if name in settings}
+        own = set(inspect.signature(LEDPreTrainedModel.from_pretrained).parameters) - {"settings"}
+        fields = {field.name for field in dataclasses.fields(LEDConfig)}
+        check_names(settings, own | fields | {*HUB_OPTIONS, "label2id"}, "from_pretrained")
+        if (
+            label2id := settings.pop("label2id", None)
+        ) is not None:  # the same as id2label, the other way round
+            settings.setdefault("id2label", {label_id: label for label, label_id in dict(label2id).items()})
         return load_pretrained(
             cls,
             path_or_id,
-            dtype=dtype,
-            device=device,
+            dtype=_dtype(dtype if torch_dtype is None else torch_dtype),
+            device=device if device_map is None else _device(device_map),
             revision=revision,
             quantize=choose_quantizer(load_in_4bit, load_in_8bit, quantization_config),
             settings=settings,
+            hub_options=hub_options,
         )
 
     def save_pretrained(self, directory: str | os.PathLike[str]) -> None:
@@ -88,6 +104,48 @@ class LEDPreTrainedModel(nn.Module):
             ValueError: when embeddings that the config ties are no longer one tensor, or weights are quantised.
         """
         save_pretrained(self, Path(directory))
+
+    @property
+    def device(self) -> torch.device:
+        """Where the parameters are: the first one's device."""
+        return next(self.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What the model computes in: the embeddings' dtype."""
+        return self.base_model.shared.weight.dtype
+
+    def num_parameters(self, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
+        """Numbers in all parameters, each counted once, or in those that are to be trained."""
+        left_out = {m.weight for m in self.modules() if exclude_embeddings and isinstance(m, nn.Embedding)}
+        counted = (p for p in self.parameters() if p not in left_out)
+        return sum(p.numel() for p in counted if p.requires_grad or not only_trainable)
+
+    def gradient_checkpointing_enable(
+        self, gradient_checkpointing_kwargs: Mapping[str, Any] | None = None
+    ) -> None:
+        """Recomputes the encoder's layers, whose activations are the long ones, in the backward.
+
+        Args:
+            gradient_checkpointing_kwargs: for transformers' callers, ``{"use_reentrant": False}`` at most.
+
+        Raises:
+            ValueError: for other settings of the checkpointing.
+        """
+        given = dict(gradient_checkpointing_kwargs or {})
+        if given.get("use_reentrant") or given.keys() - {"use_reentrant"}:
+            raise ValueError(
+                f"gradient_checkpointing_kwargs is {given}; give {{'use_reentrant': False}} or nothing."
+            )
+        self.base_model.encoder.gradient_checkpointing = True
+
+    def gradient_checkpointing_disable(self) -> None:
+        """Keeps activations for the backward again."""
+        self.base_model.encoder.gradient_checkpointing = False
+
+    @property
+    def is_gradient_checkpointing(self) -> bool:
+        return self.base_model.encoder.gradient_checkpointing
 
     @property
     def base_model(self) -> LEDPreTrainedModel:
@@ -150,6 +208,31 @@ class LEDPreTrainedModel(nn.Module):
             if getattr(part, "padding_idx", None) is not None:
                 with torch.no_grad():
                     part.weight[part.padding_idx].zero_()
+
+
+def _dtype(given: torch.dtype | str | None) -> torch.dtype | None:
+    """``None`` for the checkpoint's own."""
+    if given is None or given == "auto":
+        return None
+    dtype = getattr(torch, given.removeprefix("torch."), None) if isinstance(given, str) else given
+    if dtype not in WEIGHT_DTYPES:
+        names = ", ".join(str(known).removeprefix("torch.") for known in WEIGHT_DTYPES)
+        raise ValueError(f"dtype is {given!r}; give 'auto' or one of {names}.")
+    return dtype
+
+
+def _device(device_map: Any) -> torch.device | str:
+    if device_map == "auto":
+        return torch.accelerator.current_accelerator(check_available=True) or "cpu"
+    place = device_map
+    if isinstance(device_map, Mapping) and list(device_map) == [""]:
+        place = device_map[""]
+    try:
+        if isinstance(place, (str, int, torch.device)):
+            return torch.device(place)
+    except RuntimeError:
+        pass  # refused below, in one sentence
+    raise ValueError(f'device_map is {device_map!r}; give "auto" or one device, such as "cpu" or "cuda:0".')
 
 
 def resized(table: nn.Parameter, rows: int) -> nn.Parameter:

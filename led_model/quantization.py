@@ -9,7 +9,9 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
+
+from led_kernels.extras import install_extra
 
 # a linear layer, its weights on the device that is to hold them, to the layer that takes its place
 Quantize = Callable[[nn.Linear], nn.Linear]
@@ -94,15 +96,9 @@ def _four_bits(
         )
         smaller.weight = Params4bit(linear.weight.data, **vars(smaller.weight))
         smaller.bias = linear.bias
-        smaller.register_forward_hook(_own_memory)
         return smaller.to(linear.weight.device)  # bitsandbytes quantises a weight when it is first moved
 
     return quantize
-
-
-def _own_memory(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
-    """Layers add to the output in place, which autograd forbids for the views that bitsandbytes returns."""
-    return output.clone() if output.requires_grad else None
 
 
 def _int8() -> Quantize:
@@ -121,4 +117,4 @@ def _int8() -> Quantize:
 
 
 def _missing(argument: str, package: str) -> ImportError:
-    return ImportError(f"{argument} needs {package}; pip install 'led-kernels[quant]'.")
+    return ImportError(f"{argument} needs {package}; {install_extra('quant')}.")

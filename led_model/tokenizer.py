@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Mapping, Sequence
+import threading
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
 from led_model.batch_encoding import PADDING, BatchEncoding, pad_encoded, strategy_name
+from led_model.hub import HUB_OPTIONS
+from led_model.schema import check_names
 from led_model.tokenizer_files import SPECIAL_TOKENS, read_tokenizer_files
 
 if TYPE_CHECKING:
@@ -22,9 +26,10 @@ _TRUNCATION = ("longest_first", "only_first", "only_second", "do_not_truncate")
 class LEDTokenizer:
     """Text to token ids, ``<s> text </s>`` or ``<s> text </s></s> pair </s>``, and back.
 
-    Names, arguments and ids are those of transformers' ``LEDTokenizer``; padding is to the right. Each special
-    token, ``bos_token`` to ``mask_token``, has its id in ``bos_token_id`` and so on. ``tokenizer`` is the
-    underlying ``tokenizers.Tokenizer``, ``model_max_length`` what the checkpoint says, or ``None``.
+    Names, arguments and ids are those of transformers' ``LEDTokenizer``; padding is to the right, unless
+    ``padding_side`` is set to "left". Each special token, ``bos_token`` to ``mask_token``, has its id in
+    ``bos_token_id`` and so on. ``tokenizer`` is the underlying ``tokenizers.Tokenizer``, ``model_max_length``
+    what the checkpoint says, or ``None``. Threads may share one, and transformers' collators take it.
 
     >>> tokenizer = LEDTokenizer.from_pretrained(directory)
     >>> batch = tokenizer(["A text.", "A longer text."], padding=True, return_tensors="pt")
@@ -45,6 +50,8 @@ class LEDTokenizer:
     unk_token_id: int
     pad_token_id: int
     mask_token_id: int
+    model_input_names = ("input_ids", "attention_mask")
+    is_fast = True
 
     def __init__(
         self,
@@ -60,6 +67,8 @@ class LEDTokenizer:
 
         self.tokenizer = tokenizer
         self.model_max_length = model_max_length
+        self.padding_side = "right"
+        self._lock = threading.Lock()
         for name, token in (SPECIAL_TOKENS | dict(special_tokens or {})).items():
             setattr(self, name, token)
             setattr(self, f"{name}_id", tokenizer.token_to_id(token))
@@ -74,20 +83,32 @@ class LEDTokenizer:
 
     @classmethod
     def from_pretrained(
-        cls, path_or_id: str | os.PathLike[str], *, revision: str | None = None
+        cls, path_or_id: str | os.PathLike[str], *, revision: str | None = None, **hub_options: Any
     ) -> LEDTokenizer:
         """From a directory or hub id with tokenizer.json, or with vocab.json and merges.txt.
 
         Special and added tokens are those of tokenizer_config.json, special_tokens_map.json and
         added_tokens.json, where these files are there.
 
+        Args:
+            hub_options: ``cache_dir``, ``force_download``, ``local_files_only`` and ``token``, as
+                ``huggingface_hub.hf_hub_download`` takes them.
+
         Raises:
+            TypeError: for another argument.
             ImportError: without the ``tokenizers`` library (extra ``text``).
             FileNotFoundError: when neither form is there.
             ValueError: when a file cannot be read, or one contradicts another.
         """
-        files = read_tokenizer_files(path_or_id, revision)
+        check_names(hub_options, HUB_OPTIONS, "from_pretrained")
+        files = read_tokenizer_files(path_or_id, revision, hub_options)
         return cls(files.tokenizer, files.special_tokens, files.model_max_length)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name != "_lock"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state, _lock=threading.Lock())
 
     def __len__(self) -> int:
         """Tokens with an id, added ones included: the rows that an embedding needs."""
@@ -105,9 +126,10 @@ class LEDTokenizer:
 
     def __call__(
         self,
-        text: str | Sequence[str],
+        text: str | Sequence[str] | None = None,
         text_pair: str | Sequence[str] | None = None,
         *,
+        text_target: str | Sequence[str] | None = None,
         max_length: int | None = None,
         truncation: bool | str = False,
         padding: bool | str = False,
@@ -121,6 +143,8 @@ class LEDTokenizer:
         """Encodes a text or a list of texts, each alone or with its pair.
 
         Args:
+            text_target: texts that the model shall write, whose ids become ``labels``; without ``text`` they are
+                encoded as texts are.
             max_length: longest sequence, special tokens included; default: ``model_max_length``.
             truncation: ``True`` or "longest_first" (of a pair, the longer part loses its end), "only_first" or
                 "only_second".
@@ -138,6 +162,24 @@ class LEDTokenizer:
         Raises:
             ValueError: for settings that contradict each other, and lengths that do not fit.
         """
+        if text_target is not None:
+            options = {
+                "max_length": max_length,
+                "truncation": truncation,
+                "padding": padding,
+                "pad_to_multiple_of": pad_to_multiple_of,
+                "add_special_tokens": add_special_tokens,
+                "split_special_tokens": split_special_tokens,
+                "return_special_tokens_mask": return_special_tokens_mask,
+                "return_offsets_mapping": return_offsets_mapping,
+                "return_tensors": return_tensors,
+            }
+            targets = self(text_target, **options)
+            if text is None:
+                return targets
+            return BatchEncoding({**self(text, text_pair, **options), "labels": targets["input_ids"]})
+        if text is None:
+            raise ValueError("text and text_target are both missing; give one of them.")
         single = isinstance(text, str)
         texts = [text] if single else list(text)
         inputs: list[Any] = texts
@@ -155,10 +197,9 @@ class LEDTokenizer:
                 self.tokenizer.num_special_tokens_to_add(text_pair is not None) if add_special_tokens else 0
             )
             max_length = self._longest(max_length, special)
-            self.tokenizer.enable_truncation(max_length, strategy=strategy)
-        self.tokenizer.encode_special_tokens = split_special_tokens
         try:
-            encodings = self.tokenizer.encode_batch(inputs, add_special_tokens=add_special_tokens)
+            with self._reading(max_length, strategy, split_special_tokens):
+                encodings = self.tokenizer.encode_batch(inputs, add_special_tokens=add_special_tokens)
         except Exception as error:  # the library raises bare Exception
             if strategy == "do_not_truncate" or isinstance(error, (TypeError, UnicodeError)):
                 raise
@@ -166,9 +207,6 @@ class LEDTokenizer:
                 f"max_length {max_length} cannot be met with truncation {strategy!r} ({error}); "
                 "raise it, or truncate 'longest_first'."
             ) from None
-        finally:
-            self.tokenizer.no_truncation()
-            self.tokenizer.encode_special_tokens = False
 
         names = ["input_ids", "attention_mask"]
         names += ["special_tokens_mask"] if return_special_tokens_mask else []
@@ -185,26 +223,65 @@ class LEDTokenizer:
         max_length: int | None = None,
         pad_to_multiple_of: int | None = None,
         return_tensors: str | None = None,
+        *,
+        padding_side: str | None = None,
     ) -> BatchEncoding:
-        """Brings sequences to one length, to the right: a batch, a list of single encodings, or a single one.
+        """Brings sequences to one length: a batch, a list of single encodings, or a single one.
 
         ``input_ids`` gets the padding token, ``attention_mask`` (made if it is missing) 0,
         ``special_tokens_mask`` 1, ``offset_mapping`` (0, 0), and ``global_attention_mask`` -1, for 0 means
         local attention there, not "do not attend". Other entries stay as they are.
 
-        Args: see :meth:`__call__`.
+        Args: see :meth:`__call__`; ``padding_side`` is "right" or "left", by default the tokenizer's.
 
         Raises:
             ValueError: when an entry does not have as many elements as ``input_ids``, and for sequences of
                 different lengths that shall become tensors.
         """
+        side = padding_side or self.padding_side
+        if side not in ("right", "left"):
+            raise ValueError(f"padding_side is {side!r}; give 'right' or 'left'.")
         return pad_encoded(
-            encoded, self.pad_token_id, padding, max_length, pad_to_multiple_of, return_tensors
+            encoded, self.pad_token_id, padding, max_length, pad_to_multiple_of, return_tensors, side
         )
+
+    def token_id(self, token: str) -> int | None:
+        """The id of a token of the vocabulary or of the added ones, ``None`` when there is no such token."""
+        return self.tokenizer.token_to_id(token)
+
+    @property
+    def doc_sep_token_id(self) -> int | None:
+        """The id of ``<doc-sep>``, which PRIMERA puts between documents; ``None`` in other vocabularies."""
+        return self.token_id("<doc-sep>")
+
+    def convert_tokens_to_ids(self, tokens: str | Sequence[str]) -> int | list[int]:
+        """Ids of tokens, that of the unknown token for those that there are not."""
+        if isinstance(tokens, str):
+            token_id = self.token_id(tokens)
+            return self.unk_token_id if token_id is None else token_id
+        return [self.convert_tokens_to_ids(token) for token in tokens]
+
+    def get_special_tokens_mask(
+        self, token_ids: Sequence[int], already_has_special_tokens: bool = True
+    ) -> list[int]:
+        """1 for special tokens in ``token_ids``, which have theirs already, and 0 for others.
+
+        Raises:
+            ValueError: for ids to which special tokens would still have to be added.
+        """
+        if not already_has_special_tokens:
+            raise ValueError(
+                "already_has_special_tokens is False; ask for return_special_tokens_mask instead."
+            )
+        added = self.tokenizer.get_added_tokens_decoder().items()
+        special = {token_id for token_id, token in added if token.special}
+        special |= {getattr(self, f"{name}_id") for name in SPECIAL_TOKENS}
+        return [int(token_id in special) for token_id in token_ids]
 
     def encode(self, text: str, text_pair: str | None = None) -> list[int]:
         """Token ids of a text, or of a pair, with the special tokens around them."""
-        return self.tokenizer.encode(text, text_pair).ids
+        with self._reading(None, "do_not_truncate", False):
+            return self.tokenizer.encode(text, text_pair).ids
 
     def decode(self, token_ids: Iterable[int] | Tensor, skip_special_tokens: bool = False) -> str:
         """Text of ``token_ids``, with or without the special tokens among them."""
@@ -249,6 +326,19 @@ class LEDTokenizer:
             settings["model_max_length"] = self.model_max_length
         config.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
         return (*vocabulary, str(backend), str(config))
+
+    @contextmanager
+    def _reading(self, max_length: int | None, truncation: str, split_special_tokens: bool) -> Iterator[None]:
+        """These settings belong to the library's tokenizer, not to a call: one thread at a time may have its own."""
+        with self._lock:
+            if truncation != "do_not_truncate":
+                self.tokenizer.enable_truncation(max_length, strategy=truncation)
+            self.tokenizer.encode_special_tokens = split_special_tokens
+            try:
+                yield
+            finally:
+                self.tokenizer.no_truncation()
+                self.tokenizer.encode_special_tokens = False
 
     def _longest(self, max_length: int | None, special: int) -> int:
         """The length to truncate to, once it is known to leave room for the special tokens."""

@@ -5,12 +5,15 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from operator import itemgetter
+from itertools import groupby
+from operator import attrgetter, itemgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from led_model.checkpoint import Fetch, checkpoint_files
+from led_kernels.extras import install_extra
 from led_model.config import read_json
+from led_model.hub import Fetch, checkpoint_files, first_line
+from led_model.schema import FLAG, LARGEST, TEXT, TOKEN_ID, Rule, check_values, list_of, number, table_of
 
 if TYPE_CHECKING:
     from tokenizers import AddedToken, Tokenizer
@@ -25,6 +28,28 @@ SPECIAL_TOKENS = {
     "mask_token": "<mask>",
 }
 
+_TOKEN = TEXT | Rule(
+    'an object with "content"',
+    lambda value: (
+        isinstance(value, Mapping)
+        and TEXT.holds(value.get("content"))
+        and all(FLAG.holds(value.get(flag, False)) for flag in (*_FLAGS, "special"))
+    ),
+)
+_FLAGS = ("single_word", "lstrip", "rstrip", "normalized")
+_ID_TEXT = Rule(
+    "an id", lambda key: isinstance(key, str) and key.isdecimal() and len(key) < 11 and int(key) <= LARGEST
+)
+_TOKENS = (list_of(_TOKEN, "tokens") | table_of(TEXT, _TOKEN, "tokens by name")).optional
+_RULES = dict.fromkeys(SPECIAL_TOKENS, _TOKEN.optional) | {
+    "add_prefix_space": FLAG.optional,
+    "model_max_length": number(1).optional,
+    "additional_special_tokens": _TOKENS,
+    "extra_special_tokens": _TOKENS,
+    "added_tokens_decoder": table_of(_ID_TEXT, _TOKEN, "tokens by their ids").optional,
+    "added_tokens": table_of(TEXT, TOKEN_ID, "ids by tokens").optional,
+}
+
 
 @dataclass
 class TokenizerFiles:
@@ -35,23 +60,33 @@ class TokenizerFiles:
     model_max_length: int | None
 
 
-def read_tokenizer_files(path_or_id: str | os.PathLike[str], revision: str | None) -> TokenizerFiles:
+def read_tokenizer_files(
+    path_or_id: str | os.PathLike[str], revision: str | None, hub_options: Mapping[str, Any] | None = None
+) -> TokenizerFiles:
     """See ``LEDTokenizer.from_pretrained``."""
     try:
         import tokenizers  # noqa: F401
     except ImportError:
-        raise ImportError("text needs the tokenizers library: pip install 'led-kernels[text]'.") from None
-    fetch = checkpoint_files(path_or_id, revision)
+        raise ImportError(f"text needs the tokenizers library; {install_extra('text')}.") from None
+    fetch = checkpoint_files(path_or_id, revision, hub_options)
     settings = _settings(fetch)
+    try:
+        check_values(settings, _RULES)
+    except ValueError as error:
+        raise ValueError(f"tokenizer_config.json of {path_or_id}, or a file beside it: {error}") from None
     tokenizer = _backend(fetch, path_or_id)
     if settings.get("add_prefix_space") is not None and hasattr(tokenizer.pre_tokenizer, "add_prefix_space"):
         tokenizer.pre_tokenizer.add_prefix_space = settings["add_prefix_space"]
     special_tokens = SPECIAL_TOKENS | {
         name: _content(settings[name]) for name in SPECIAL_TOKENS if settings.get(name) is not None
     }
-    for token, token_id in _added_tokens(tokenizer, settings, special_tokens.values()):
-        add = tokenizer.add_special_tokens if token.special else tokenizer.add_tokens
-        add([token])
+    added = list(_added_tokens(tokenizer, settings, special_tokens.values()))
+    try:
+        for is_special, tokens in groupby((token for token, _ in added), key=attrgetter("special")):
+            (tokenizer.add_special_tokens if is_special else tokenizer.add_tokens)(list(tokens))
+    except Exception as error:  # text that is no UTF-8; the library raises bare Exception
+        raise ValueError(f"{path_or_id} has an added token that is no text ({first_line(error)}).") from None
+    for token, token_id in added:
         if token_id is not None and tokenizer.token_to_id(token.content) != token_id:
             raise ValueError(
                 f"{path_or_id} gives added token {token.content!r} the id {token_id}, but in its vocabulary it "
@@ -111,16 +146,18 @@ def _added_tokens(
     special = {*named, *map(_content, extra)}
     described = settings.get("added_tokens_decoder") or {}
     for token_id, token in sorted(((int(key), token) for key, token in described.items()), key=itemgetter(0)):
-        is_special = token.get("special", False) or token["content"] in special
+        flagged = isinstance(token, Mapping) and token.get("special", False)
+        is_special = flagged or _content(token) in special
         yield _as_added_token(token, is_special), token_id
     known = {token.content for token in tokenizer.get_added_tokens_decoder().values()}
+    known |= {_content(token) for token in described.values()}
     for content, token_id in sorted((settings.get("added_tokens") or {}).items(), key=itemgetter(1)):
         if content not in known:
             yield _as_added_token(content, content in special), token_id
             known.add(content)
-    defaults = [token for token in SPECIAL_TOKENS.values() if tokenizer.token_to_id(token) is not None]
+    there = [t for t in SPECIAL_TOKENS.values() if t in known or tokenizer.token_to_id(t) is not None]
     given = [settings[name] for name in SPECIAL_TOKENS if settings.get(name) is not None]
-    for token in [*given, *extra, *(token for token in defaults if token in special)]:
+    for token in [*given, *extra, *(token for token in there if token in special)]:
         if _content(token) not in known:
             yield _as_added_token(token, special=True), None
             known.add(_content(token))
@@ -135,5 +172,5 @@ def _as_added_token(token: str | Mapping[str, Any], special: bool) -> AddedToken
 
     if isinstance(token, str):
         return AddedToken(token, special=special, normalized=not special)
-    flags = {key: token[key] for key in ("single_word", "lstrip", "rstrip", "normalized") if key in token}
+    flags = {key: token[key] for key in _FLAGS if key in token}
     return AddedToken(token["content"], special=special, **flags)

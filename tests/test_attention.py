@@ -19,6 +19,7 @@ from led_kernels import (
 )
 from led_kernels.api import gather_global_rows
 from led_kernels.backends import blockwise
+from led_kernels.dispatch import can_run
 from led_kernels.testing import (
     AttentionCase,
     assert_matches_reference,
@@ -543,3 +544,28 @@ def test_torch_backend_keeps_to_the_device_of_its_inputs(dropout_p):
         grads = getattr(blockwise, f"{name}_backward")(out, lse, *inputs, out, lse, *settings)
         assert [grad.shape for grad in grads] == [x.shape for x in inputs]
         assert {x.device.type for x in (out, lse, *grads)} == {"meta"}
+
+
+@pytest.mark.skipif(not can_run("cpu"), reason="the extension led_kernels._C is not built")
+@pytest.mark.parametrize("backward", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_positions_past_the_integers_of_fp32(backward):
+    """The last rows of a sequence whose others are padding: as if these were not there."""
+    used, results = 128, []
+    for seqlen in (used, 2**24 + used):
+        kind = torch.zeros(1, seqlen, dtype=torch.uint8)
+        kind[:, -used:] = 1
+        kind[:, -used // 2] = 2
+        padding_before = torch.arange(seqlen, dtype=torch.int32).clamp(max=seqlen - used)[None]
+        start, length, index, count = (
+            torch.tensor(x, dtype=torch.int32) for x in ([0], [seqlen], [[seqlen - used // 2]], [1])
+        )
+        mask = LongformerMask(start, length, kind, padding_before, index, count, seqlen)
+        x = torch.zeros(1, seqlen, 1, 1, dtype=torch.float16)
+        x[:, -used:] = torch.randn(1, used, 1, 1, generator=torch.Generator().manual_seed(0))
+        x.requires_grad_(backward)
+        out = banded_attention(x, x, x, mask, window_size=2, backend="cpu")
+        if backward:
+            out.square().sum().backward()
+            out = torch.stack([out, x.grad])
+        results.append(out.detach()[..., -used:, :, :])
+    assert torch.equal(*results)

@@ -122,7 +122,7 @@ struct ScoreBlock {
 
   // Where the keys of the panel at n are not visible, probabilities and gradients become 0.
   template <Visible visible>
-  void hide(int group, int64_t n, const Band<T>* bands, const T* positions) {
+  void hide(int group, int64_t n, const Band<T>* bands, const Position<T>* positions) {
     using led::LED_ISA::load;
     for (int i = 0; i < G::kRows; ++i) {
       const int64_t row = (group * G::kRows + i) * G::kBlockN;

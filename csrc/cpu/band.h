@@ -52,8 +52,10 @@ struct BandGeometry {
   }
 
   void fill(int64_t row, Band<T>* bands) const {
+    constexpr int64_t last = std::numeric_limits<Position<T>>::max();
     for (int i = 0; i < G::kRows; ++i) {
-      bands[i] = {static_cast<T>(row + i - left), static_cast<T>(row + i + right)};
+      bands[i] = {static_cast<Position<T>>(first_key(row + i)),
+                  static_cast<Position<T>>(smaller(row + i + right, last))};
     }
   }
 };

@@ -109,7 +109,7 @@ class BandedBackward {
     for (int64_t slot = 0; slot < seq.num_globals; slot += G::kBlockN) {
       const int64_t last = smaller<int64_t>(slot + G::kBlockN, seq.num_globals) - 1;
       const int64_t keys = round_up(last + 1 - slot, G::kPanel);
-      const T* positions = buffers.columns.positions + slot;
+      const Position<T>* positions = buffers.columns.positions + slot;
       bool any = false;
       for (int g = 0; g < band_.kGroups; ++g) {
         const int64_t row = begin + g * G::kRows;

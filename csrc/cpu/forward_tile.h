@@ -52,7 +52,7 @@ struct ForwardTile {
 
   // Scores of the panel at n become -inf where its keys are not visible.
   template <Visible visible>
-  void hide(int64_t n, const Band<T>* bands, const T* positions) {
+  void hide(int64_t n, const Band<T>* bands, const Position<T>* positions) {
     for (int i = 0; i < G::kRows; ++i) {
       for (int64_t lane = n; lane < n + G::kPanel; lane += kLanes<T>) {
         T* score = p + i * G::kBlockN + lane;

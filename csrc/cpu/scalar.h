@@ -47,6 +47,16 @@ struct Scalar<double> {
                                            4.4352281013764685e-10};
 };
 
+// Of comparisons between integers, whose lanes are like theirs.
+template <>
+struct Scalar<int32_t> {
+  using Bits = int32_t;
+};
+template <>
+struct Scalar<int64_t> {
+  using Bits = int64_t;
+};
+
 template <class T>
 constexpr int kLanes = LED_VECTOR_BYTES / sizeof(T);
 

@@ -63,6 +63,11 @@ LED_NOINLINE void multiply_tile(const T* a, int64_t a_stride, const T* b, int64_
   }
 }
 
+// Of a key in its sequence: an integer as wide as T, to be compared lane by lane. A float is exact to 2^24
+// only.
+template <class T>
+using Position = typename Scalar<T>::Bits;
+
 // One sequence of the batch.
 struct Sequence {
   int64_t batch, start, len, rows;  // rows: with the padding behind len
@@ -84,15 +89,15 @@ struct Sequence {
   }
 };
 
-// Keys of one head, laid out for the register tile. Slots without a key hold zeros and the position NaN.
+// Keys of one head, laid out for the register tile. Slots without a key hold zeros and the position -1.
 template <class T>
 struct PackedKeys {
-  T* k_panels;    // [panels, width, kPanel]
-  T* v_panels;    // [panels, width, kPanel], backward only
-  T* k_rows;      // [keys, width], backward only
-  T* v_rows;      // [keys, width], forward only
-  T* positions;   // [keys]
-  int64_t width;  // head_dim rounded up to a panel
+  T* k_panels;             // [panels, width, kPanel]
+  T* v_panels;             // [panels, width, kPanel], backward only
+  T* k_rows;               // [keys, width], backward only
+  T* v_rows;               // [keys, width], forward only
+  Position<T>* positions;  // [keys]
+  int64_t width;           // head_dim rounded up to a panel
 
   static PackedKeys take(Arena& arena, int64_t keys, int64_t width, bool backward) {
     PackedKeys p;
@@ -101,7 +106,7 @@ struct PackedKeys {
     p.v_panels = backward ? arena.take<T>(keys * width) : nullptr;
     p.k_rows = backward ? arena.take<T>(keys * width) : nullptr;
     p.v_rows = backward ? nullptr : arena.take<T>(keys * width);
-    p.positions = arena.take<T>(keys);
+    p.positions = arena.take<Position<T>>(keys);
     return p;
   }
 
@@ -119,7 +124,7 @@ struct PackedKeys {
     for (int j = 0; j < panel; ++j) {
       int64_t key = key_at(slot + j);
       if (key >= 0 && seq.kind[key] == 0) key = -1;
-      positions[slot + j] = key < 0 ? std::numeric_limits<T>::quiet_NaN() : static_cast<T>(key);
+      positions[slot + j] = static_cast<Position<T>>(key);
       pack_row(p, p.k, seq, head, key, k_rows ? k_rows + (slot + j) * width : row);
       scatter(k_rows ? k_rows + (slot + j) * width : row, k_panels + slot * width + j);
       pack_row(p, p.v, seq, head, key, v_rows ? v_rows + (slot + j) * width : row);
@@ -159,17 +164,19 @@ inline void load_tile(const AttentionParams& p, const RowsRef& x, int64_t batch,
 // Which keys a query at position i sees: those of its band, those outside of it (global columns), or all.
 enum class Visible { kBand, kOutsideBand, kAll };
 
-// Range of positions that is one query's band.
+// Range of positions that is one query's band; low is not negative.
 template <class T>
 struct Band {
-  T low, high;
+  Position<T> low, high;
 };
 
 template <class T, Visible visible>
-inline BitsVec<T> sees(const Band<T>& band, Vec<T> position) {
+inline BitsVec<T> sees(const Band<T>& band, Vec<Position<T>> position) {
+  constexpr Position<T> first = 0;
   if (visible == Visible::kBand) return (position >= band.low) & (position <= band.high);
-  if (visible == Visible::kOutsideBand) return (position < band.low) | (position > band.high);
-  return position == position;
+  if (visible == Visible::kOutsideBand)
+    return ((position < band.low) | (position > band.high)) & (position >= first);
+  return position >= first;
 }
 
 // Dropout of one query's probabilities: factors[i] is 0 or 1 / (1 - p).
@@ -205,10 +212,11 @@ struct DropoutRow {
     }
   }
 
-  // Keys at any positions; those without one (NaN) are never read.
-  void factors(uint32_t batch_head, uint32_t query, const T* positions, int64_t count, T* out) const {
+  // Keys at any positions; those without one (-1) are never read.
+  void factors(uint32_t batch_head, uint32_t query, const Position<T>* positions, int64_t count,
+               T* out) const {
     for (int64_t i = 0; i < count; ++i) {
-      const uint32_t key = positions[i] == positions[i] ? static_cast<uint32_t>(positions[i]) : 0;
+      const uint32_t key = positions[i] < 0 ? 0 : static_cast<uint32_t>(positions[i]);
       uint32_t c[4] = {key / 4, query, batch_head, stream}, k0 = key0, k1 = key1;
       for (int round = 0; round < 10; ++round, philox_next_key(k0, k1))
         philox_round(c[0], c[1], c[2], c[3], k0, k1);

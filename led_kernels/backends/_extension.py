@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from led_kernels.call_checks import lse_dtype
+from led_kernels.extras import REINSTALL
 from led_kernels.mask import LongformerMask
 
 
@@ -24,7 +25,7 @@ try:
 except ImportError as error:
     raise ImportError(
         f"the extension led_kernels._C is not there ({build_error('_build_error.txt') or error}); install a C++17 "
-        "compiler and reinstall led-kernels, or use backend='torch'."
+        f"compiler and {REINSTALL}, or use backend='torch'."
     ) from error
 
 

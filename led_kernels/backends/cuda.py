@@ -21,13 +21,14 @@ from led_kernels.backends._extension import (
     run_forward,
 )
 from led_kernels.backends._gpu import check_grid, positive_scale
+from led_kernels.extras import REINSTALL
 from led_kernels.mask import LongformerMask
 
 if not hasattr(_C, "cuda_banded_forward"):
     raise ImportError(
         "the extension led_kernels._C was built without the CUDA kernels "
-        f"({build_error('_cuda_build_error.txt') or 'no reason is recorded'}); install CUDA's nvcc and reinstall "
-        "led-kernels with LED_KERNELS_CUDA=1, or use another backend."
+        f"({build_error('_cuda_build_error.txt') or 'no reason is recorded'}); install CUDA's nvcc and "
+        f"{REINSTALL} with LED_KERNELS_CUDA=1, or use another backend."
     )
 
 

@@ -7,10 +7,12 @@ Served are transformers 4.53 and later; ``led_kernels.hf.compat.TESTED`` lists t
 replaced, and LED's decoder, unless a release generates the right tokens with every cache by itself.
 """
 
+from led_kernels.extras import install_extra
+
 try:
     import transformers as _transformers
 except ImportError as error:
-    raise ImportError("led_kernels.hf needs transformers; pip install 'led-kernels[hf]'.") from error
+    raise ImportError(f"led_kernels.hf needs transformers; {install_extra('hf')}.") from error
 
 # before 4.53 the encoders, which are replaced here, did the gradient checkpointing of their layers
 if tuple(map(int, _transformers.__version__.split(".")[:2])) < (4, 53):

@@ -20,6 +20,7 @@ from led_model import (
     LEDModel,
     checkpoint,
 )
+from led_model import hub as led_hub
 from led_model.checkpoint import hf_names, to_hf_state_dict
 from tests.model.small import random_inputs, randomize, small_config
 
@@ -273,6 +274,8 @@ def test_hub_id(saved, monkeypatch):
         return str(directory / name)
 
     monkeypatch.setattr(hub, "hf_hub_download", download)
+    monkeypatch.setattr(led_hub, "_asked", [True])
+    monkeypatch.setattr(led_hub, "_unreachable", [])
     assert_same_weights(load("someone/led-small", revision="main"), model)
     assert ("someone/led-small", "pytorch_model.bin", "main") in asked
 
@@ -282,6 +285,47 @@ def test_hub_id(saved, monkeypatch):
     monkeypatch.setattr(hub, "hf_hub_download", offline)
     with pytest.raises(FileNotFoundError, match=r"could not be fetched from the hub \(no network\)"):
         load("someone/led-small")
+
+
+def test_a_hub_that_does_not_answer_is_asked_once(saved, monkeypatch):
+    """hf_hub_download tries six times for every file; a mistyped directory must not wait for that."""
+    hub = pytest.importorskip("huggingface_hub")
+    asked, wanted = [], []
+
+    class Session:
+        def head(self, url, timeout):
+            asked.append(url)
+            raise OSError("no route\nand more")
+
+    def download(repo, name, revision, local_files_only=False):
+        wanted.append((name, local_files_only))
+        raise hub.errors.LocalEntryNotFoundError("a long text")
+
+    monkeypatch.setattr(hub, "get_session", Session)
+    monkeypatch.setattr(hub, "hf_hub_download", download)
+    monkeypatch.setattr(led_hub, "_asked", [])
+    monkeypatch.setattr(led_hub, "_unreachable", [])
+    for _ in range(2):
+        with pytest.raises(
+            FileNotFoundError, match=r"models/led is no directory, .* hub \(no route\); check"
+        ):
+            load("models/led")
+    assert len(asked) == 1
+    assert wanted == [("config.json", True)] * 2
+
+
+def test_options_of_the_hub_are_handed_on(monkeypatch):
+    hub = pytest.importorskip("huggingface_hub")
+    given = {}
+
+    def download(repo, name, **options):
+        given.update(options)
+        raise hub.errors.LocalEntryNotFoundError("not there")
+
+    monkeypatch.setattr(hub, "hf_hub_download", download)
+    with pytest.raises(FileNotFoundError):
+        load("owner/led", cache_dir="somewhere", local_files_only=True, token="t", revision="r")
+    assert given == {"cache_dir": "somewhere", "local_files_only": True, "token": "t", "revision": "r"}
 
 
 CLASSES = [LEDModel, LEDForConditionalGeneration, LEDForQuestionAnswering, LEDForSequenceClassification]
@@ -451,3 +495,57 @@ def test_resizing_keeps_what_parameters_are(small_model):
         ValueError, match="new_num_tokens is 1 but the padding token has id 1; keep at least 2"
     ):
         small_model(0).resize_token_embeddings(1)
+
+
+@pytest.mark.parametrize("form", ["torch.bfloat16", "bfloat16", torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", ["dtype", "torch_dtype"])
+def test_dtype_by_either_name(saved, name, form):
+    _, directory = saved
+    loaded = load(directory, **{name: form}, device_map={"": "cpu"})
+    assert loaded.dtype == loaded.led.encoder.layers[0].fc1.weight.dtype == torch.bfloat16
+    assert loaded.device == torch.device("cpu")
+    assert load(directory, **{name: "auto"}, device_map="cpu").dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"load_in_4_bit": True}, TypeError, "no argument 'load_in_4_bit'; did you mean 'load_in_4bit'"),
+        ({"nonsense": 3}, TypeError, "no argument 'nonsense'; it has"),
+        ({"attn_implementation": "sdpa"}, TypeError, "no argument 'attn_implementation'"),
+        ({"dtype": "int8"}, ValueError, "dtype is 'int8'; give 'auto' or one of float32"),
+        ({"dtype": "bfloat61"}, ValueError, "dtype is 'bfloat61'"),
+        ({"dtype": torch.float16, "torch_dtype": torch.float32}, ValueError, "give dtype alone"),
+        ({"device_map": "balanced"}, ValueError, "device_map is 'balanced'; give \"auto\" or one device"),
+        ({"device_map": {"led": 0, "lm_head": 1}}, ValueError, "device_map is {'led'"),
+        ({"num_labels": "five"}, ValueError, "num_labels is 'five'"),
+    ],
+)
+def test_unknown_arguments_are_refused(saved, arguments, error, message):
+    with pytest.raises(error, match=message):
+        load(saved[1], **arguments)
+
+
+def test_what_trainers_and_peft_leave_behind_is_pointed_at(saved, tmp_path):
+    _, directory = saved
+    output = tmp_path / "output"
+    for step in (500, 1000, 90):
+        shutil.copytree(directory, output / f"checkpoint-{step}")
+    with pytest.raises(FileNotFoundError, match=r"Trainer's output directory: give .*checkpoint-1000,"):
+        load(output)
+    shutil.copy(directory / "config.json", output)
+    with pytest.raises(FileNotFoundError, match=r"holds no weights.*: give .*checkpoint-1000,"):
+        load(output)
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    (adapter / "adapter_config.json").write_text("{}")
+    with pytest.raises(FileNotFoundError, match=r"it is an adapter: .*merge_and_unload"):
+        load(adapter)
+
+
+def test_a_pickle_of_parameters(saved):
+    model, directory = saved
+    tensors = load_file(directory / "model.safetensors")
+    os.remove(directory / "model.safetensors")
+    torch.save({k: torch.nn.Parameter(v) for k, v in tensors.items()}, directory / "pytorch_model.bin")
+    assert_same_weights(load(directory), model)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from led_kernels.backends._gpu import positive_scale
+from led_kernels.extras import install_extra
 from led_kernels.mask import LongformerMask
 
 try:
@@ -22,8 +23,8 @@ try:
     from led_kernels.backends.triton.global_forward import launch_global_forward
 except ImportError as error:
     raise ImportError(
-        f"Triton cannot be imported ({error}); CUDA and ROCm builds of torch bring it, elsewhere install "
-        "led-kernels[triton], or use backend='torch'."
+        f"Triton cannot be imported ({error}); CUDA and ROCm builds of torch bring it, elsewhere "
+        f"{install_extra('triton')}, or use backend='torch'."
     ) from error
 
 

@@ -1,0 +1,230 @@
+"""How tokens are chosen, as Hugging Face's generation_config.json says it, as a dataclass."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, replace
+from typing import Any
+
+from led_model.schema import (
+    FLAG,
+    TOKEN_ID,
+    TOKEN_IDS,
+    above,
+    check_names,
+    check_values,
+    list_of,
+    number,
+    one_of,
+    whole,
+)
+
+# settings of transformers that choose other tokens and are not here, with the value that leaves them off
+_UNSUPPORTED_GENERATION = {
+    "begin_suppress_tokens": None,
+    "diversity_penalty": 0.0,
+    "encoder_repetition_penalty": 1.0,
+    "epsilon_cutoff": 0.0,
+    "eta_cutoff": 0.0,
+    "exponential_decay_length_penalty": None,
+    "guidance_scale": 1.0,
+    "min_p": None,
+    "num_beam_groups": 1,
+    "penalty_alpha": None,
+    "renormalize_logits": False,
+    "sequence_bias": None,
+    "suppress_tokens": None,
+    "top_h": None,
+    "typical_p": 1.0,
+}
+
+_COUNT = whole(0)
+_RULES = {
+    "decoder_start_token_id": TOKEN_ID,
+    "pad_token_id": TOKEN_ID.optional,
+    "eos_token_id": (TOKEN_ID | TOKEN_IDS).optional,
+    "forced_bos_token_id": TOKEN_ID.optional,
+    "forced_eos_token_id": (TOKEN_ID | TOKEN_IDS).optional,
+    "max_length": _COUNT.optional,
+    "max_new_tokens": _COUNT.optional,
+    "min_length": _COUNT,
+    "min_new_tokens": _COUNT.optional,
+    "num_beams": whole(1),
+    "num_return_sequences": whole(1),
+    "length_penalty": number(-50, 50),  # beyond, powers of a length leave the range of floats
+    "early_stopping": one_of(True, False, "never"),
+    "do_sample": FLAG,
+    "temperature": number(0),
+    "top_k": _COUNT,
+    "top_p": number(0, 1),
+    "seed": whole(-(2**63), 2**63 - 1).optional,
+    "repetition_penalty": above(0),
+    "no_repeat_ngram_size": _COUNT,
+    "encoder_no_repeat_ngram_size": _COUNT,
+    "bad_words_ids": list_of(
+        list_of(TOKEN_ID, "token ids", least=1), "non-empty lists of token ids"
+    ).optional,
+}
+
+
+@dataclass
+class GenerationConfig:
+    """How tokens are chosen and when that starts and stops; names and defaults are those of transformers.
+
+    ``max_length`` counts the start token; ``max_new_tokens`` does not, and wins; with neither, 20 are made.
+    ``min_length`` and ``min_new_tokens`` likewise. ``seed`` (not in transformers) makes sampling repeatable;
+    without one torch's global generator is drawn from. ``unsupported`` holds what a checkpoint asks for
+    beyond these fields, by name.
+
+    Raises:
+        ValueError: for a value of another type or out of range.
+    """
+
+    decoder_start_token_id: int = 2
+    pad_token_id: int | None = 1
+    eos_token_id: int | list[int] | None = 2
+    forced_bos_token_id: int | None = None
+    forced_eos_token_id: int | list[int] | None = None
+    max_length: int | None = None
+    max_new_tokens: int | None = None
+    min_length: int = 0
+    min_new_tokens: int | None = None
+    num_beams: int = 1
+    num_return_sequences: int = 1
+    length_penalty: float = 1.0
+    early_stopping: bool | str = False
+    do_sample: bool = False
+    temperature: float = 1.0
+    top_k: int = 50
+    top_p: float = 1.0
+    seed: int | None = None
+    repetition_penalty: float = 1.0
+    no_repeat_ngram_size: int = 0
+    encoder_no_repeat_ngram_size: int = 0
+    bad_words_ids: list[list[int]] | None = None
+    unsupported: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        check_values(vars(self), _RULES)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> GenerationConfig:
+        """From generation_config.json, or from config.json, where older checkpoints keep the same keys.
+
+        ``None`` means "not given", except that ``pad_token_id`` and ``eos_token_id`` may be none at all.
+        """
+        known = {f.name for f in fields(cls)} - {"unsupported"}
+        unsupported = {
+            key: values[key]
+            for key, neutral in _UNSUPPORTED_GENERATION.items()
+            if values.get(key) is not None and values[key] != neutral
+        }
+        given = {
+            key: values[key]
+            for key in known & values.keys()
+            if values[key] is not None or key in ("pad_token_id", "eos_token_id")
+        }
+        return cls(**given, unsupported=unsupported)
+
+    def updated(self, **settings: Any) -> GenerationConfig:
+        """A copy with the caller's settings, whose limits win over those that this one has in another unit.
+
+        Raises:
+            TypeError: for a setting that is no field.
+            ValueError: as for the class.
+        """
+        check_names(settings, (f.name for f in fields(self)), "generate")
+        for length, new_tokens in (("max_length", "max_new_tokens"), ("min_length", "min_new_tokens")):
+            if length in settings:
+                settings = {new_tokens: None} | settings
+        return replace(self, **settings)
+
+    def replaced_by(self, other: Any) -> GenerationConfig:
+        """``other``, this class's or transformers' ``GenerationConfig``; what it leaves ``None`` is taken from here.
+
+        Raises:
+            TypeError: when it is neither.
+            ValueError: for settings of transformers that are not here.
+        """
+        if isinstance(other, GenerationConfig):
+            return other
+        if not callable(getattr(other, "to_dict", None)):
+            raise TypeError(f"generation_config is a {type(other).__name__}; give a GenerationConfig.")
+        given = {name: value for name, value in other.to_dict().items() if value is not None}
+        wanted = GenerationConfig.from_dict(given)
+        if wanted.unsupported:
+            raise ValueError(
+                f"generation_config asks for {', '.join(sorted(wanted.unsupported))}, which generate does not have; "
+                "leave that out."
+            )
+        known = {f.name for f in fields(self)} - {"unsupported"}
+        return self.updated(**{name: given[name] for name in known & given.keys()})
+
+    def check(self, vocab_size: int) -> None:
+        """Refuses what has no meaning or contradicts itself.
+
+        Raises:
+            ValueError: naming the setting and what to give instead.
+        """
+        check_values(vars(self), _RULES)
+        if self.num_beams > 1 and self.num_return_sequences > self.num_beams:
+            raise ValueError(
+                f"num_return_sequences is {self.num_return_sequences} but num_beams is {self.num_beams}; "
+                "return at most as many sequences as there are beams."
+            )
+        if self.num_beams == 1 and self.num_return_sequences > 1 and not self.do_sample:
+            raise ValueError(
+                f"num_return_sequences is {self.num_return_sequences} but greedy decoding finds one sequence; "
+                "set num_beams or do_sample=True."
+            )
+        if self.do_sample and self.temperature <= 0:
+            raise ValueError(
+                f"temperature is {self.temperature}; give a number above 0, or do_sample=False for no chance."
+            )
+        if self.do_sample and not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p is {self.top_p}; give a number above 0 and at most 1.")
+        self.check_ids(vocab_size)
+
+    def check_ids(self, vocab_size: int) -> None:
+        """Refuses ids that the vocabulary does not have, where they are written or read.
+
+        Raises:
+            ValueError: naming the setting and the id.
+        """
+        forced_bos = [] if self.forced_bos_token_id is None else [self.forced_bos_token_id]
+        for name, ids in (
+            ("decoder_start_token_id", [self.decoder_start_token_id]),
+            ("forced_bos_token_id", forced_bos),
+            ("forced_eos_token_id", self.forced_eos_token_ids),
+            ("bad_words_ids", [token for word in self.bad_words_ids or [] for token in word]),
+        ):
+            for token in ids:
+                if not 0 <= token < vocab_size:
+                    raise ValueError(
+                        f"{name} holds id {token}, outside the vocabulary of {vocab_size}; "
+                        "use the tokenizer that belongs to the checkpoint."
+                    )
+
+    @property
+    def eos_token_ids(self) -> list[int]:
+        return _as_list(self.eos_token_id)
+
+    @property
+    def forced_eos_token_ids(self) -> list[int]:
+        return _as_list(self.forced_eos_token_id)
+
+    def length_limit(self, prompt: int = 1) -> int:
+        """Longest sequence to return, its ``prompt`` tokens (1: the start token) included."""
+        if self.max_new_tokens is not None:
+            return prompt + self.max_new_tokens
+        return self.max_length if self.max_length is not None else prompt + 20
+
+    def least_length(self, prompt: int = 1) -> int:
+        """Shortest sequence to return before any end of text, prompt included; the limit wins over it."""
+        return self.min_length if self.min_new_tokens is None else prompt + self.min_new_tokens
+
+
+def _as_list(token_id: int | list[int] | None) -> list[int]:
+    if token_id is None:
+        return []
+    return list(token_id) if isinstance(token_id, (list, tuple)) else [token_id]
