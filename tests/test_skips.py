@@ -1,6 +1,7 @@
 """The comparison of skips with the committed list, and the table of the releases that ran."""
 
 import json
+import re
 import subprocess
 import sys
 from importlib.metadata import version
@@ -55,6 +56,14 @@ def test_every_condition_of_the_list_is_known():
     assert lines
     for line in lines:
         assert line.applies() in (True, False)
+
+
+def test_no_condition_asks_the_backend_itself():
+    """``tests.backends`` says where a backend has to run; one that refuses there must fail its tests."""
+    asks = re.compile(r"skipif\([^\n]*can_run|can_run[^\n]*:\n\s+pytest\.skip")
+    files = [file for file in README.parent.glob("tests/**/*.py") if file.name != "test_skips.py"]
+    assert len(files) > 50
+    assert [file.name for file in files if asks.search(file.read_text(encoding="utf-8"))] == []
 
 
 def test_skips_of_a_run_are_logged(tmp_path, monkeypatch):
