@@ -49,8 +49,8 @@ _RULES = {
     "max_new_tokens": _COUNT.optional,
     "min_length": _COUNT,
     "min_new_tokens": _COUNT.optional,
-    "num_beams": whole(1),
-    "num_return_sequences": whole(1),
+    "num_beams": whole(1, 1024),
+    "num_return_sequences": whole(1, 1024),
     "length_penalty": number(-50, 50),  # beyond, powers of a length leave the range of floats
     "early_stopping": one_of(True, False, "never"),
     "do_sample": FLAG,
