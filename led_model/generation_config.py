@@ -14,6 +14,7 @@ from led_model.schema import (
     check_names,
     check_values,
     list_of,
+    make_plain,
     number,
     one_of,
     whole,
@@ -106,6 +107,7 @@ class GenerationConfig:
 
     def __post_init__(self) -> None:
         check_values(vars(self), _RULES)
+        make_plain(self)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> GenerationConfig:

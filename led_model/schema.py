@@ -89,6 +89,15 @@ def check_values(values: Mapping[str, Any], rules: Mapping[str, Rule]) -> None:
             raise ValueError(f"{name} is {reprlib.repr(values[name])}; give {rule.says}.")
 
 
+def make_plain(settings: object) -> None:
+    """Turns numpy's numbers among the attributes into Python's, which JSON and torch take everywhere."""
+    for name, value in vars(settings).items():
+        if _is_whole(value):
+            setattr(settings, name, int(value))
+        elif _is_number(value):
+            setattr(settings, name, float(value))
+
+
 def check_names(given: Iterable[str], known: Iterable[str], where: str) -> None:
     """Refuses names that are not known.
 

@@ -335,9 +335,9 @@ def test_copies_and_pickles(tokenizer):
 
 def test_targets_become_labels(stock, tokenizer):
     texts, targets = ["The encoder reads.", "The decoder"], ["the text", "writes a short one"]
-    for given in ({"text_target": targets}, {"text": texts, "text_target": targets}):
-        expected = stock(**given, padding=True, truncation=True, max_length=8)
-        assert dict(tokenizer(**given, padding=True, truncation=True, max_length=8)) == dict(expected)
+    for call in ({"text_target": targets}, {"text": texts, "text_target": targets}):
+        expected = stock(**call, padding=True, truncation=True, max_length=8)
+        assert dict(tokenizer(**call, padding=True, truncation=True, max_length=8)) == dict(expected)
     with pytest.raises(ValueError, match="text and text_target are both missing"):
         tokenizer()
 
