@@ -6,13 +6,14 @@ import glob
 import json
 import os
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from io import BytesIO
 from pathlib import Path
 from typing import BinaryIO
 
+BETWEEN_PARTS = "\n\n"
 SUFFIXES = (".txt", ".md", ".jsonl")
 
 
@@ -20,13 +21,18 @@ SUFFIXES = (".txt", ".md", ".jsonl")
 class Document:
     """One text; ``source`` is its file as the user named it, ``id`` the file too, or what its JSON line says.
 
-    ``size`` is in bytes of the file.
+    ``size`` is in bytes of the file. ``parts`` are the texts that were joined by blank lines, if several were.
     """
 
     id: str | int
     source: str
     text: str
     size: int
+    parts: tuple[str, ...] = ()
+
+    @classmethod
+    def of_parts(cls, id: str | int, source: str, parts: Sequence[str], size: int) -> Document:
+        return cls(id, source, BETWEEN_PARTS.join(parts), size, tuple(parts) if len(parts) > 1 else ())
 
     @property
     def name(self) -> str:
@@ -109,7 +115,7 @@ class Source:
                 continue
             where = f"{self.name} line {number}"
             try:
-                document_id, text = self._parse(line.removeprefix(b"\xef\xbb\xbf"), number)
+                document_id, parts = self._parse(line.removeprefix(b"\xef\xbb\xbf"), number)
             except ValueError as error:
                 yield Unreadable(f"{where} {error}", len(line))
                 continue
@@ -120,9 +126,9 @@ class Source:
                     len(line),
                 )
                 continue
-            yield Document(document_id, self.name, text, len(line))
+            yield Document.of_parts(document_id, self.name, parts, len(line))
 
-    def _parse(self, line: bytes, number: int) -> tuple[str | int, str]:
+    def _parse(self, line: bytes, number: int) -> tuple[str | int, list[str]]:
         try:
             record = json.loads(line.decode("utf-8"))
         except UnicodeDecodeError as error:
@@ -137,16 +143,19 @@ class Source:
             known = ", ".join(map(repr, record)) or "nothing"
             raise ValueError(f"has no {self.text_field!r} but {known}; name the text with --text-field.")
         text, document_id = record[self.text_field], record.get("id")
-        if not isinstance(text, str) or not text.strip():
-            raise ValueError(f"has no text in {self.text_field!r}; give a string that is not blank.")
+        parts = text if isinstance(text, list) else [text]
+        if not parts or not all(isinstance(part, str) and part.strip() for part in parts):
+            raise ValueError(
+                f"has no text in {self.text_field!r}; give a string that is not blank, or a list of such strings."
+            )
         document_id = number if document_id is None else document_id
         if isinstance(document_id, bool) or not isinstance(document_id, (str, int)):
             raise ValueError(f"has the id {document_id!r}; give a string or an integer, or none.")
         try:
-            f"{document_id}{text}".encode()
+            "".join([str(document_id), *parts]).encode()
         except UnicodeEncodeError:
             raise ValueError("holds half of a surrogate pair; escape the character in full.") from None
-        return document_id, text
+        return document_id, parts
 
 
 def find_sources(

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from torch import device as Device
 
 from led_model.batch_encoding import BatchEncoding
-from led_model.documents import Document
+from led_model.documents import BETWEEN_PARTS, Document
 from led_model.terminal import say
 from led_model.tokenizer import LEDTokenizer
 
@@ -41,7 +41,8 @@ class Reader:
 
     ``long`` says what becomes of a longer document: "error", "truncate" or "chunk". With a question the ids are
     ``<s> question </s></s> document </s>``, and the tokens up to the first ``</s>`` are global; otherwise
-    ``<s> document </s>``, and the first ``global_tokens`` are.
+    ``<s> document </s>``, and the first ``global_tokens`` are. Between the parts of a document stands the
+    tokenizer's ``<doc-sep>``, which is global too, or a blank line if the tokenizer has none.
 
     Raises:
         ValueError: when the question leaves no room.
@@ -75,8 +76,7 @@ class Reader:
         Raises:
             ValueError: when the document is too long and ``long`` is "error".
         """
-        encoded = self._encode(document.text)
-        ids, offsets = encoded.input_ids, encoded.offset_mapping
+        ids, offsets = self._encode_document(document)
         spans = [(0, len(ids))]
         if len(ids) > self._room:
             total = len(ids) + len(self._prefix) + len(self._suffix)
@@ -108,11 +108,32 @@ class Reader:
         """``input_ids``, ``attention_mask`` and ``global_attention_mask``, padded to the right."""
         rows = []
         for piece in pieces:
-            length = len(piece.input_ids)
-            num_globals = min(piece.num_globals, length)
-            global_attention_mask = [1] * num_globals + [0] * (length - num_globals)
+            separator = self.tokenizer.doc_sep_token_id
+            global_attention_mask = [
+                int(index < piece.num_globals or token == separator)
+                for index, token in enumerate(piece.input_ids)
+            ]
             rows.append({"input_ids": piece.input_ids, "global_attention_mask": global_attention_mask})
         return self.tokenizer.pad(rows, return_tensors="pt").to(device)
+
+    def _encode_document(self, document: Document) -> tuple[list[int], list[tuple[int, int]]]:
+        """Ids and, for each, its characters in ``document.text``."""
+        separator = self.tokenizer.doc_sep_token_id
+        if not document.parts or separator is None:
+            encoded = self._encode(document.text)
+            return encoded.input_ids, encoded.offset_mapping
+        ids: list[int] = []
+        offsets: list[tuple[int, int]] = []
+        begin = 0  # of the part, in the text
+        for part in document.parts:
+            if begin:
+                ids.append(separator)
+                offsets.append((begin - len(BETWEEN_PARTS), begin))
+            encoded = self._encode(part)
+            ids += encoded.input_ids
+            offsets += [(begin + first, begin + end) for first, end in encoded.offset_mapping]
+            begin += len(part) + len(BETWEEN_PARTS)
+        return ids, offsets
 
     def _encode(self, text: str) -> BatchEncoding:
         # `</s>` in a document is text, not its end
