@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import math
 from collections.abc import Callable
 
 
@@ -18,23 +17,20 @@ def at_least(smallest: int) -> Callable[[str], int]:
     return parse
 
 
-def above_zero(largest: float = math.inf) -> Callable[[str], float]:
-    """A finite number above 0, at most ``largest``."""
-
+def within(low: float, high: float, kind: type = float) -> Callable[[str], float]:
     def parse(text: str) -> float:
-        value = float(text)
-        if not 0 < value <= largest or math.isinf(value):
-            rest = "" if math.isinf(largest) else f" and at most {largest:g}"
-            raise argparse.ArgumentTypeError(f"{text} is not above 0{rest}")
+        value = kind(text)
+        if not low <= value <= high:  # nor is NaN
+            raise argparse.ArgumentTypeError(f"{text} is not between {low:g} and {high:g}")
         return value
 
-    parse.__name__ = "number"
+    parse.__name__ = kind.__name__
     return parse
 
 
 def add_sampling(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group(
-        "chance", "By default nothing is left to chance, unless the checkpoint's generation_config says so."
+        "chance", "Nothing is left to chance unless this or generation_config asks for it."
     )
     group.add_argument(
         "--do-sample",
@@ -43,7 +39,7 @@ def add_sampling(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--temperature",
-        type=above_zero(),
+        type=within(1e-3, 1e3),
         metavar="X",
         help="below 1 the likely tokens get likelier, above 1 less so",
     )
@@ -52,13 +48,13 @@ def add_sampling(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--top-p",
-        type=above_zero(1),
+        type=within(1e-6, 1),
         metavar="X",
         help="draw from the likeliest tokens that together have the probability X",
     )
     group.add_argument(
         "--seed",
-        type=int,
+        type=within(-(2**63), 2**63 - 1, int),
         metavar="N",
         help="of the chances, the same for each batch: with --batch-size 1 a document's text is the same in "
         "every run that has this seed",
@@ -75,7 +71,7 @@ def add_running(parser: argparse.ArgumentParser) -> None:
             help=f"keep the layers' weights in {bits} bits ({kind}): less memory, and slightly other results",
         )
     group.add_argument(
-        "--threads", type=at_least(1), metavar="N", help="of the processor; default: torch's, one a core"
+        "--threads", type=within(1, 1024, int), metavar="N", help="of the processor; default: one a core"
     )
     group.add_argument(
         "--quiet", action="store_true", help="say nothing on stderr but what failed, and draw no bars"

@@ -89,7 +89,9 @@ def _add_summarize(commands: argparse._SubParsersAction) -> None:
   led summarize paper.txt --model ./led-large-16384-arxiv
   pdftotext paper.pdf - | led summarize - --model allenai/led-base-16384 --num-beams 4
   led summarize 'reports/**/*.md' papers.jsonl --output summaries.jsonl --model ./led \\
-      --batch-size 4 --long chunk --max-new-tokens 128""",
+      --batch-size 4 --long chunk --max-new-tokens 128
+  led summarize reports/ --model ./led --dry-run
+  led summarize monday.txt tuesday.txt --join --model ./primera""",
         chunk="the pieces' summaries are joined, a line each, in order",
     )
     _add_global_tokens(parser)

@@ -109,5 +109,5 @@ def test_demo_without_transformers(capfd, monkeypatch):
     flags = "--tokens 128 --compare-tokens 64 --layers 1 --window 64 --new-tokens 1"
     assert main(["demo", *flags.split()]) == 0
     output = capfd.readouterr().out
-    assert "pip install 'led-kernels[demo]'" in output
+    assert "pip install '.[demo]'" in output
     assert re.search(r"input tokens +128 +64\n", output)
