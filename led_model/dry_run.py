@@ -48,7 +48,8 @@ def count_documents(args: Namespace) -> int:
                 print(f"{document.name} has {tokens:,} tokens: {fate}.")
     too_long = sum(length > reader.limit for length in lengths)
     print(
-        f"{len(lengths):,} document{'s' * (len(lengths) != 1)}, {sum(lengths):,} tokens, at most {max(lengths, default=0):,} in one; "
+        f"{len(lengths):,} document{'s' * (len(lengths) != 1)}, {sum(lengths):,} tokens, "
+        f"at most {max(lengths, default=0):,} in one; "
         f"{too_long:,} longer than the {reader.limit:,} that the model reads, {failed:,} that cannot be read."
     )
     return SOME_FAILED if failed or (too_long and args.long == "error") else DONE
