@@ -24,7 +24,8 @@ and the text a list of strings, the parts of one document.
 
 With --output each result is on disk before the next document begins. After an
 interruption the same command goes on where it stopped: it leaves out documents
-whose source and id are in the file already. Without --output a single document's
+whose text the file has a result for. Results of another model or other settings
+are never mixed in: --overwrite begins anew. Without --output a single document's
 result is printed as text, and those of several as JSONL.
 
 exit status: 0 all documents are done; 1 the command could not run, 2 its arguments
@@ -45,11 +46,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 1
         print(f"led {args.command}: {error}", file=sys.stderr)
         return 1
-    except RuntimeError as error:
-        if "memory" not in str(error):
+    except (RuntimeError, MemoryError) as error:
+        if not _is_out_of_memory(error):
             raise
+        reason = str(error).strip().split("\n")[0]
         print(
-            f"led {args.command}: memory ran out ({error}); shorten the text or change --batch-size, --dtype or "
+            f"led {args.command}: memory ran out ({reason}); shorten the text or change --batch-size, --dtype or "
             "--device.",
             file=sys.stderr,
         )
@@ -168,6 +170,9 @@ def _document_command(
     )
     parser.add_argument("--output", metavar="FILE.jsonl", help="append results here, and resume from here")
     parser.add_argument(
+        "--overwrite", action="store_true", help="let the first result replace all that --output holds"
+    )
+    parser.add_argument(
         "--text-field", default="text", metavar="NAME", help="where a JSON line has its text; default: text"
     )
     parser.add_argument("--jsonl", action="store_true", help="stdin, and files of any name, are JSONL")
@@ -214,7 +219,7 @@ def _add_generation(parser: argparse.ArgumentParser, noun: str, default: str) ->
     )
     group.add_argument(
         "--length-penalty",
-        type=float,
+        type=_finite,
         metavar="X",
         help="with beams, above 0 favours long, below 0 short ones",
     )
@@ -263,17 +268,36 @@ def _run_demo(args: argparse.Namespace) -> None:
     )
 
 
+def _is_out_of_memory(error: RuntimeError | MemoryError) -> bool:
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error)
+
+
 def _device(text: str) -> str:
+    """A device that tensors can be on here."""
     try:
         kind = torch.device(text).type
-    except RuntimeError:
-        raise argparse.ArgumentTypeError(f"{text!r} is no device; give cpu, cuda, cuda:1, …") from None
-    if kind == "cuda" and not torch.cuda.is_available():
-        raise argparse.ArgumentTypeError("torch sees no GPU; install a GPU build of torch, or give cpu")
+        if kind == "meta":
+            raise argparse.ArgumentTypeError("meta holds no numbers; give cpu or cuda")
+        torch.empty(1, device=text)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        known = "torch sees no GPU" if text.startswith("cuda") else f"torch has no {text!r} here"
+        reason = str(error).strip().split("\n")[0].rstrip(".")
+        raise argparse.ArgumentTypeError(f"{known} ({reason}); give cpu, or install a build for it") from None
     return text
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    if not abs(value) <= 100:
+        raise argparse.ArgumentTypeError(f"{text} is not from -100 to 100")
+    return value
 
 
 def _not_blank(text: str) -> str:
     if not text.strip():
         raise argparse.ArgumentTypeError("a question is not blank")
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise argparse.ArgumentTypeError("a question is UTF-8, and this has half of a character") from None
     return text

@@ -17,6 +17,7 @@ from tqdm import tqdm
 from led_model.checkpoint import checkpoint_files
 from led_model.config import read_json
 from led_model.documents import Document, Source, Unreadable, find_sources
+from led_model.fingerprint import fingerprint
 from led_model.heads import LEDForQuestionAnswering
 from led_model.joined import Joined
 from led_model.model import LEDForConditionalGeneration
@@ -54,14 +55,13 @@ def run_on_documents(args: Namespace) -> int:
         torch.set_num_threads(args.threads)
     with ExitStack() as stack:
         stack.enter_context(quiet(args.quiet))
+        sources, problems = find_documents(args)
         results = None
         if args.output is not None:
-            field_name = {"summarize": "summary", "answer": "answer", "classify": "label"}[args.command]
             question = getattr(args, "question", None)
-            results = stack.enter_context(ResultFile(args.output, field_name, question))
-        if results is not None and results.done:
-            say(f"{args.output} holds {len(results.done):,} results already; these documents are left out.")
-        sources, problems = find_documents(args)
+            results = stack.enter_context(ResultFile(args.output, made_by(args), question, args.overwrite))
+        if results is not None and results.count:
+            say(f"{args.output} holds {results.count:,} results already; these documents are left out.")
         run = _Run(args, results, sources, problems)
         stack.enter_context(run.bar)
         try:
@@ -71,11 +71,13 @@ def run_on_documents(args: Namespace) -> int:
             if results is None:
                 raise
             complain(
-                f"interrupted; {args.output} holds {len(results.done):,} results. Give the same command again to go "
+                f"interrupted; {args.output} holds {results.count:,} results. Give the same command again to go "
                 "on with the others.",
                 f"led {args.command}",
             )
             return INTERRUPTED
+        if results is not None and run.made:
+            results.check_that_it_is_there()
         return SOME_FAILED if run.failed else DONE
 
 
@@ -134,7 +136,8 @@ class _Run:
             for piece, result in zip(batch, task.run(batch), strict=True):
                 found.append(result)
                 if piece.index + 1 == piece.count:
-                    self._deliver(task, piece.document, task.join(found))
+                    about = {"tokens": piece.tokens, "pieces": piece.count, "truncated": piece.is_truncated}
+                    self._deliver(task, piece.document, task.join(found) | about)
                     found = []
                 self.bar.set_description_str(self._count(), refresh=False)
                 self.bar.update(piece.document.size / piece.count)
@@ -149,8 +152,12 @@ class _Run:
                 if isinstance(document, Unreadable):
                     self.complain(document.message)
                 elif self.results is None or not self.results.has(document):
+                    if self.results is not None and self.results.has_changed(document):
+                        say(f"{document.name} has changed since its result was made; it is read again.")
                     yield document
                     continue
+                else:
+                    self.made += 1
                 self.bar.total -= document.size
 
     def _pieces(self, task: Task, documents: Iterator[Document]) -> Iterator[Piece]:
@@ -164,10 +171,10 @@ class _Run:
             yield from pieces
 
     def _deliver(self, task: Task, document: Document, result: dict[str, Any]) -> None:
-        record = {"id": document.id, "source": document.source} | result
         if self.results is not None:
-            self.results.append(record)
+            self.results.append(document, result)
         else:
+            record = {"id": document.id, "source": document.source} | result
             alone = self.total + len(self.problems) == 1
             with self.bar.external_write_mode(file=sys.stdout):
                 print(task.as_text(result) if alone else to_line(record), flush=True)
@@ -177,9 +184,25 @@ class _Run:
         return f"{self.made} of {self.total} documents"
 
 
+def made_by(args: Namespace) -> dict[str, Any]:
+    """What a result depends on, beside its document: the checkpoint, and the flags that change what is read or written.
+
+    Raises:
+        FileNotFoundError: when there is no such checkpoint.
+    """
+    flags = {
+        name: getattr(args, name, None) for name in ("long", "global_tokens", "dtype", *GENERATION_FLAGS)
+    }
+    flags |= {name: True for name in ("load_in_4bit", "load_in_8bit") if getattr(args, name)}
+    given = {f"--{name.replace('_', '-')}": value for name, value in flags.items() if value is not None}
+    weights = fingerprint(args.model, args.revision)
+    return {"command": args.command, "model": args.model, "model's fingerprint": weights, **given}
+
+
 def load_task(args: Namespace) -> Task:
     """The model that ``args.command`` needs, with its tokenizer."""
     tokenizer = LEDTokenizer.from_pretrained(args.model, revision=args.revision)
+    say(f"loading {args.model} …")
     where = {
         "dtype": DTYPES.get(args.dtype),
         "device": args.device or ("cuda" if torch.cuda.is_available() else "cpu"),
@@ -198,6 +221,13 @@ def load_task(args: Namespace) -> Task:
         reading["global_tokens"] = args.global_tokens
     if args.command == "classify":
         return Classifier(load_classifier(args.model, **where), tokenizer, **reading)
+    if "LEDForSequenceClassification" in _architectures(args) or (
+        args.command == "summarize" and "LEDForQuestionAnswering" in _architectures(args)
+    ):
+        raise ValueError(
+            f"{args.model} is a checkpoint of {_architectures(args)[0]}, whose head for writing was never trained; "
+            "use the command for what it does, or give another."
+        )
 
     model = LEDForConditionalGeneration.from_pretrained(args.model, **where)
     settings = {name: getattr(args, name) for name in GENERATION_FLAGS if getattr(args, name) is not None}
@@ -211,9 +241,7 @@ def load_task(args: Namespace) -> Task:
 
 def finds_answers(args: Namespace) -> bool:
     """Whether the checkpoint is one of question answering, which writes nothing."""
-    config = checkpoint_files(args.model, args.revision)("config.json")
-    architectures = read_json(config).get("architectures") if config is not None else None
-    if "LEDForQuestionAnswering" not in (architectures or []):
+    if "LEDForQuestionAnswering" not in _architectures(args):
         return False
     for name in GENERATION_FLAGS:
         if name != "max_new_tokens" and getattr(args, name) is not None:
@@ -222,3 +250,10 @@ def finds_answers(args: Namespace) -> bool:
                 "leave it out."
             )
     return True
+
+
+def _architectures(args: Namespace) -> list[str]:
+    """The classes of transformers that the checkpoint says it is of."""
+    config = checkpoint_files(args.model, args.revision)("config.json")
+    found = read_json(config).get("architectures") if config is not None else None
+    return found if isinstance(found, list) else []

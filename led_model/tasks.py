@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from led_model.batch_encoding import BatchEncoding
@@ -60,6 +60,7 @@ class Task(ABC):
 
     def __init__(self, model: LEDPreTrainedModel, tokenizer: LEDTokenizer, **reading: Any) -> None:
         """``reading``: the other fields of :class:`Reader`."""
+        check_weights(model)
         self.model = model
         self.device = next(model.parameters()).device
         if len(tokenizer) > model.config.vocab_size:
@@ -125,7 +126,7 @@ class _Writer(Task):
         model, start = self.model, time.perf_counter()
         with self.read(inputs):
             encoded = model.led.encode(**inputs)
-            encoded.flatten()[:1].tolist()  # waits for the device
+            check_states(encoded)
         read = time.perf_counter()
         with tqdm(total=self.limit, desc="writing", unit="token", leave=False, disable=no_bars()) as bar:
             listener = None if bar.disable else lambda _: bar.update()
@@ -185,12 +186,13 @@ class SpanFinder(Task):
         with self.read(inputs):
             output = self.model(**inputs)
             start_logits, end_logits = output.start_logits.float().cpu(), output.end_logits.float().cpu()
+            check_states(start_logits + end_logits)
         self.work.read_seconds += time.perf_counter() - start
         found = []
         for row, piece in enumerate(pieces):
             own = slice(piece.first, piece.first + len(piece.offsets))
             first, last, score = best_span(start_logits[row, own], end_logits[row, own], self.longest_answer)
-            begin, end = piece.offsets[first][0], piece.offsets[last][1]
+            begin, end = int(piece.offsets[first][0]), int(piece.offsets[last][1])
             answer = piece.document.text[begin:end].rstrip()  # a token of space may come last
             found.append({"answer": answer, "score": score, "start": begin, "end": begin + len(answer)})
         return found
@@ -210,6 +212,7 @@ class Classifier(Task):
         start = time.perf_counter()
         with self.read(inputs):
             logits = self.model(**inputs).logits.float().cpu()
+            check_states(logits)
         self.work.read_seconds += time.perf_counter() - start
         return [{"logits": row} for row in logits]
 
@@ -231,6 +234,19 @@ class Classifier(Task):
         numbers = result.get("probabilities") or result["label"]
         ranked = sorted(numbers.items(), key=lambda item: -item[1])
         return "\n".join(f"{label}\t{number:.4f}" for label, number in ranked)
+
+
+def check_weights(model: nn.Module) -> None:
+    """Raises ValueError when a weight is NaN or infinite: every result would be made of it."""
+    for name, weight in model.named_parameters():
+        if weight.is_floating_point() and not bool(weight.isfinite().all()):
+            raise ValueError(f"the model's {name} holds NaN or infinity; give a sound checkpoint.")
+
+
+def check_states(states: Tensor) -> None:
+    """Raises ValueError when what a model computed is not finite."""
+    if not bool(states.isfinite().all()):
+        raise ValueError("the model's numbers overflowed; give --dtype float32 or bfloat16.")
 
 
 def mean_log_probs(
