@@ -12,6 +12,7 @@ import pytest
 from tests.model.hostile import cases
 
 
+@pytest.mark.timeout(1200)
 @pytest.mark.parametrize("step", [pytest.param(1, marks=pytest.mark.slow), 9])
 def test_hostile_checkpoints(tmp_path: Path, step: int) -> None:
     pytest.importorskip("tokenizers")
@@ -22,7 +23,7 @@ def test_hostile_checkpoints(tmp_path: Path, step: int) -> None:
         capture_output=True,
         text=True,
         cwd=Path(__file__).parents[2],
-        timeout=280,
+        timeout=1100,
     )
     lines = [json.loads(line) for line in done.stdout.splitlines()]
     assert done.returncode == 0, done.stderr[-2000:]
