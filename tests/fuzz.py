@@ -27,12 +27,13 @@ from led_kernels import (
     ops,
 )
 from led_kernels.decode import decode_attention, few_rows_add_norm, few_rows_linear, write_rows
-from led_kernels.dispatch import backend_module, can_run
+from led_kernels.dispatch import backend_module
+from tests.backends import backends_on
 
 REFUSALS = (ValueError, TypeError, IndexError, RuntimeError, OverflowError)
 NUMBERS = (-(2**63), -(2**31), -7, -1, 0, 1, 2, 3, 5, 8, 17, 100, 300, 2**24 + 1, 2**31 - 1, 2**40)
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.int64, torch.int32, torch.uint8, torch.bool)
-BACKENDS = [name for name in ("cpu", "torch", "reference") if can_run(name, torch.device("cpu"))]
+BACKENDS = ["reference", *backends_on("cpu")]
 
 
 def hostile(rng: random.Random, x: Tensor) -> Tensor:

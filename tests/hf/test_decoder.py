@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 
-pytest.importorskip("transformers", reason="needs transformers: pip install 'led-kernels[hf]'")
+pytest.importorskip("transformers", reason="needs transformers: pip install '.[hf]'")
 
 import torch
-import transformers
-from hf_cases import PAD, HFCase, assert_close, fused, true_fp64
+from decoding import CASE, STATIC, STEPS, VERSION, decoding_model, generate
+from hf_cases import PAD, assert_close, fused, true_fp64
 from torch import Tensor, nn
 from transformers import (
     AutoModelForSeq2SeqLM,
@@ -26,15 +26,11 @@ from led_kernels.hf import apply_led_kernels, revert_led_kernels
 from led_kernels.hf.compat import cache_argument, is_newer_than_tested
 from led_kernels.hf.decoder import FusedLEDDecoderAttention
 
-VERSION = tuple(map(int, transformers.__version__.split(".")[:2]))
 pytestmark = pytest.mark.skipif(
     VERSION < (4, 56), reason="before 4.56 LED has no static cache and keeps its decoder"
 )
 known_release = pytest.mark.skipif(is_newer_than_tested(), reason="what a newer release does is not known")
 
-CASE = HFCase(globals_per_row=((0, 9), (4,)), padding=("none", "right"))
-STEPS = 12
-STATIC = {"cache_implementation": "static"}
 PROMPTS = {
     "no-prompt": {},
     "prompt": {"decoder_input_ids": torch.tensor([[2, 7, 9, 30], [2, 8, 8, 41]])},
@@ -50,32 +46,9 @@ SEARCHES = {
 }
 
 
-def decoding_model(seed: int = 2, **overrides) -> nn.Module:
-    """Says more than one token, as its weights are large and its biases zero; ill-conditioned, so in fp64."""
-    generator = torch.Generator().manual_seed(seed)
-    sizes = {"decoder_layers": 2, "decoder_attention_heads": 4, "decoder_ffn_dim": 48}
-    model = LEDForConditionalGeneration(CASE.led_config(**sizes | overrides)).eval()
-    for parameter in model.parameters():
-        if parameter.dim() > 1:
-            parameter.data = torch.randn(parameter.shape, generator=generator) * 0.5
-    model.get_decoder().embed_positions.weight.data *= 3
-    return model.double()
-
-
 @pytest.fixture
 def stock() -> nn.Module:
     return decoding_model()
-
-
-def generate(model: nn.Module, **settings) -> tuple[Tensor, Tensor | None]:
-    """Tokens and, but for beams, the logits ``[batch, steps, vocabulary]`` behind them."""
-    # after the encoder, whose layers draw a random number each in transformers up to 5.0
-    seeding = model.get_encoder().register_forward_hook(lambda *_: torch.manual_seed(0) and None)
-    settings = {"do_sample": False, "max_new_tokens": STEPS} | settings
-    with true_fp64():
-        result = model.generate(**CASE.inputs(), **settings, output_logits=True, return_dict_in_generate=True)
-    seeding.remove()
-    return result.sequences, None if "num_beams" in settings else torch.stack(result.logits, 1)
 
 
 def is_fused(model: nn.Module) -> bool:
@@ -156,7 +129,7 @@ def test_model_card(globally, stock, tmp_path):
 
 @pytest.mark.parametrize("attach", ["offload", "dispatch"])
 def test_accelerate_hooks(attach, stock):
-    accelerate = pytest.importorskip("accelerate", reason="needs accelerate: pip install 'led-kernels[test]'")
+    accelerate = pytest.importorskip("accelerate", reason="needs accelerate: pip install '.[test]'")
     expected = generate(stock)[0]
     if attach == "offload":
         accelerate.cpu_offload(stock, execution_device=torch.device("cpu"))
@@ -177,7 +150,7 @@ def test_cross_keys_are_projected_once(cache, stock):
 
 
 def test_lora_on_the_decoder(stock):
-    peft = pytest.importorskip("peft", reason="needs peft: pip install 'led-kernels[test]'")
+    peft = pytest.importorskip("peft", reason="needs peft: pip install '.[test]'")
     model = peft.get_peft_model(stock, peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj", "k_proj"]))
     for name, parameter in model.named_parameters():
         if "lora_B" in name:  # starts at zero
