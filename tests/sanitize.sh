@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Runs the compiled CPU kernels under AddressSanitizer and UndefinedBehaviorSanitizer: builds an instrumented
 # extension in a temporary folder and runs the attention tests of the `cpu` backend over it, for every instruction
-# set that this processor has. Any report fails the run.
+# set that this processor has, and then the hostile calls of tests/fuzz.py. Any report fails the run.
 #
 #   tests/sanitize.sh            all cases
 #   tests/sanitize.sh --short    a selection, two to three minutes on two cores
@@ -11,10 +11,11 @@
 set -euo pipefail
 
 python=${PYTHON:-python}
-cases="cpu or test_decode"
+cases="cpu or test_decode" hostile=4000
 case "${1:-}" in
   "") ;;
-  --short) 
+  --short)
+    hostile=500
     cases="cpu and (head_dim or window or strides or empty) and not longformer and not -float64- and not -float16-"
     cases="($cases) or (test_decode and not bfloat16 and not float64)" ;;
   *) echo "usage: $0 [--short]" >&2; exit 2 ;;
@@ -40,8 +41,9 @@ fi
 
 # with the C++ library, or AddressSanitizer, which comes first, does not find what throws
 export LD_PRELOAD="$preload $("$compiler" -print-file-name=libstdc++.so.6)"
-# Python and torch leave memory to the end of the process, which is no concern of the kernels
-export ASAN_OPTIONS=detect_leaks=0:halt_on_error=1:abort_on_error=0
+# Python and torch leave memory to the end of the process, which is no concern of the kernels;
+# what is too large is an error of theirs, as without the sanitizer
+export ASAN_OPTIONS=detect_leaks=0:halt_on_error=1:abort_on_error=0:allocator_may_return_null=1
 export UBSAN_OPTIONS=print_stacktrace=1:halt_on_error=1
 isas=$("$python" -c "import torch; from led_kernels import _C; print(*_C.cpu_isas())")
 pids=()
@@ -58,4 +60,9 @@ for isa in $isas; do
   echo "== $isa =="
   cat "$work/$isa.log"
 done
+echo "== hostile calls =="
+if ! "$python" -m tests.fuzz --cases "$hostile" 2>"$work/fuzz.log"; then
+  tail -n 60 "$work/fuzz.log"
+  failed=1
+fi
 exit $failed

@@ -184,8 +184,8 @@ inline void write_rows(const WriteRowsParams& p) {
   for (int64_t batch = 0; batch < p.batch; ++batch) {
     for (int64_t head = 0; head < p.heads; ++head) {
       for (int64_t i = 0; i < p.rows; ++i)
-        memcpy(row_address(p.to, p.dtype, batch, p.position[i], head),
-               row_address(p.from, p.dtype, batch, i, head), bytes);
+        memmove(row_address(p.to, p.dtype, batch, p.position[i], head),  // rows may be the cache's own
+                row_address(p.from, p.dtype, batch, i, head), bytes);
     }
   }
 }
