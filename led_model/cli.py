@@ -10,14 +10,17 @@ from collections.abc import Sequence
 
 import torch
 
-from led_kernels import BackendUnavailable
+from led_kernels import BackendUnavailable, __version__
+from led_model.arguments import add_joining, add_running, add_sampling, at_least
 from led_model.commands import DEFAULT_NEW_TOKENS, DTYPES, run_on_documents
 from led_model.demo import DemoSettings, run_demo
+from led_model.dry_run import count_documents
 from led_model.info import run_info
 
 _ABOUT_DOCUMENTS = """
 Documents are .txt and .md files, one document each, and .jsonl files, one a line:
-{"id": "a7", "text": "…"}, where the id may be missing and is then the number of the line.
+{"id": "a7", "text": "…"}, where the id may be missing and is then the number of the line,
+and the text a list of strings, the parts of one document.
 
 With --output each result is on disk before the next document begins. After an
 interruption the same command goes on where it stopped: it leaves out documents
@@ -65,6 +68,7 @@ def build_parser() -> argparse.ArgumentParser:
         description="Longformer-Encoder-Decoder models on fused attention kernels.",
         epilog="Start with `led demo`: it needs no checkpoint and no network. See `led COMMAND --help`.",
     )
+    parser.add_argument("--version", action="version", version=f"led {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _add_summarize(commands)
     _add_answer(commands)
@@ -87,7 +91,9 @@ def _add_summarize(commands: argparse._SubParsersAction) -> None:
   led summarize paper.txt --model ./led-large-16384-arxiv
   pdftotext paper.pdf - | led summarize - --model allenai/led-base-16384 --num-beams 4
   led summarize 'reports/**/*.md' papers.jsonl --output summaries.jsonl --model ./led \\
-      --batch-size 4 --long chunk --max-new-tokens 128""",
+      --batch-size 4 --long chunk --max-new-tokens 128
+  led summarize reports/ --model ./led --dry-run
+  led summarize monday.txt tuesday.txt --join --model ./primera""",
         chunk="the pieces' summaries are joined, a line each, in order",
     )
     _add_global_tokens(parser)
@@ -142,7 +148,7 @@ def _document_command(
         "LED_KERNELS_BACKEND=torch (or cpu, triton, cuda) chooses the attention kernels by name.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.set_defaults(run=run_on_documents)
+    parser.set_defaults(run=lambda args: (count_documents if args.dry_run else run_on_documents)(args))
     parser.add_argument(
         "inputs",
         nargs="+",
@@ -172,7 +178,7 @@ def _document_command(
     parser.add_argument("--jsonl", action="store_true", help="stdin, and files of any name, are JSONL")
     parser.add_argument(
         "--batch-size",
-        type=_at_least(1),
+        type=at_least(1),
         default=1,
         metavar="N",
         help="documents (or pieces) read at once; more are faster on a GPU and take more memory; default: 1",
@@ -185,13 +191,15 @@ def _document_command(
         "its beginning, or read it in pieces, cut between paragraphs or sentences where possible; "
         f"{chunk}",
     )
+    add_joining(parser)
+    add_running(parser)
     return parser
 
 
 def _add_global_tokens(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--global-tokens",
-        type=_at_least(0),
+        type=at_least(0),
         default=1,
         metavar="N",
         help="the first N tokens see, and are seen by, the whole text; default: 1, as LED was trained",
@@ -203,11 +211,11 @@ def _add_generation(parser: argparse.ArgumentParser, noun: str, default: str) ->
         "writing", "Default of these is what the checkpoint's generation_config says."
     )
     group.add_argument(
-        "--max-new-tokens", type=_at_least(1), metavar="N", help=f"longest {noun}, in tokens; {default}"
+        "--max-new-tokens", type=at_least(1), metavar="N", help=f"longest {noun}, in tokens; {default}"
     )
-    group.add_argument("--min-new-tokens", type=_at_least(0), metavar="N", help=f"shortest {noun}, in tokens")
+    group.add_argument("--min-new-tokens", type=at_least(0), metavar="N", help=f"shortest {noun}, in tokens")
     group.add_argument(
-        "--num-beams", type=_at_least(1), metavar="N", help="sequences that beam search follows; 1: greedy"
+        "--num-beams", type=at_least(1), metavar="N", help="sequences that beam search follows; 1: greedy"
     )
     group.add_argument(
         "--length-penalty",
@@ -216,8 +224,9 @@ def _add_generation(parser: argparse.ArgumentParser, noun: str, default: str) ->
         help="with beams, above 0 favours long, below 0 short ones",
     )
     group.add_argument(
-        "--no-repeat-ngram-size", type=_at_least(0), metavar="N", help="no N tokens come twice; 0: they may"
+        "--no-repeat-ngram-size", type=at_least(0), metavar="N", help="no N tokens come twice; 0: they may"
     )
+    add_sampling(parser)
 
 
 def _add_demo(commands: argparse._SubParsersAction) -> None:
@@ -241,7 +250,7 @@ def _add_demo(commands: argparse._SubParsersAction) -> None:
         default = getattr(defaults, flag.replace("-", "_"))
         demo.add_argument(
             f"--{flag}",
-            type=_at_least(1),
+            type=at_least(1),
             default=default,
             metavar="N",
             help=f"{explanation}; default: {default:,}",
@@ -261,17 +270,6 @@ def _run_demo(args: argparse.Namespace) -> None:
 
 def _is_out_of_memory(error: RuntimeError | MemoryError) -> bool:
     return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error)
-
-
-def _at_least(smallest: int):
-    def parse(text: str) -> int:
-        value = int(text)
-        if value < smallest:
-            raise argparse.ArgumentTypeError(f"{value} is below {smallest}")
-        return value
-
-    parse.__name__ = "int"  # argparse names it in its message
-    return parse
 
 
 def _device(text: str) -> str:

@@ -19,11 +19,20 @@ from led_model.config import read_json
 from led_model.documents import Document, Source, Unreadable, find_sources
 from led_model.fingerprint import fingerprint
 from led_model.heads import LEDForQuestionAnswering
+from led_model.joined import Joined
 from led_model.model import LEDForConditionalGeneration
 from led_model.pieces import Piece
 from led_model.results import ResultFile, to_line
-from led_model.tasks import Answerer, Classifier, SpanFinder, Summarizer, Task, load_classifier
-from led_model.terminal import say, seconds
+from led_model.tasks import (
+    SAMPLING_FLAGS,
+    Answerer,
+    Classifier,
+    SpanFinder,
+    Summarizer,
+    Task,
+    load_classifier,
+)
+from led_model.terminal import complain, no_bars, quiet, say, seconds
 from led_model.tokenizer import LEDTokenizer
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -34,16 +43,19 @@ GENERATION_FLAGS = (
     "num_beams",
     "length_penalty",
     "no_repeat_ngram_size",
+    "do_sample",
+    *SAMPLING_FLAGS,
 )
 DONE, SOME_FAILED, INTERRUPTED = 0, 3, 130
 
 
 def run_on_documents(args: Namespace) -> int:
     """Runs ``args.command`` over all documents that ``args`` names; returns the exit status."""
+    if args.threads is not None:
+        torch.set_num_threads(args.threads)
     with ExitStack() as stack:
-        sources, problems = find_sources(
-            args.inputs, jsonl=args.jsonl, text_field=args.text_field, leave_out=args.output
-        )
+        stack.enter_context(quiet(args.quiet))
+        sources, problems = find_documents(args)
         results = None
         if args.output is not None:
             question = getattr(args, "question", None)
@@ -58,7 +70,7 @@ def run_on_documents(args: Namespace) -> int:
             run.bar.close()  # before anything is said
             if results is None:
                 raise
-            say(
+            complain(
                 f"interrupted; {args.output} holds {results.count:,} results. Give the same command again to go "
                 "on with the others.",
                 f"led {args.command}",
@@ -69,13 +81,23 @@ def run_on_documents(args: Namespace) -> int:
         return SOME_FAILED if run.failed else DONE
 
 
+def find_documents(args: Namespace) -> tuple[list[Source | Joined], list[str]]:
+    """Where the documents are, and a sentence on each input that names none; with ``--join`` they are one."""
+    sources, problems = find_sources(
+        args.inputs, jsonl=args.jsonl, text_field=args.text_field, leave_out=args.output
+    )
+    if not args.join:
+        return list(sources), problems
+    return [] if problems else [Joined(sources)], problems
+
+
 @dataclass
 class _Run:
     """One command's way through its documents; ``failed`` counts those, and the inputs, that came to nothing."""
 
     args: Namespace
     results: ResultFile | None
-    sources: list[Source]
+    sources: list[Source | Joined]
     problems: list[str]  # inputs that name no document
     failed: int = 0
     made: int = 0
@@ -90,12 +112,12 @@ class _Run:
             bar_format="{desc} {percentage:3.0f}%|{bar}| {elapsed}, {remaining} left",
             desc=self._count(),
             leave=False,
-            disable=None if self.total > 1 else True,
+            disable=no_bars() if self.total > 1 else True,
         )
 
     def complain(self, problem: str) -> None:
         self.failed += 1
-        say(problem, f"led {self.args.command}")
+        complain(problem, f"led {self.args.command}")
 
     def work(self) -> None:
         for problem in self.problems:
@@ -171,6 +193,7 @@ def made_by(args: Namespace) -> dict[str, Any]:
     flags = {
         name: getattr(args, name, None) for name in ("long", "global_tokens", "dtype", *GENERATION_FLAGS)
     }
+    flags |= {name: True for name in ("load_in_4bit", "load_in_8bit") if getattr(args, name)}
     given = {f"--{name.replace('_', '-')}": value for name, value in flags.items() if value is not None}
     weights = fingerprint(args.model, args.revision)
     return {"command": args.command, "model": args.model, "model's fingerprint": weights, **given}
@@ -179,16 +202,19 @@ def made_by(args: Namespace) -> dict[str, Any]:
 def load_task(args: Namespace) -> Task:
     """The model that ``args.command`` needs, with its tokenizer."""
     tokenizer = LEDTokenizer.from_pretrained(args.model, revision=args.revision)
-    say(f"loading {args.model} …")
+    if sys.stderr.isatty():  # to somebody who waits
+        say(f"loading {args.model} …")
     where = {
         "dtype": DTYPES.get(args.dtype),
         "device": args.device or ("cuda" if torch.cuda.is_available() else "cpu"),
         "revision": args.revision,
+        "load_in_4bit": args.load_in_4bit,
+        "load_in_8bit": args.load_in_8bit,
     }
     reading: dict[str, Any] = {"long": args.long}
     if args.command == "answer":
         reading["question"] = args.question
-        if _finds_answers(args):
+        if finds_answers(args):
             longest = args.max_new_tokens or DEFAULT_NEW_TOKENS["answer"]
             model = LEDForQuestionAnswering.from_pretrained(args.model, **where)
             return SpanFinder(model, tokenizer, longest, **reading)
@@ -214,7 +240,7 @@ def load_task(args: Namespace) -> Task:
     return task_class(model, tokenizer, settings, **reading)
 
 
-def _finds_answers(args: Namespace) -> bool:
+def finds_answers(args: Namespace) -> bool:
     """Whether the checkpoint is one of question answering, which writes nothing."""
     if "LEDForQuestionAnswering" not in _architectures(args):
         return False

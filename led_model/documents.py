@@ -8,13 +8,14 @@ import hashlib
 import json
 import os
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from io import BytesIO
 from pathlib import Path
 from typing import BinaryIO
 
+BETWEEN_PARTS = "\n\n"
 SUFFIXES = (".txt", ".md", ".jsonl")
 MOST_BYTES = 2**28  # of a document, or of a file that can be read but once; far beyond what a model reads
 
@@ -35,19 +36,28 @@ _TOO_MUCH = f"holds more than {MOST_BYTES >> 20} MiB of text; split it."
 class Document:
     """One text; ``source`` is its file as the user named it, ``id`` the file too, or what its JSON line says.
 
-    ``size`` is in bytes of the file.
+    ``size`` is in bytes of the file. ``parts`` are the texts that were joined by blank lines, if several were.
     """
 
     id: str | int
     source: str
     text: str
     size: int
+    parts: tuple[str, ...] = ()
     has_own_id: bool = False
+
+    @classmethod
+    def of_parts(
+        cls, id: str | int, source: str, parts: Sequence[str], size: int, has_own_id: bool = False
+    ) -> Document:
+        own = tuple(parts) if len(parts) > 1 else ()
+        return cls(id, source, BETWEEN_PARTS.join(parts), size, own, has_own_id)
 
     @property
     def key(self) -> str:
-        """What it is known by in results: its text, and the id that it was given, but no name of a file or line."""
-        identity = f"{self.id}\0{self.text}" if self.has_own_id else self.text
+        """What it is known by in results: its text, in its parts, and the id that it was given, but no name of a file
+        or line."""
+        identity = json.dumps([self.id if self.has_own_id else None, self.parts or self.text])
         return hashlib.sha256(identity.encode()).hexdigest()[:16]
 
     @property
@@ -143,7 +153,7 @@ class Source:
                 yield Unreadable(f"{where} {_TOO_MUCH}", len(line))
                 return
             try:
-                document_id, text, is_own = self._parse(line.removeprefix(b"\xef\xbb\xbf"), number)
+                document_id, parts, is_own = self._parse(line.removeprefix(b"\xef\xbb\xbf"), number)
             except ValueError as error:
                 yield Unreadable(f"{where} {error}", len(line))
                 continue
@@ -154,9 +164,9 @@ class Source:
                     len(line),
                 )
                 continue
-            yield Document(document_id, self.name, text, len(line), is_own)
+            yield Document.of_parts(document_id, self.name, parts, len(line), is_own)
 
-    def _parse(self, line: bytes, number: int) -> tuple[str | int, str, bool]:
+    def _parse(self, line: bytes, number: int) -> tuple[str | int, list[str], bool]:
         try:
             record = json.loads(line.decode("utf-8"))
         except UnicodeDecodeError as error:
@@ -172,16 +182,19 @@ class Source:
             raise ValueError(f"has no {self.text_field!r} but {known}; name the text with --text-field.")
         text, document_id = record[self.text_field], record.get("id")
         is_own = document_id is not None
-        if not isinstance(text, str) or not text.strip():
-            raise ValueError(f"has no text in {self.text_field!r}; give a string that is not blank.")
+        parts = text if isinstance(text, list) else [text]
+        if not parts or not all(isinstance(part, str) and part.strip() for part in parts):
+            raise ValueError(
+                f"has no text in {self.text_field!r}; give a string that is not blank, or a list of such strings."
+            )
         document_id = document_id if is_own else number
         if isinstance(document_id, bool) or not isinstance(document_id, (str, int)):
             raise ValueError(f"has the id {document_id!r}; give a string or an integer, or none.")
         try:
-            f"{document_id}{text}".encode()
+            "".join([str(document_id), *parts]).encode()
         except UnicodeEncodeError:
             raise ValueError("holds half of a surrogate pair; escape the character in full.") from None
-        return document_id, text, is_own
+        return document_id, parts, is_own
 
 
 def _lines_of(file: BinaryIO) -> Iterator[bytes]:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import re
 from bisect import bisect_left
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from torch import device as Device
 
 from led_model.batch_encoding import BatchEncoding
-from led_model.documents import Document
+from led_model.documents import BETWEEN_PARTS, Document
 from led_model.terminal import say
 from led_model.tokenizer import LEDTokenizer
 
@@ -46,7 +46,8 @@ class Reader:
 
     ``long`` says what becomes of a longer document: "error", "truncate" or "chunk". With a question the ids are
     ``<s> question </s></s> document </s>``, and the tokens up to the first ``</s>`` are global; otherwise
-    ``<s> document </s>``, and the first ``global_tokens`` are.
+    ``<s> document </s>``, and the first ``global_tokens`` are. Between the parts of a document stands the
+    tokenizer's ``<doc-sep>``, which is global too, or a blank line if the tokenizer has none.
 
     Raises:
         ValueError: when the question leaves no room.
@@ -82,7 +83,7 @@ class Reader:
         """
         special = len(self._prefix) + len(self._suffix)
         enough = None if self.long == "chunk" else self._room + 1
-        ids, offsets, is_all = self._tokens(document.text, enough)
+        ids, offsets, is_all = self._tokens(document, enough)
         spans, is_truncated = [(0, len(ids))], False
         if len(ids) > self._room:
             total = f"{len(ids) + special:,}" if is_all else f"more than {self.limit:,}"
@@ -112,28 +113,48 @@ class Reader:
             for index, (start, stop) in enumerate(spans)
         ]
 
-    def _tokens(self, text: str, enough: int | None) -> tuple[np.ndarray, np.ndarray, bool]:
-        """A text's ids, int64 ``[tokens]``, and their characters, int64 ``[tokens, 2]``: at least ``enough`` of them,
-        if there are, and whether they are all.
+    def _tokens(self, document: Document, enough: int | None) -> tuple[np.ndarray, np.ndarray, bool]:
+        """A document's ids, int64 ``[tokens]``, and their characters, int64 ``[tokens, 2]``: at least ``enough`` of
+        them, if there are, and whether they are all."""
+        ids, offsets, count, is_all = [np.empty(0, np.int64)], [np.empty((0, 2), np.int64)], 0, True
+        for own_ids, own_offsets, is_last in self._windows(document):
+            ids.append(np.array(own_ids, np.int64))
+            offsets.append(own_offsets)
+            count += len(own_ids)
+            if enough is not None and count >= enough:
+                is_all = is_last
+                break
+        return np.concatenate(ids), np.concatenate(offsets), is_all
 
-        Encoded window by window, as the tokenizer takes 165 bytes a byte of text.
+    def _windows(self, document: Document) -> Iterator[tuple[list[int], np.ndarray, bool]]:
+        """Ids, their characters, and whether it is the last, of one stretch of the document after another.
+
+        Window by window, as the tokenizer takes 165 bytes a byte of text.
         """
-        ids, offsets, begin = [np.empty(0, np.int64)], [np.empty((0, 2), np.int64)], 0
-        while begin < len(text) and (enough is None or sum(map(len, ids)) < enough):
-            end = _end_of_window(text, begin)
-            encoded = self._encode(text[begin:end])
-            ids.append(np.array(encoded.input_ids, np.int64))
-            offsets.append(np.array(encoded.offset_mapping, np.int64).reshape(-1, 2) + begin)
-            begin = end
-        return np.concatenate(ids), np.concatenate(offsets), begin == len(text)
+        separator = self.tokenizer.doc_sep_token_id
+        parts = document.parts if separator is not None and document.parts else (document.text,)
+        first = 0  # character of the part in the whole text
+        for part in parts:
+            if first:
+                yield [separator], np.array([[first - len(BETWEEN_PARTS), first]]), False
+            begin = 0
+            while begin < len(part):
+                end = _end_of_window(part, begin)
+                encoded = self._encode(part[begin:end])
+                offsets = np.array(encoded.offset_mapping, np.int64).reshape(-1, 2) + (first + begin)
+                yield encoded.input_ids, offsets, first + end == len(document.text)
+                begin = end
+            first += len(part) + len(BETWEEN_PARTS)
 
     def batch(self, pieces: Sequence[Piece], device: str | Device) -> BatchEncoding:
         """``input_ids``, ``attention_mask`` and ``global_attention_mask``, padded to the right."""
         rows = []
         for piece in pieces:
-            length = len(piece.input_ids)
-            num_globals = min(piece.num_globals, length)
-            global_attention_mask = [1] * num_globals + [0] * (length - num_globals)
+            separator = self.tokenizer.doc_sep_token_id
+            global_attention_mask = [
+                int(index < piece.num_globals or token == separator)
+                for index, token in enumerate(piece.input_ids)
+            ]
             rows.append({"input_ids": piece.input_ids, "global_attention_mask": global_attention_mask})
         return self.tokenizer.pad(rows, return_tensors="pt").to(device)
 

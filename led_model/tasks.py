@@ -15,13 +15,15 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from led_model.batch_encoding import BatchEncoding
+from led_model.config import LEDConfig
 from led_model.heads import LEDForQuestionAnswering, LEDForSequenceClassification
 from led_model.model import LEDForConditionalGeneration
 from led_model.pieces import Piece, Reader
 from led_model.pretrained import LEDPreTrainedModel
-from led_model.terminal import layer_progress, say, seconds
+from led_model.terminal import layer_progress, no_bars, say, seconds
 from led_model.tokenizer import LEDTokenizer
 
+SAMPLING_FLAGS = ("temperature", "top_k", "top_p", "seed")
 Found = dict[str, Any]  # what was found out about a piece, or about a document
 
 
@@ -44,10 +46,17 @@ class Work:
         return text
 
 
+def longest_input(config: LEDConfig, writes: bool) -> int:
+    """How many tokens the model reads; a head sits on the decoder, which reads as many as the encoder."""
+    positions = config.max_encoder_position_embeddings
+    return positions if writes else min(positions, config.max_decoder_position_embeddings)
+
+
 class Task(ABC):
     """A model at work. ``field`` is the entry that all its results have."""
 
     field: str
+    writes = False
 
     def __init__(self, model: LEDPreTrainedModel, tokenizer: LEDTokenizer, **reading: Any) -> None:
         """``reading``: the other fields of :class:`Reader`."""
@@ -59,13 +68,8 @@ class Task(ABC):
                 f"the tokenizer has {len(tokenizer):,} tokens and the model {model.config.vocab_size:,}; use "
                 "the tokenizer that belongs to the checkpoint."
             )
-        self.reader = Reader(tokenizer, self.longest(), **reading)
+        self.reader = Reader(tokenizer, longest_input(model.config, self.writes), **reading)
         self.work = Work()
-
-    def longest(self) -> int:
-        """How many tokens the model reads; a head sits on the decoder, which reads as many as the encoder."""
-        config = self.model.config
-        return min(config.max_encoder_position_embeddings, config.max_decoder_position_embeddings)
 
     def run(self, pieces: Sequence[Piece]) -> list[Found]:
         """Reads a batch, and returns what it found in each piece."""
@@ -95,6 +99,7 @@ class _Writer(Task):
     """A model that writes. ``compares`` says whether a document's pieces compete, by ``score``."""
 
     model: LEDForConditionalGeneration
+    writes = True
     compares = False
 
     def __init__(
@@ -104,6 +109,9 @@ class _Writer(Task):
         self.settings = settings | {"num_return_sequences": 1}
         generation = model.generation_config.updated(**self.settings)
         generation.check(model.config.vocab_size)  # before a long text has been read
+        if not generation.do_sample and (idle := [name for name in SAMPLING_FLAGS if name in settings]):
+            flags = ", ".join(f"--{name.replace('_', '-')}" for name in idle)
+            raise ValueError(f"{flags} would change nothing; give --do-sample too, or leave it out.")
         self.limit = generation.length_limit() - 1
         if self.limit > (positions := model.config.max_decoder_position_embeddings):
             raise ValueError(
@@ -114,16 +122,13 @@ class _Writer(Task):
             asked = ", ".join(f"{name}={value}" for name, value in generation.unsupported.items())
             say(f"the checkpoint asks for {asked}; decoding without it.")
 
-    def longest(self) -> int:
-        return self.model.config.max_encoder_position_embeddings
-
     def _run(self, pieces: Sequence[Piece], inputs: BatchEncoding) -> list[Found]:
         model, start = self.model, time.perf_counter()
         with self.read(inputs):
             encoded = model.led.encode(**inputs)
             check_states(encoded)
         read = time.perf_counter()
-        with tqdm(total=self.limit, desc="writing", unit="token", leave=False, disable=None) as bar:
+        with tqdm(total=self.limit, desc="writing", unit="token", leave=False, disable=no_bars()) as bar:
             listener = None if bar.disable else lambda _: bar.update()
             sequences = model.generate(
                 inputs.input_ids, inputs.attention_mask, encoded=encoded, on_token=listener, **self.settings

@@ -18,19 +18,15 @@ import pytest
 import torch
 
 from led_model import (
-    LEDConfig,
     LEDForConditionalGeneration,
     LEDForQuestionAnswering,
     LEDForSequenceClassification,
 )
-from led_model.cli import main
 from led_model.results import ResultFile
 from led_model.tasks import mean_log_probs
 from led_model.tokenizer import LEDTokenizer
-from tests.model.small import randomize, small_config
+from tests.model.commands import LIMIT, TEXT, inputs, led, records, written
 
-LIMIT = 136  # tokens that the models read
-TEXT = "The encoder reads a long text. The decoder writes a short one.\n"
 TEXTS = [TEXT * 3, "The encoder reads.\n", TEXT + "The <s> text </s> has </s> tags.", "A short one. " * 7]
 PARAGRAPHS = [f"{number} {TEXT * 5}\n" for number in ("One", "Two", "Three", "Four")]
 QUESTION = "Who reads?"
@@ -43,24 +39,6 @@ COMMANDS = {
 
 
 @pytest.fixture
-def save(tokenizer_files, tmp_path):
-    """A function: a class to the directory of a small random checkpoint of it, with its tokenizer."""
-
-    def make(model_class=LEDForConditionalGeneration, **overrides) -> Path:
-        tokenizer = LEDTokenizer.from_pretrained(tokenizer_files)
-        settings = {"max_encoder_position_embeddings": LIMIT, "max_decoder_position_embeddings": LIMIT}
-        settings |= {"vocab_size": len(tokenizer)} | overrides
-        model = model_class(LEDConfig(**small_config(5, **settings)))
-        randomize(model, 5)
-        directory = tmp_path / model_class.__name__
-        model.save_pretrained(directory)
-        tokenizer.save_pretrained(directory)
-        return directory
-
-    return make
-
-
-@pytest.fixture
 def documents(tmp_path, monkeypatch):
     """The working directory has docs/0.txt to docs/3.txt and the same texts in docs.jsonl."""
     monkeypatch.chdir(tmp_path)
@@ -69,30 +47,6 @@ def documents(tmp_path, monkeypatch):
         Path(f"docs/{number}.txt").write_text(text)
     lines = [json.dumps({"id": f"d{number}", "body": text}) for number, text in enumerate(TEXTS)]
     Path("docs.jsonl").write_text("\n".join(lines))
-
-
-def led(command: str, *arguments: object) -> int:
-    return main([command.split()[0], *map(str, arguments)])
-
-
-def records(path: str | Path = "out.jsonl") -> list[dict]:
-    return [json.loads(line) for line in Path(path).read_text("utf-8").splitlines()]
-
-
-def inputs(directory: Path, text: str, pair: str | None = None, num_globals: int = 1) -> dict:
-    """What the model shall see of a text whose special tokens are text; of a pair, the first part is global."""
-    tokenizer = LEDTokenizer.from_pretrained(directory)
-    batch = tokenizer(text, pair, split_special_tokens=True, return_tensors="pt")
-    if pair is not None:
-        num_globals = batch.input_ids[0].tolist().index(tokenizer.sep_token_id)
-    batch["global_attention_mask"] = (torch.arange(batch.input_ids.shape[1]) < num_globals).long()[None]
-    return batch
-
-
-def written(directory: Path, *texts: str, num_globals: int = 1, **settings) -> str:
-    model = LEDForConditionalGeneration.from_pretrained(directory)
-    ids = model.generate(**inputs(directory, *texts, num_globals=num_globals), **settings)
-    return LEDTokenizer.from_pretrained(directory).decode(ids[0], skip_special_tokens=True).strip()
 
 
 def cut(directory: Path, texts: Sequence[str]) -> list[str]:
@@ -230,7 +184,6 @@ def test_long_summaries(save, documents, capsys):
     command = ["summarize", "long.txt", "--model", directory, "--max-new-tokens", 6]
     assert led(*command) == 3
     assert re.fullmatch(
-        r"led: loading .*\n"
         r"led summarize: long.txt has [\d,]+ tokens but the model reads at most 136; .*--long chunk do so.\n"
         r"led: loaded in .*\n",
         capsys.readouterr().err,
@@ -632,16 +585,15 @@ def test_devices_that_are_not_here(documents, capsys, device):
 
 
 def test_only_what_is_about_memory_is_said_to_be(monkeypatch, documents, capsys):
+    of_memory = [torch.OutOfMemoryError("no"), RuntimeError("DefaultCPUAllocator: can't allocate memory: 9")]
+    errors = [RuntimeError("the memory of this is bad"), *of_memory]
+
     def fails(args):
-        raise error
+        raise errors.pop()
 
     monkeypatch.setattr("led_model.cli.run_on_documents", fails)
-    for error in (
-        torch.OutOfMemoryError("no"),
-        RuntimeError("DefaultCPUAllocator: can't allocate memory: 9"),
-    ):
+    for _ in of_memory:
         assert led("summarize", "docs/0.txt", "--model", ".") == 1
         assert "memory ran out" in capsys.readouterr().err
-    errors.append(RuntimeError("the memory of this is bad"))
     with pytest.raises(RuntimeError, match="is bad"):
         led("summarize", "docs/0.txt", "--model", ".")
