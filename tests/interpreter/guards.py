@@ -19,6 +19,7 @@ from triton.runtime.interpreter import InterpretedFunction, InterpreterBuilder, 
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 GUARD = 4096  # bytes before and behind, at least
+MAX_EXTENT = 2**28  # elements of a tensor, gaps included: copies of more would fill the memory
 ALIGNMENT = 64  # of torch's allocations in bytes; a view's address keeps its remainder
 INTEGER_FILL = 0xA5
 
@@ -41,6 +42,8 @@ class GuardedTensor:
         extent = 1 + sum(
             (n - 1) * stride for n, stride in zip(original.shape, original.stride(), strict=True)
         )
+        if extent > MAX_EXTENT:
+            raise ValueError(f"{name} spans {extent:,} elements; a launcher copies such tensors.")
         lead = (GUARD + original.data_ptr() % ALIGNMENT) // original.itemsize
         size = -(-(lead + extent + GUARD // original.itemsize) // ALIGNMENT) * ALIGNMENT
         self._buffer = torch.empty(size, dtype=original.dtype)

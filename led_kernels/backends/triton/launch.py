@@ -15,20 +15,35 @@ from led_kernels.philox import dropout_threshold
 
 # Programs that fill a GPU: four for each of the 132 multiprocessors of an H100, roughly.
 MAX_SPLITS = 512
+# Offsets inside a tile are int32: 128 rows, the most that a configuration has, reach less than 2^31 elements at strides
+# below this one. Every contiguous tensor has one: at most 65,535 heads, a grid's limit, of at most 256 elements.
+WIDE_ROW_STRIDE = 2**24
 
 
 def sequence_arguments(mask: LongformerMask, **tensors: Tensor) -> dict[str, object]:
     """Pointers and strides of ``[batch, rows, heads, head_dim]`` or ``[rows, heads, head_dim]``, and the mask's.
 
+    A tensor whose rows are ``WIDE_ROW_STRIDE`` elements or more apart, a view into a far larger buffer, is read from a
+    contiguous copy. Those that a kernel writes are the launcher's own, contiguous, and never copied.
+
     Raises:
-        ValueError: more sequences or heads than a grid holds.
+        ValueError: more sequences or heads than a grid holds, or more of what the kernels count over the whole batch
+            than int32 does.
     """
-    check_grid(mask, heads=tensors["q"].shape[-2])
+    heads = tensors["q"].shape[-2]
+    check_grid(mask, heads)
+    for count, what in (
+        (mask.batch * mask.max_globals, "slots of global tokens"),
+        (mask.batch * heads, "heads of its sequences"),
+    ):
+        if count >= 2**31:
+            raise ValueError(f"mask has {count:,} {what}, a launch serves fewer than 2^31; split the batch.")
     arguments: dict[str, object] = {
         f"{name}_ptr": getattr(mask, name)
         for name in ("seq_start", "seq_len", "token_kind", "padding_before", "global_index", "num_globals")
     }
     for name, x in tensors.items():
+        x = x.contiguous() if x.stride(-3) >= WIDE_ROW_STRIDE else x
         arguments[f"{name}_ptr"] = x
         arguments[f"{name}_stride_b"] = x.stride(0) if x.dim() == 4 else 0
         arguments[f"{name}_stride_s"] = x.stride(-3)

@@ -1,7 +1,8 @@
 """The jit pieces that the Triton kernels share: where a sequence lies, which tiles a band needs, softmax, dropout.
 
 Positions are relative to their sequence and int32; offsets of whole rows into memory are int64, offsets inside a tile
-int32. Scores are kept in units of log2, so that the exponential is one ``ex2`` and the scale folds into one FMA.
+int32, which ``launch.sequence_arguments`` keeps small enough. Scores are kept in units of log2, so that the exponential
+is one ``ex2`` and the scale folds into one FMA.
 """
 
 from __future__ import annotations
