@@ -202,7 +202,8 @@ def made_by(args: Namespace) -> dict[str, Any]:
 def load_task(args: Namespace) -> Task:
     """The model that ``args.command`` needs, with its tokenizer."""
     tokenizer = LEDTokenizer.from_pretrained(args.model, revision=args.revision)
-    say(f"loading {args.model} …")
+    if sys.stderr.isatty():  # to somebody who waits
+        say(f"loading {args.model} …")
     where = {
         "dtype": DTYPES.get(args.dtype),
         "device": args.device or ("cuda" if torch.cuda.is_available() else "cpu"),

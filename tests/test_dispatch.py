@@ -184,8 +184,8 @@ class TestCanRunCuda:
         gpu(capability)
         major, minor = capability
         message = (
-            rf"this GPU has compute capability {major}\.{minor}, the kernels were built for {built}; reinstall "
-            rf"repository with LED_KERNELS_CUDA_ARCHS={major}\.{minor}, or"
+            rf"this GPU has compute capability {major}\.{minor}, the kernels were built for {built}; "
+            rf"run `pip install \.` in a clone of the repository with LED_KERNELS_CUDA_ARCHS={major}\.{minor}, or"
         )
         with pytest.raises(BackendUnavailable, match=message):
             dispatch.can_run_cuda(CUDA, raise_error=True)

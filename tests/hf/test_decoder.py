@@ -7,8 +7,8 @@ import pytest
 pytest.importorskip("transformers", reason="needs transformers: pip install '.[hf]'")
 
 import torch
-import transformers
-from hf_cases import PAD, HFCase, assert_close, fused, true_fp64
+from decoding import CASE, STATIC, STEPS, VERSION, decoding_model, generate
+from hf_cases import PAD, assert_close, fused, true_fp64
 from torch import Tensor, nn
 from transformers import (
     AutoModelForSeq2SeqLM,
@@ -26,15 +26,11 @@ from led_kernels.hf import apply_led_kernels, revert_led_kernels
 from led_kernels.hf.compat import cache_argument, is_newer_than_tested
 from led_kernels.hf.decoder import FusedLEDDecoderAttention
 
-VERSION = tuple(map(int, transformers.__version__.split(".")[:2]))
 pytestmark = pytest.mark.skipif(
     VERSION < (4, 56), reason="before 4.56 LED has no static cache and keeps its decoder"
 )
 known_release = pytest.mark.skipif(is_newer_than_tested(), reason="what a newer release does is not known")
 
-CASE = HFCase(globals_per_row=((0, 9), (4,)), padding=("none", "right"))
-STEPS = 12
-STATIC = {"cache_implementation": "static"}
 PROMPTS = {
     "no-prompt": {},
     "prompt": {"decoder_input_ids": torch.tensor([[2, 7, 9, 30], [2, 8, 8, 41]])},
@@ -50,32 +46,9 @@ SEARCHES = {
 }
 
 
-def decoding_model(seed: int = 2, **overrides) -> nn.Module:
-    """Says more than one token, as its weights are large and its biases zero; ill-conditioned, so in fp64."""
-    generator = torch.Generator().manual_seed(seed)
-    sizes = {"decoder_layers": 2, "decoder_attention_heads": 4, "decoder_ffn_dim": 48}
-    model = LEDForConditionalGeneration(CASE.led_config(**sizes | overrides)).eval()
-    for parameter in model.parameters():
-        if parameter.dim() > 1:
-            parameter.data = torch.randn(parameter.shape, generator=generator) * 0.5
-    model.get_decoder().embed_positions.weight.data *= 3
-    return model.double()
-
-
 @pytest.fixture
 def stock() -> nn.Module:
     return decoding_model()
-
-
-def generate(model: nn.Module, **settings) -> tuple[Tensor, Tensor | None]:
-    """Tokens and, but for beams, the logits ``[batch, steps, vocabulary]`` behind them."""
-    # after the encoder, whose layers draw a random number each in transformers up to 5.0
-    seeding = model.get_encoder().register_forward_hook(lambda *_: torch.manual_seed(0) and None)
-    settings = {"do_sample": False, "max_new_tokens": STEPS} | settings
-    with true_fp64():
-        result = model.generate(**CASE.inputs(), **settings, output_logits=True, return_dict_in_generate=True)
-    seeding.remove()
-    return result.sequences, None if "num_beams" in settings else torch.stack(result.logits, 1)
 
 
 def is_fused(model: nn.Module) -> bool:

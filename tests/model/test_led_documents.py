@@ -7,6 +7,7 @@ import json
 import os
 import re
 import threading
+from unittest.mock import Mock
 
 import pytest
 from hypothesis import given
