@@ -239,7 +239,11 @@ class Classifier(Task):
 def check_weights(model: nn.Module) -> None:
     """Raises ValueError when a weight is NaN or infinite: every result would be made of it."""
     for name, weight in model.named_parameters():
-        if weight.is_floating_point() and not bool(weight.isfinite().all()):
+        four_bits = getattr(weight, "quant_state", None)
+        values = weight.data if four_bits is None else four_bits.absmax  # the largest of each block
+        if type(values) is not Tensor:  # int8, by torchao
+            values = values.dequantize()
+        if values.is_floating_point() and not bool(values.isfinite().all()):
             raise ValueError(f"the model's {name} holds NaN or infinity; give a sound checkpoint.")
 
 

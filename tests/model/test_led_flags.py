@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,8 @@ from led_model import LEDForConditionalGeneration, LEDForQuestionAnswering, LEDF
 from led_model.cli import main
 from tests.model.commands import LIMIT, TEXT, inputs, led, records, written
 
+SIZES = {"d_model": 32, "encoder_attention_heads": 4, "decoder_attention_heads": 2}
+SIZES |= {"encoder_ffn_dim": 64, "decoder_ffn_dim": 64}  # bitsandbytes compiles code for odd ones
 ASK = ["--question", "Who reads?"]
 
 
@@ -59,7 +62,7 @@ def test_a_checkpoint_that_samples_can_be_told_not_to(save, capsys):
 @pytest.mark.parametrize(("name", "value"), SAMPLING.items())
 def test_chance_without_sampling_is_refused(save, capsys, name, value):
     flag = f"--{name.replace('_', '-')}"
-    assert led("summarize", "a.txt", "--model", save(), flag, value) == 1
+    assert led("summarize", "a.txt", "--quiet", "--model", save(), flag, value) == 1
     error = capsys.readouterr().err
     assert error == f"led summarize: {flag} would change nothing; give --do-sample too, or leave it out.\n"
 
@@ -109,29 +112,43 @@ def test_the_ends_of_temperature(save, temperature):
 def test_smaller_weights(save, capsys, flag, package):
     """The model that the command loads, of every head, is the one that from_pretrained gives."""
     pytest.importorskip(package, reason=f"{package} is not installed; pip install 'led-kernels[quant]'")
-    sizes = {"d_model": 32, "encoder_attention_heads": 4, "decoder_attention_heads": 2}
-    sizes |= {"encoder_ffn_dim": 64, "decoder_ffn_dim": 64}  # bitsandbytes compiles code for odd ones
     loading = {f"load_in_{flag}": True}
-    directory = save(LEDForConditionalGeneration, **sizes)
+    directory = save(LEDForConditionalGeneration, **SIZES)
     flags = ["--model", directory, f"--load-in-{flag}"]
     assert led("summarize", "a.txt", *flags, "--max-new-tokens", 20) == 0
     expected = written(directory, TEXT, loading=loading, max_new_tokens=20)
     assert capsys.readouterr().out == expected + "\n"
 
-    directory = save(LEDForSequenceClassification, **sizes)
-    flags = ["--model", directory, f"--load-in-{flag}"]
-    assert led("classify", "a.txt", *flags, "--output", "out.jsonl") == 0
+    directory = save(LEDForSequenceClassification, **SIZES)
+    command = ["classify", "a.txt", "--model", directory, "--output", "out.jsonl"]
+    assert led(*command, f"--load-in-{flag}") == 0
     with torch.no_grad():
         model = LEDForSequenceClassification.from_pretrained(directory, **loading)
         probabilities = model(**inputs(directory, TEXT)).logits[0].softmax(-1).tolist()
         full = LEDForSequenceClassification.from_pretrained(directory)
         assert full(**inputs(directory, TEXT)).logits[0].softmax(-1).tolist() != pytest.approx(probabilities)
     assert list(records()[0]["probabilities"].values()) == pytest.approx(probabilities, abs=1e-5)
+    assert led(*command) == 1  # full weights would give other results than those in the file
+    assert f"--load-in-{flag}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("flag", "package"), [("4bit", "bitsandbytes"), ("8bit", "torchao")])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_smaller_weights_of_a_broken_checkpoint(save, capsys, flag, package, value):
+    """A number that is none is still found once it is in a few bits."""
+    pytest.importorskip(package, reason=f"{package} is not installed; pip install 'led-kernels[quant]'")
+    directory = save(**SIZES)
+    model = LEDForConditionalGeneration.from_pretrained(directory)
+    with torch.no_grad():
+        model.led.decoder.layers[0].fc1.weight[1, 2] = value
+    model.save_pretrained(directory)
+    assert led("summarize", "a.txt", "--model", directory, f"--load-in-{flag}") == 1
+    assert "holds NaN or infinity; give a sound checkpoint" in capsys.readouterr().err
 
 
 def test_smaller_weights_need_a_package(save, capsys, monkeypatch):
-    monkeypatch.setitem(__import__("sys").modules, "torchao.quantization", None)
-    assert led("summarize", "a.txt", "--model", save(), "--load-in-8bit") == 1
+    monkeypatch.setitem(sys.modules, "torchao.quantization", None)
+    assert led("summarize", "a.txt", "--quiet", "--model", save(), "--load-in-8bit") == 1
     error = capsys.readouterr().err
     assert error.startswith("led summarize: load_in_8bit needs torchao; ")
     assert error.count("\n") == 1
@@ -162,6 +179,7 @@ def test_quiet(save, capsys, monkeypatch):
     assert led(*command) == 3
     loud = capsys.readouterr()
     assert "in 2 pieces" in loud.err
+    assert "loading" in loud.err
     assert "documents" in loud.err
     assert "layer" in loud.err
     assert led(*command, "--quiet") == 3

@@ -135,7 +135,7 @@ def test_a_missing_part_joins_nothing(save, capsys):
     assert "nothing is joined, for a part is missing" in error
     assert led("summarize", "0.txt", "gone.txt", "2.txt", *flags) == 3
     assert "gone.txt is not there" in capsys.readouterr().err
-    assert not Path("out.jsonl").read_text()
+    assert not Path("out.jsonl").exists()
 
 
 def test_a_joined_record(save):
@@ -154,3 +154,24 @@ def test_lists_that_are_no_texts(save, capsys, text):
     assert "bad.jsonl line 1 has no text in 'text'; give a string that is not blank, or a list" in (
         capsys.readouterr().err
     )
+
+
+def test_parts_are_known_from_the_same_text_in_one():
+    """The one is read with separators and the other without: a result of one is none of the other."""
+    documents = [
+        Document.of_parts(1, "x", parts, 0) for parts in (["a", "b", "c"], ["a\n\nb", "c"], ["a\n\nb\n\nc"])
+    ]
+    assert len({document.text for document in documents}) == 1
+    assert len({document.key for document in documents}) == 3
+
+
+def test_long_parts_are_cut_short(save_primera, capsys):
+    """As many tokens as the model reads, from parts of which the last is not encoded at all."""
+    tokenizer = LEDTokenizer.from_pretrained(save_primera())
+    parts = ["One. " * 9, "Two. " * 9, "Three. " * 9]
+    whole = Reader(tokenizer, 999).pieces(Document.of_parts(1, "x", parts, 0))[0].input_ids
+    room = whole.index(300) + 5
+    [piece] = Reader(tokenizer, room, "truncate").pieces(Document.of_parts(1, "x", parts, 0))
+    assert piece.input_ids == [*whole[: room - 1], tokenizer.sep_token_id]
+    assert piece.is_truncated
+    assert f"reading the first {room} of more than {room} tokens" in capsys.readouterr().err
