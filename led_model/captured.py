@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from torch import nn
-from torch.nn.modules.module import _has_any_global_hook
+
+from led_kernels.projection import has_global_hooks
 
 Parts = tuple[nn.Module, ...]
 
 
 def runs_only_layers(parts: Parts) -> bool:
     """Whether calling the modules in ``parts`` runs nothing of a caller's own, which a replay would leave out."""
-    return not _has_any_global_hook() and not any(
+    return not has_global_hooks() and not any(
         module._forward_hooks
         or module._forward_pre_hooks
         or "forward" in vars(module)
@@ -41,7 +42,7 @@ class Watched:
 
     def _look(self) -> list[int | bool]:
         """Numbers that tell one state from another; the ids are of what is kept alive here."""
-        state: list[int | bool] = [_has_any_global_hook()]
+        state: list[int | bool] = [has_global_hooks()]
         for module in self._modules:
             has_hooks = module["_forward_hooks"] or module["_forward_pre_hooks"] or "forward" in module
             state += (bool(has_hooks), module["training"])

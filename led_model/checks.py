@@ -15,17 +15,28 @@ if TYPE_CHECKING:
 
 
 def embed(
-    ids_name: str, ids: Tensor | None, embeds_name: str, embeds: Tensor | None, stack: nn.Module
+    ids_name: str,
+    ids: Tensor | None,
+    embeds_name: str,
+    embeds: Tensor | None,
+    stack: nn.Module,
+    one_position_each: bool = True,
 ) -> Tensor:
     """``[batch, length, d_model]``, from ids ``[batch, length]`` or as given, after :func:`check_inputs`."""
-    check_inputs(ids_name, ids, embeds_name, embeds, stack)
+    check_inputs(ids_name, ids, embeds_name, embeds, stack, one_position_each)
     return embeds if ids is None else stack.embed_tokens(ids)
 
 
 def check_inputs(
-    ids_name: str, ids: Tensor | None, embeds_name: str, embeds: Tensor | None, stack: nn.Module
+    ids_name: str,
+    ids: Tensor | None,
+    embeds_name: str,
+    embeds: Tensor | None,
+    stack: nn.Module,
+    one_position_each: bool = True,
 ) -> None:
-    """Holds ids or embeddings against the tables of ``stack``: ``embed_tokens`` and ``embed_positions``.
+    """Holds ids or embeddings against the tables of ``stack``: ``embed_tokens`` and, where each token has a
+    position of its own, ``embed_positions``.
 
     Raises:
         ValueError: for both or neither given, another shape, ids outside the vocabulary, or more tokens than
@@ -39,11 +50,13 @@ def check_inputs(
     )  # what the table has now, not what it was built with
     if ids is not None:
         check_ids(ids_name, ids, stack.embed_tokens)
-        _check_length(ids_name, ids.shape[1], positions)
-        return
-    if not isinstance(embeds, Tensor) or embeds.dim() != 3 or embeds.shape[2] != d_model:
+    elif not isinstance(embeds, Tensor) or embeds.dim() != 3 or embeds.shape[2] != d_model:
         raise ValueError(f"{embeds_name} {_is(embeds)}; give [batch, length, d_model = {d_model}].")
-    _check_length(embeds_name, embeds.shape[1], positions)
+    name, given = (embeds_name, embeds) if ids is None else (ids_name, ids)
+    if one_position_each and given.shape[1] > positions:
+        raise ValueError(
+            f"{name} has {given.shape[1]} tokens but the position table holds {positions}; cut or split the text."
+        )
 
 
 def check_ids(name: str, ids: Any, tokens: nn.Embedding) -> None:
@@ -155,13 +168,6 @@ def _outside(values: Tensor, size: int) -> int | None:
         return None
     low, high = (int(x) for x in values.aminmax())
     return low if low < 0 else high if high >= size else None
-
-
-def _check_length(name: str, length: int, positions: int) -> None:
-    if length > positions:
-        raise ValueError(
-            f"{name} has {length} tokens but the position table holds {positions}; cut or split the text."
-        )
 
 
 def _is(value: Any) -> str:

@@ -10,18 +10,22 @@ from collections.abc import Sequence
 
 import torch
 
-from led_kernels import BackendUnavailable
+from led_kernels import BackendUnavailable, __version__
+from led_model.arguments import add_joining, add_running, add_sampling, at_least
 from led_model.commands import DEFAULT_NEW_TOKENS, DTYPES, run_on_documents
 from led_model.demo import DemoSettings, run_demo
+from led_model.dry_run import count_documents
 from led_model.info import run_info
 
 _ABOUT_DOCUMENTS = """
 Documents are .txt and .md files, one document each, and .jsonl files, one a line:
-{"id": "a7", "text": "…"}, where the id may be missing and is then the number of the line.
+{"id": "a7", "text": "…"}, where the id may be missing and is then the number of the line,
+and the text a list of strings, the parts of one document.
 
 With --output each result is on disk before the next document begins. After an
 interruption the same command goes on where it stopped: it leaves out documents
-whose source and id are in the file already. Without --output a single document's
+whose text the file has a result for. Results of another model or other settings
+are never mixed in: --overwrite begins anew. Without --output a single document's
 result is printed as text, and those of several as JSONL.
 
 exit status: 0 all documents are done; 1 the command could not run, 2 its arguments
@@ -42,11 +46,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 1
         print(f"led {args.command}: {error}", file=sys.stderr)
         return 1
-    except RuntimeError as error:
-        if "memory" not in str(error):
+    except (RuntimeError, MemoryError) as error:
+        if not _is_out_of_memory(error):
             raise
+        reason = str(error).strip().split("\n")[0]
         print(
-            f"led {args.command}: memory ran out ({error}); shorten the text or change --batch-size, --dtype or "
+            f"led {args.command}: memory ran out ({reason}); shorten the text or change --batch-size, --dtype or "
             "--device.",
             file=sys.stderr,
         )
@@ -63,6 +68,7 @@ def build_parser() -> argparse.ArgumentParser:
         description="Longformer-Encoder-Decoder models on fused attention kernels.",
         epilog="Start with `led demo`: it needs no checkpoint and no network. See `led COMMAND --help`.",
     )
+    parser.add_argument("--version", action="version", version=f"led {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _add_summarize(commands)
     _add_answer(commands)
@@ -85,7 +91,9 @@ def _add_summarize(commands: argparse._SubParsersAction) -> None:
   led summarize paper.txt --model ./led-large-16384-arxiv
   pdftotext paper.pdf - | led summarize - --model allenai/led-base-16384 --num-beams 4
   led summarize 'reports/**/*.md' papers.jsonl --output summaries.jsonl --model ./led \\
-      --batch-size 4 --long chunk --max-new-tokens 128""",
+      --batch-size 4 --long chunk --max-new-tokens 128
+  led summarize reports/ --model ./led --dry-run
+  led summarize monday.txt tuesday.txt --join --model ./primera""",
         chunk="the pieces' summaries are joined, a line each, in order",
     )
     _add_global_tokens(parser)
@@ -140,7 +148,7 @@ def _document_command(
         "LED_KERNELS_BACKEND=torch (or cpu, triton, cuda) chooses the attention kernels by name.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.set_defaults(run=run_on_documents)
+    parser.set_defaults(run=lambda args: (count_documents if args.dry_run else run_on_documents)(args))
     parser.add_argument(
         "inputs",
         nargs="+",
@@ -162,12 +170,15 @@ def _document_command(
     )
     parser.add_argument("--output", metavar="FILE.jsonl", help="append results here, and resume from here")
     parser.add_argument(
+        "--overwrite", action="store_true", help="let the first result replace all that --output holds"
+    )
+    parser.add_argument(
         "--text-field", default="text", metavar="NAME", help="where a JSON line has its text; default: text"
     )
     parser.add_argument("--jsonl", action="store_true", help="stdin, and files of any name, are JSONL")
     parser.add_argument(
         "--batch-size",
-        type=_at_least(1),
+        type=at_least(1),
         default=1,
         metavar="N",
         help="documents (or pieces) read at once; more are faster on a GPU and take more memory; default: 1",
@@ -180,13 +191,15 @@ def _document_command(
         "its beginning, or read it in pieces, cut between paragraphs or sentences where possible; "
         f"{chunk}",
     )
+    add_joining(parser)
+    add_running(parser)
     return parser
 
 
 def _add_global_tokens(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--global-tokens",
-        type=_at_least(0),
+        type=at_least(0),
         default=1,
         metavar="N",
         help="the first N tokens see, and are seen by, the whole text; default: 1, as LED was trained",
@@ -198,21 +211,22 @@ def _add_generation(parser: argparse.ArgumentParser, noun: str, default: str) ->
         "writing", "Default of these is what the checkpoint's generation_config says."
     )
     group.add_argument(
-        "--max-new-tokens", type=_at_least(1), metavar="N", help=f"longest {noun}, in tokens; {default}"
+        "--max-new-tokens", type=at_least(1), metavar="N", help=f"longest {noun}, in tokens; {default}"
     )
-    group.add_argument("--min-new-tokens", type=_at_least(0), metavar="N", help=f"shortest {noun}, in tokens")
+    group.add_argument("--min-new-tokens", type=at_least(0), metavar="N", help=f"shortest {noun}, in tokens")
     group.add_argument(
-        "--num-beams", type=_at_least(1), metavar="N", help="sequences that beam search follows; 1: greedy"
+        "--num-beams", type=at_least(1), metavar="N", help="sequences that beam search follows; 1: greedy"
     )
     group.add_argument(
         "--length-penalty",
-        type=float,
+        type=_finite,
         metavar="X",
         help="with beams, above 0 favours long, below 0 short ones",
     )
     group.add_argument(
-        "--no-repeat-ngram-size", type=_at_least(0), metavar="N", help="no N tokens come twice; 0: they may"
+        "--no-repeat-ngram-size", type=at_least(0), metavar="N", help="no N tokens come twice; 0: they may"
     )
+    add_sampling(parser)
 
 
 def _add_demo(commands: argparse._SubParsersAction) -> None:
@@ -236,7 +250,7 @@ def _add_demo(commands: argparse._SubParsersAction) -> None:
         default = getattr(defaults, flag.replace("-", "_"))
         demo.add_argument(
             f"--{flag}",
-            type=_at_least(1),
+            type=at_least(1),
             default=default,
             metavar="N",
             help=f"{explanation}; default: {default:,}",
@@ -254,28 +268,36 @@ def _run_demo(args: argparse.Namespace) -> None:
     )
 
 
-def _at_least(smallest: int):
-    def parse(text: str) -> int:
-        value = int(text)
-        if value < smallest:
-            raise argparse.ArgumentTypeError(f"{value} is below {smallest}")
-        return value
-
-    parse.__name__ = "int"  # argparse names it in its message
-    return parse
+def _is_out_of_memory(error: RuntimeError | MemoryError) -> bool:
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error)
 
 
 def _device(text: str) -> str:
+    """A device that tensors can be on here."""
     try:
         kind = torch.device(text).type
-    except RuntimeError:
-        raise argparse.ArgumentTypeError(f"{text!r} is no device; give cpu, cuda, cuda:1, …") from None
-    if kind == "cuda" and not torch.cuda.is_available():
-        raise argparse.ArgumentTypeError("torch sees no GPU; install a GPU build of torch, or give cpu")
+        if kind == "meta":
+            raise argparse.ArgumentTypeError("meta holds no numbers; give cpu or cuda")
+        torch.empty(1, device=text)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        known = "torch sees no GPU" if text.startswith("cuda") else f"torch has no {text!r} here"
+        reason = str(error).strip().split("\n")[0].rstrip(".")
+        raise argparse.ArgumentTypeError(f"{known} ({reason}); give cpu, or install a build for it") from None
     return text
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    if not abs(value) <= 100:
+        raise argparse.ArgumentTypeError(f"{text} is not from -100 to 100")
+    return value
 
 
 def _not_blank(text: str) -> str:
     if not text.strip():
         raise argparse.ArgumentTypeError("a question is not blank")
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise argparse.ArgumentTypeError("a question is UTF-8, and this has half of a character") from None
     return text

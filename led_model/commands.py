@@ -17,12 +17,22 @@ from tqdm import tqdm
 from led_model.checkpoint import checkpoint_files
 from led_model.config import read_json
 from led_model.documents import Document, Source, Unreadable, find_sources
+from led_model.fingerprint import fingerprint
 from led_model.heads import LEDForQuestionAnswering
+from led_model.joined import Joined
 from led_model.model import LEDForConditionalGeneration
 from led_model.pieces import Piece
 from led_model.results import ResultFile, to_line
-from led_model.tasks import Answerer, Classifier, SpanFinder, Summarizer, Task, load_classifier
-from led_model.terminal import say, seconds
+from led_model.tasks import (
+    SAMPLING_FLAGS,
+    Answerer,
+    Classifier,
+    SpanFinder,
+    Summarizer,
+    Task,
+    load_classifier,
+)
+from led_model.terminal import complain, no_bars, quiet, say, seconds
 from led_model.tokenizer import LEDTokenizer
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -33,23 +43,25 @@ GENERATION_FLAGS = (
     "num_beams",
     "length_penalty",
     "no_repeat_ngram_size",
+    "do_sample",
+    *SAMPLING_FLAGS,
 )
 DONE, SOME_FAILED, INTERRUPTED = 0, 3, 130
 
 
 def run_on_documents(args: Namespace) -> int:
     """Runs ``args.command`` over all documents that ``args`` names; returns the exit status."""
+    if args.threads is not None:
+        torch.set_num_threads(args.threads)
     with ExitStack() as stack:
+        stack.enter_context(quiet(args.quiet))
+        sources, problems = find_documents(args)
         results = None
         if args.output is not None:
-            field_name = {"summarize": "summary", "answer": "answer", "classify": "label"}[args.command]
             question = getattr(args, "question", None)
-            results = stack.enter_context(ResultFile(args.output, field_name, question))
-        if results is not None and results.done:
-            say(f"{args.output} holds {len(results.done):,} results already; these documents are left out.")
-        sources, problems = find_sources(
-            args.inputs, jsonl=args.jsonl, text_field=args.text_field, leave_out=args.output
-        )
+            results = stack.enter_context(ResultFile(args.output, made_by(args), question, args.overwrite))
+        if results is not None and results.count:
+            say(f"{args.output} holds {results.count:,} results already; these documents are left out.")
         run = _Run(args, results, sources, problems)
         stack.enter_context(run.bar)
         try:
@@ -58,13 +70,25 @@ def run_on_documents(args: Namespace) -> int:
             run.bar.close()  # before anything is said
             if results is None:
                 raise
-            say(
-                f"interrupted; {args.output} holds {len(results.done):,} results. Give the same command again to go "
+            complain(
+                f"interrupted; {args.output} holds {results.count:,} results. Give the same command again to go "
                 "on with the others.",
                 f"led {args.command}",
             )
             return INTERRUPTED
+        if results is not None and run.made:
+            results.check_that_it_is_there()
         return SOME_FAILED if run.failed else DONE
+
+
+def find_documents(args: Namespace) -> tuple[list[Source | Joined], list[str]]:
+    """Where the documents are, and a sentence on each input that names none; with ``--join`` they are one."""
+    sources, problems = find_sources(
+        args.inputs, jsonl=args.jsonl, text_field=args.text_field, leave_out=args.output
+    )
+    if not args.join:
+        return list(sources), problems
+    return [] if problems else [Joined(sources)], problems
 
 
 @dataclass
@@ -73,7 +97,7 @@ class _Run:
 
     args: Namespace
     results: ResultFile | None
-    sources: list[Source]
+    sources: list[Source | Joined]
     problems: list[str]  # inputs that name no document
     failed: int = 0
     made: int = 0
@@ -88,12 +112,12 @@ class _Run:
             bar_format="{desc} {percentage:3.0f}%|{bar}| {elapsed}, {remaining} left",
             desc=self._count(),
             leave=False,
-            disable=None if self.total > 1 else True,
+            disable=no_bars() if self.total > 1 else True,
         )
 
     def complain(self, problem: str) -> None:
         self.failed += 1
-        say(problem, f"led {self.args.command}")
+        complain(problem, f"led {self.args.command}")
 
     def work(self) -> None:
         for problem in self.problems:
@@ -112,7 +136,8 @@ class _Run:
             for piece, result in zip(batch, task.run(batch), strict=True):
                 found.append(result)
                 if piece.index + 1 == piece.count:
-                    self._deliver(task, piece.document, task.join(found))
+                    about = {"tokens": piece.tokens, "pieces": piece.count, "truncated": piece.is_truncated}
+                    self._deliver(task, piece.document, task.join(found) | about)
                     found = []
                 self.bar.set_description_str(self._count(), refresh=False)
                 self.bar.update(piece.document.size / piece.count)
@@ -127,8 +152,12 @@ class _Run:
                 if isinstance(document, Unreadable):
                     self.complain(document.message)
                 elif self.results is None or not self.results.has(document):
+                    if self.results is not None and self.results.has_changed(document):
+                        say(f"{document.name} has changed since its result was made; it is read again.")
                     yield document
                     continue
+                else:
+                    self.made += 1
                 self.bar.total -= document.size
 
     def _pieces(self, task: Task, documents: Iterator[Document]) -> Iterator[Piece]:
@@ -142,10 +171,10 @@ class _Run:
             yield from pieces
 
     def _deliver(self, task: Task, document: Document, result: dict[str, Any]) -> None:
-        record = {"id": document.id, "source": document.source} | result
         if self.results is not None:
-            self.results.append(record)
+            self.results.append(document, result)
         else:
+            record = {"id": document.id, "source": document.source} | result
             alone = self.total + len(self.problems) == 1
             with self.bar.external_write_mode(file=sys.stdout):
                 print(task.as_text(result) if alone else to_line(record), flush=True)
@@ -155,18 +184,37 @@ class _Run:
         return f"{self.made} of {self.total} documents"
 
 
+def made_by(args: Namespace) -> dict[str, Any]:
+    """What a result depends on, beside its document: the checkpoint, and the flags that change what is read or written.
+
+    Raises:
+        FileNotFoundError: when there is no such checkpoint.
+    """
+    flags = {
+        name: getattr(args, name, None) for name in ("long", "global_tokens", "dtype", *GENERATION_FLAGS)
+    }
+    flags |= {name: True for name in ("load_in_4bit", "load_in_8bit") if getattr(args, name)}
+    given = {f"--{name.replace('_', '-')}": value for name, value in flags.items() if value is not None}
+    weights = fingerprint(args.model, args.revision)
+    return {"command": args.command, "model": args.model, "model's fingerprint": weights, **given}
+
+
 def load_task(args: Namespace) -> Task:
     """The model that ``args.command`` needs, with its tokenizer."""
     tokenizer = LEDTokenizer.from_pretrained(args.model, revision=args.revision)
+    if sys.stderr.isatty():  # to somebody who waits
+        say(f"loading {args.model} …")
     where = {
         "dtype": DTYPES.get(args.dtype),
         "device": args.device or ("cuda" if torch.cuda.is_available() else "cpu"),
         "revision": args.revision,
+        "load_in_4bit": args.load_in_4bit,
+        "load_in_8bit": args.load_in_8bit,
     }
     reading: dict[str, Any] = {"long": args.long}
     if args.command == "answer":
         reading["question"] = args.question
-        if _finds_answers(args):
+        if finds_answers(args):
             longest = args.max_new_tokens or DEFAULT_NEW_TOKENS["answer"]
             model = LEDForQuestionAnswering.from_pretrained(args.model, **where)
             return SpanFinder(model, tokenizer, longest, **reading)
@@ -174,6 +222,13 @@ def load_task(args: Namespace) -> Task:
         reading["global_tokens"] = args.global_tokens
     if args.command == "classify":
         return Classifier(load_classifier(args.model, **where), tokenizer, **reading)
+    if "LEDForSequenceClassification" in _architectures(args) or (
+        args.command == "summarize" and "LEDForQuestionAnswering" in _architectures(args)
+    ):
+        raise ValueError(
+            f"{args.model} is a checkpoint of {_architectures(args)[0]}, whose head for writing was never trained; "
+            "use the command for what it does, or give another."
+        )
 
     model = LEDForConditionalGeneration.from_pretrained(args.model, **where)
     settings = {name: getattr(args, name) for name in GENERATION_FLAGS if getattr(args, name) is not None}
@@ -185,11 +240,9 @@ def load_task(args: Namespace) -> Task:
     return task_class(model, tokenizer, settings, **reading)
 
 
-def _finds_answers(args: Namespace) -> bool:
+def finds_answers(args: Namespace) -> bool:
     """Whether the checkpoint is one of question answering, which writes nothing."""
-    config = checkpoint_files(args.model, args.revision)("config.json")
-    architectures = read_json(config).get("architectures") if config is not None else None
-    if "LEDForQuestionAnswering" not in (architectures or []):
+    if "LEDForQuestionAnswering" not in _architectures(args):
         return False
     for name in GENERATION_FLAGS:
         if name != "max_new_tokens" and getattr(args, name) is not None:
@@ -198,3 +251,10 @@ def _finds_answers(args: Namespace) -> bool:
                 "leave it out."
             )
     return True
+
+
+def _architectures(args: Namespace) -> list[str]:
+    """The classes of transformers that the checkpoint says it is of."""
+    config = checkpoint_files(args.model, args.revision)("config.json")
+    found = read_json(config).get("architectures") if config is not None else None
+    return found if isinstance(found, list) else []

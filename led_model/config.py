@@ -20,6 +20,7 @@ from led_model.schema import (
     Rule,
     check_values,
     list_of,
+    make_plain,
     number,
     one_of,
     table_of,
@@ -125,6 +126,7 @@ class LEDConfig:
 
     def __post_init__(self) -> None:
         check_values(vars(self), _RULES)
+        make_plain(self)
         if not isinstance(self.attention_window, (list, tuple)):
             self.attention_window = [self.attention_window] * self.encoder_layers
         if len(self.attention_window) != self.encoder_layers:

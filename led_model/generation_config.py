@@ -14,6 +14,7 @@ from led_model.schema import (
     check_names,
     check_values,
     list_of,
+    make_plain,
     number,
     one_of,
     whole,
@@ -49,8 +50,8 @@ _RULES = {
     "max_new_tokens": _COUNT.optional,
     "min_length": _COUNT,
     "min_new_tokens": _COUNT.optional,
-    "num_beams": whole(1),
-    "num_return_sequences": whole(1),
+    "num_beams": whole(1, 1024),
+    "num_return_sequences": whole(1, 1024),
     "length_penalty": number(-50, 50),  # beyond, powers of a length leave the range of floats
     "early_stopping": one_of(True, False, "never"),
     "do_sample": FLAG,
@@ -106,6 +107,7 @@ class GenerationConfig:
 
     def __post_init__(self) -> None:
         check_values(vars(self), _RULES)
+        make_plain(self)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> GenerationConfig:

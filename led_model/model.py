@@ -128,7 +128,9 @@ class LEDDecoder(nn.Module):
             ValueError: for ids of another shape or outside the vocabulary, more tokens than positions, and keys,
                 masks or a cache of another batch, length or width.
         """
-        hidden = embed("decoder_input_ids", input_ids, "decoder_inputs_embeds", inputs_embeds, self)
+        hidden = embed(
+            "decoder_input_ids", input_ids, "decoder_inputs_embeds", inputs_embeds, self, cache is None
+        )
         check_decoder_call(hidden, cross_keys_values, cross_mask, attention_mask, cache, position, self)
         if position is None:
             position = torch.arange(hidden.shape[1], device=hidden.device)

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import re
 from bisect import bisect_left
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 from torch import device as Device
 
 from led_model.batch_encoding import BatchEncoding
-from led_model.documents import Document
+from led_model.documents import BETWEEN_PARTS, Document
 from led_model.terminal import say
 from led_model.tokenizer import LEDTokenizer
+
+_WINDOW = 2**18  # characters that are encoded at once
 
 # ends of what is best not torn apart, the best places first
 _BOUNDARIES = [re.compile(p) for p in (r"\n\s*\n", r"[.!?][\"'”’)\]]*\s+", r"\n\s*", r"\s+")]
@@ -30,9 +33,11 @@ class Piece:
     input_ids: list[int]
     num_globals: int
     first: int
-    offsets: Sequence[tuple[int, int]]
+    offsets: np.ndarray  # int64 [tokens, 2]
     index: int
     count: int
+    tokens: int  # of the document, as far as it was read
+    is_truncated: bool
 
 
 @dataclass
@@ -41,7 +46,8 @@ class Reader:
 
     ``long`` says what becomes of a longer document: "error", "truncate" or "chunk". With a question the ids are
     ``<s> question </s></s> document </s>``, and the tokens up to the first ``</s>`` are global; otherwise
-    ``<s> document </s>``, and the first ``global_tokens`` are.
+    ``<s> document </s>``, and the first ``global_tokens`` are. Between the parts of a document stands the
+    tokenizer's ``<doc-sep>``, which is global too, or a blank line if the tokenizer has none.
 
     Raises:
         ValueError: when the question leaves no room.
@@ -75,42 +81,80 @@ class Reader:
         Raises:
             ValueError: when the document is too long and ``long`` is "error".
         """
-        encoded = self._encode(document.text)
-        ids, offsets = encoded.input_ids, encoded.offset_mapping
-        spans = [(0, len(ids))]
+        special = len(self._prefix) + len(self._suffix)
+        enough = None if self.long == "chunk" else self._room + 1
+        ids, offsets, is_all = self._tokens(document, enough)
+        spans, is_truncated = [(0, len(ids))], False
         if len(ids) > self._room:
-            total = len(ids) + len(self._prefix) + len(self._suffix)
+            total = f"{len(ids) + special:,}" if is_all else f"more than {self.limit:,}"
             if self.long == "error":
                 raise ValueError(
-                    f"{document.name} has {total:,} tokens but the model reads at most {self.limit:,}; cut it, or "
+                    f"{document.name} has {total} tokens but the model reads at most {self.limit:,}; cut it, or "
                     "let --long truncate or --long chunk do so."
                 )
             if self.long == "truncate":
-                say(f"{document.name}: reading the first {self.limit:,} of {total:,} tokens.")
-                spans = [(0, self._room)]
+                say(f"{document.name}: reading the first {self.limit:,} of {total} tokens.")
+                spans, is_truncated = [(0, self._room)], True
             else:
                 spans = split(document.text, offsets, self._room)
-                say(f"{document.name}: reading {total:,} tokens in {len(spans)} pieces.")
+                say(f"{document.name}: reading {total} tokens in {len(spans)} pieces.")
         return [
             Piece(
                 document,
-                [*self._prefix, *ids[start:stop], *self._suffix],
+                [*self._prefix, *ids[start:stop].tolist(), *self._suffix],
                 self.global_tokens,
                 len(self._prefix),
                 offsets[start:stop],
                 index,
                 len(spans),
+                spans[-1][1],
+                is_truncated,
             )
             for index, (start, stop) in enumerate(spans)
         ]
+
+    def _tokens(self, document: Document, enough: int | None) -> tuple[np.ndarray, np.ndarray, bool]:
+        """A document's ids, int64 ``[tokens]``, and their characters, int64 ``[tokens, 2]``: at least ``enough`` of
+        them, if there are, and whether they are all."""
+        ids, offsets, count, is_all = [np.empty(0, np.int64)], [np.empty((0, 2), np.int64)], 0, True
+        for own_ids, own_offsets, is_last in self._windows(document):
+            ids.append(np.array(own_ids, np.int64))
+            offsets.append(own_offsets)
+            count += len(own_ids)
+            if enough is not None and count >= enough:
+                is_all = is_last
+                break
+        return np.concatenate(ids), np.concatenate(offsets), is_all
+
+    def _windows(self, document: Document) -> Iterator[tuple[list[int], np.ndarray, bool]]:
+        """Ids, their characters, and whether it is the last, of one stretch of the document after another.
+
+        Window by window, as the tokenizer takes 165 bytes a byte of text.
+        """
+        separator = self.tokenizer.doc_sep_token_id
+        parts = document.parts if separator is not None and document.parts else (document.text,)
+        first = 0  # character of the part in the whole text
+        for part in parts:
+            if first:
+                yield [separator], np.array([[first - len(BETWEEN_PARTS), first]]), False
+            begin = 0
+            while begin < len(part):
+                end = _end_of_window(part, begin)
+                encoded = self._encode(part[begin:end])
+                offsets = np.array(encoded.offset_mapping, np.int64).reshape(-1, 2) + (first + begin)
+                yield encoded.input_ids, offsets, first + end == len(document.text)
+                begin = end
+            first += len(part) + len(BETWEEN_PARTS)
 
     def batch(self, pieces: Sequence[Piece], device: str | Device) -> BatchEncoding:
         """``input_ids``, ``attention_mask`` and ``global_attention_mask``, padded to the right."""
         rows = []
         for piece in pieces:
-            length = len(piece.input_ids)
-            num_globals = min(piece.num_globals, length)
-            global_attention_mask = [1] * num_globals + [0] * (length - num_globals)
+            separator = self.tokenizer.doc_sep_token_id
+            global_attention_mask = [
+                int(index < piece.num_globals or token == separator)
+                for index, token in enumerate(piece.input_ids)
+            ]
             rows.append({"input_ids": piece.input_ids, "global_attention_mask": global_attention_mask})
         return self.tokenizer.pad(rows, return_tensors="pt").to(device)
 
@@ -121,13 +165,24 @@ class Reader:
         )
 
 
-def split(text: str, offsets: Sequence[tuple[int, int]], room: int) -> list[tuple[int, int]]:
+def _end_of_window(text: str, begin: int) -> int:
+    """Where a window from ``begin`` ends: before a space after a word, where no token reaches across."""
+    end = begin + _WINDOW
+    if end >= len(text):
+        return len(text)
+    for at in range(end, begin + _WINDOW // 2, -1):
+        if text[at].isspace() and not text[at - 1].isspace():
+            return at
+    return end
+
+
+def split(text: str, offsets: Sequence[tuple[int, int]] | np.ndarray, room: int) -> list[tuple[int, int]]:
     """Token ranges of at most ``room``, one after another over all tokens.
 
     Each ends in its last quarter, after a paragraph if one ends there, else after a sentence, a line or a word,
     the last of its kind, and else when it is full. ``offsets`` are the tokens' characters in ``text``.
     """
-    starts = [start for start, _ in offsets]
+    starts = np.asarray(offsets).reshape(-1, 2)[:, 0]
     spans = []
     begin = 0
     while begin < len(offsets):
@@ -138,9 +193,9 @@ def split(text: str, offsets: Sequence[tuple[int, int]], room: int) -> list[tupl
     return spans
 
 
-def _boundary(text: str, starts: Sequence[int], earliest: int, full: int) -> int:
+def _boundary(text: str, starts: np.ndarray, earliest: int, full: int) -> int:
     """The token before which to cut: after ``earliest``, at the latest ``full``."""
-    low, high = starts[earliest], starts[full]
+    low, high = int(starts[earliest]), int(starts[full])
     for pattern in _BOUNDARIES:
         for match in reversed(list(pattern.finditer(text, low, high))):
             token = bisect_left(starts, match.end(), earliest, full)

@@ -1,46 +1,76 @@
-"""The output of a long run, one JSON line a document, that an interrupted run can be resumed from."""
+"""The output of a long run, one JSON line a document, that an interrupted run can be resumed from.
+
+A record says what made it: the command, the model with a fingerprint of its files, the settings, and a hash of the
+document. An earlier record counts as done when the same would make it again.
+"""
 
 from __future__ import annotations
 
 import json
 import os
+import stat
+from collections import Counter
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 from led_model.documents import Document
 
+try:
+    import fcntl
+except ImportError:  # Windows: two runs on one output are the user's to avoid
+    fcntl = None
+
+_BEGINNING = b'{"led": "'  # of each record
+_NOT_COMPARED = ("model",)  # how a model is spelled, as its fingerprint says what it is
+
 
 class ResultFile:
     """Appends results, each on disk before the next, and knows those of earlier runs.
 
-    Of a line that was cut when a run was killed nothing is kept: its document is not done.
+    Nothing in the file changes before the first result is there: then what a killed run left of a record is cut off,
+    or all earlier results if ``overwrite``. Only one process at a time has the file.
 
     Args:
         path: made if it is not there.
-        field: what every result of this command has, ``summary`` for instance.
+        made_by: what makes the results, by name; its values survive JSON.
         question: for ``answer``; another question's results in the file do not count.
+        overwrite: earlier results do not count, and go.
 
     Raises:
         FileNotFoundError: when the directory is not there.
-        ValueError: when the file holds anything but such results.
+        OSError: when the path is no regular file, cannot be written, or is another process's output.
+        ValueError: when the file holds anything but results, or results of another model or other settings.
     """
 
-    def __init__(self, path: str, field: str, question: str | None = None) -> None:
+    def __init__(
+        self, path: str, made_by: dict[str, Any], question: str | None = None, overwrite: bool = False
+    ) -> None:
         self.path = path
-        self.field = field
+        self.made_by = made_by
         self.question = question
-        self.done: set[tuple[str, str]] = set()
+        self.count = 0  # results in the file that count
+        self._done: Counter[str] = Counter()  # by the key of their document
+        self._hash_of: dict[tuple[str, str], str] = {}  # by source and id
+        self._keep: int | None = 0 if overwrite else None  # bytes; None: all
+        self._needs_newline = False
+        self._is_new = not os.path.exists(path)
         if not Path(path).resolve().parent.is_dir():
             raise FileNotFoundError(f"the directory of --output {path} is not there; make it first.")
+        if not self._is_new and not stat.S_ISREG(os.stat(path).st_mode):
+            raise OSError(
+                f"--output {path} is no regular file; give one, or leave --output out for the terminal."
+            )
         try:
-            self._file = open(path, "a+b")  # noqa: SIM115
+            self._file = open(path, "a+b", buffering=0)  # noqa: SIM115
         except OSError as error:
             raise OSError(f"--output {path} cannot be written ({error.strerror}); give a file.") from None
         try:
-            self._read_earlier()
+            self._lock()
+            if not overwrite:
+                self._read_earlier()
         except BaseException:
-            self._file.close()
+            self._close()
             raise
 
     def __enter__(self) -> ResultFile:
@@ -49,40 +79,140 @@ class ResultFile:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._file.close()
+        self._close()
 
     def has(self, document: Document) -> bool:
-        return (document.source, str(document.id)) in self.done
+        """Whether an earlier record is of this document's text; each record counts for one document."""
+        key = document.key
+        if self._done[key] > 0:
+            self._done[key] -= 1
+            return True
+        return False
 
-    def append(self, record: dict[str, Any]) -> None:
-        """Returns when ``record`` is on disk."""
-        self._file.write(to_line(record).encode() + b"\n")
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        self.done.add((record["source"], str(record["id"])))
+    def has_changed(self, document: Document) -> bool:
+        """Whether a record of the document's name is of another text."""
+        known = self._hash_of.get((document.source, str(document.id)))
+        return known is not None and known != document.key
+
+    def append(self, document: Document, result: dict[str, Any]) -> None:
+        """Returns when the record is on disk.
+
+        Raises:
+            OSError: when it is not: the disk is full, or the file was deleted or replaced.
+        """
+        self.check_that_it_is_there()
+        record = {"led": self.made_by["command"], "id": document.id, "source": document.source} | result
+        record |= {"document": document.key, "made_by": self.made_by}
+        line = to_line(record).encode() + b"\n"
+        try:
+            if self._keep is not None:
+                self._file.truncate(self._keep)
+                self._keep = None
+            if self._needs_newline:
+                line = b"\n" + line
+                self._needs_newline = False
+            while line:
+                line = line[self._file.write(line) :]
+            os.fsync(self._file.fileno())
+        except OSError as error:
+            raise OSError(
+                f"--output {self.path} cannot be written ({error.strerror}); what is finished is on disk, make room "
+                "and give the same command again."
+            ) from None
+        self.count += 1
+
+    def check_that_it_is_there(self) -> None:
+        """Raises OSError when the path does not lead to the file any more that results are appended to."""
+        own = os.fstat(self._file.fileno())
+        try:
+            present = os.stat(self.path)
+        except OSError:
+            present = None
+        if present is None or (own.st_dev, own.st_ino) != (present.st_dev, present.st_ino):
+            raise OSError(
+                f"--output {self.path} was deleted or replaced during the run, and its results are gone; give the "
+                "same command again."
+            )
+
+    def _lock(self) -> None:
+        if fcntl is None:
+            return
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise OSError(
+                f"--output {self.path} is being written by another process; wait for it, or give another file."
+            ) from None
+
+    def _close(self) -> None:
+        """A file that was made and got nothing goes again."""
+        try:
+            if self._is_new and self.count == 0 and os.fstat(self._file.fileno()).st_size == 0:
+                self.check_that_it_is_there()
+                os.unlink(self.path)
+        except OSError:
+            pass
+        self._file.close()
 
     def _read_earlier(self) -> None:
         self._file.seek(0)
         whole = 0  # bytes of complete lines
-        for number, line in enumerate(self._file, 1):
-            if not line.endswith(b"\n"):
-                break
-            whole += len(line)
-            try:
-                record = json.loads(line)
-                key = record["source"], str(record["id"])
-                is_ours = self.field in record
-            except (ValueError, TypeError, KeyError):
-                is_ours = False
-            if not is_ours:
+        for number, line in enumerate(self._lines(), 1):
+            is_complete = line.endswith(b"\n")
+            record = _parse(line)
+            if record is None:
+                if not is_complete and _begins_as_ours(line):
+                    self._keep = whole
+                    return
                 raise ValueError(
-                    f"--output {self.path} line {number} is no result of this command, with a {self.field!r}; "
-                    "give another file."
+                    f"--output {self.path} line {number} is no result of this program; give another file."
                 )
-            if record.get("question") == self.question:
-                self.done.add(key)
-        self._file.truncate(whole)
+            self._count(record, number)
+            whole += len(line)
+            self._needs_newline = not is_complete
+
+    def _lines(self):
+        with open(self.path, "rb") as file:
+            yield from file
+
+    def _count(self, record: dict[str, Any], number: int) -> None:
+        made_by = record["made_by"]
+        different = [
+            name
+            for name in {**made_by, **self.made_by}
+            if name not in _NOT_COMPARED and made_by.get(name) != self.made_by.get(name)
+        ]
+        if different:
+            name = different[0]
+            raise ValueError(
+                f"--output {self.path} line {number} was made with {name} {made_by.get(name)!r} and this run has "
+                f"{self.made_by.get(name)!r}; give --overwrite to begin it anew, or another file."
+            )
+        if record.get("question") == self.question:
+            self.count += 1
+            self._done[record["document"]] += 1
+            self._hash_of[record["source"], str(record["id"])] = record["document"]
 
 
 def to_line(record: dict[str, Any]) -> str:
     return json.dumps(record, ensure_ascii=False)
+
+
+def _parse(line: bytes) -> dict[str, Any] | None:
+    """A record of ours, else None."""
+    try:
+        record = json.loads(line)
+        is_ours = (
+            line.startswith(_BEGINNING)
+            and isinstance(record["made_by"], dict)
+            and isinstance(record["document"], str)
+            and isinstance(record["source"], str)
+            and "id" in record
+        )
+    except (ValueError, TypeError, KeyError, RecursionError):
+        return None
+    return record if is_ours else None
+
+
+def _begins_as_ours(line: bytes) -> bool:
+    return line.startswith(_BEGINNING) or _BEGINNING.startswith(line)

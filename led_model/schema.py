@@ -29,7 +29,7 @@ class Rule:
 
 
 def whole(low: int, high: int = LARGEST) -> Rule:
-    says = f"{low} or more, a whole number" if high == LARGEST else f"a whole number from {low} to {high}"
+    says = f"{low} or more, a whole number" + (f" up to {high}" if high < LARGEST else "")
     return Rule(says, lambda value: _is_whole(value) and low <= value <= high)
 
 
@@ -73,7 +73,7 @@ def table_of(key: Rule, value: Rule, what: str) -> Rule:
 
 
 FLAG = one_of(True, False)
-TEXT = Rule("a text", lambda value: isinstance(value, str))
+TEXT = Rule("a text", lambda value: isinstance(value, str) and _is_unicode(value))
 TOKEN_ID = whole(0)
 TOKEN_IDS = list_of(TOKEN_ID, "token ids")
 
@@ -87,6 +87,15 @@ def check_values(values: Mapping[str, Any], rules: Mapping[str, Rule]) -> None:
     for name, rule in rules.items():
         if name in values and not rule.holds(values[name]):
             raise ValueError(f"{name} is {reprlib.repr(values[name])}; give {rule.says}.")
+
+
+def make_plain(settings: object) -> None:
+    """Turns numpy's numbers among the attributes into Python's, which JSON and torch take everywhere."""
+    for name, value in vars(settings).items():
+        if _is_whole(value):
+            setattr(settings, name, int(value))
+        elif _is_number(value):
+            setattr(settings, name, float(value))
 
 
 def check_names(given: Iterable[str], known: Iterable[str], where: str) -> None:
@@ -108,4 +117,12 @@ def _is_whole(value: Any) -> bool:
 
 
 def _is_number(value: Any) -> bool:
+    """Finite, and an integer in the range of tensors."""
+    if isinstance(value, Integral) and abs(value) > 2**63:
+        return False
     return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _is_unicode(text: str) -> bool:
+    """JSON may spell half a surrogate pair, which nothing can print or encode."""
+    return not any("\ud800" <= character <= "\udfff" for character in text)

@@ -11,17 +11,19 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from led_model.batch_encoding import BatchEncoding
+from led_model.config import LEDConfig
 from led_model.heads import LEDForQuestionAnswering, LEDForSequenceClassification
 from led_model.model import LEDForConditionalGeneration
 from led_model.pieces import Piece, Reader
 from led_model.pretrained import LEDPreTrainedModel
-from led_model.terminal import layer_progress, say, seconds
+from led_model.terminal import layer_progress, no_bars, say, seconds
 from led_model.tokenizer import LEDTokenizer
 
+SAMPLING_FLAGS = ("temperature", "top_k", "top_p", "seed")
 Found = dict[str, Any]  # what was found out about a piece, or about a document
 
 
@@ -44,13 +46,21 @@ class Work:
         return text
 
 
+def longest_input(config: LEDConfig, writes: bool) -> int:
+    """How many tokens the model reads; a head sits on the decoder, which reads as many as the encoder."""
+    positions = config.max_encoder_position_embeddings
+    return positions if writes else min(positions, config.max_decoder_position_embeddings)
+
+
 class Task(ABC):
     """A model at work. ``field`` is the entry that all its results have."""
 
     field: str
+    writes = False
 
     def __init__(self, model: LEDPreTrainedModel, tokenizer: LEDTokenizer, **reading: Any) -> None:
         """``reading``: the other fields of :class:`Reader`."""
+        check_weights(model)
         self.model = model
         self.device = next(model.parameters()).device
         if len(tokenizer) > model.config.vocab_size:
@@ -58,13 +68,8 @@ class Task(ABC):
                 f"the tokenizer has {len(tokenizer):,} tokens and the model {model.config.vocab_size:,}; use "
                 "the tokenizer that belongs to the checkpoint."
             )
-        self.reader = Reader(tokenizer, self.longest(), **reading)
+        self.reader = Reader(tokenizer, longest_input(model.config, self.writes), **reading)
         self.work = Work()
-
-    def longest(self) -> int:
-        """How many tokens the model reads; a head sits on the decoder, which reads as many as the encoder."""
-        config = self.model.config
-        return min(config.max_encoder_position_embeddings, config.max_decoder_position_embeddings)
 
     def run(self, pieces: Sequence[Piece]) -> list[Found]:
         """Reads a batch, and returns what it found in each piece."""
@@ -94,6 +99,7 @@ class _Writer(Task):
     """A model that writes. ``compares`` says whether a document's pieces compete, by ``score``."""
 
     model: LEDForConditionalGeneration
+    writes = True
     compares = False
 
     def __init__(
@@ -103,6 +109,9 @@ class _Writer(Task):
         self.settings = settings | {"num_return_sequences": 1}
         generation = model.generation_config.updated(**self.settings)
         generation.check(model.config.vocab_size)  # before a long text has been read
+        if not generation.do_sample and (idle := [name for name in SAMPLING_FLAGS if name in settings]):
+            flags = ", ".join(f"--{name.replace('_', '-')}" for name in idle)
+            raise ValueError(f"{flags} would change nothing; give --do-sample too, or leave it out.")
         self.limit = generation.length_limit() - 1
         if self.limit > (positions := model.config.max_decoder_position_embeddings):
             raise ValueError(
@@ -113,16 +122,13 @@ class _Writer(Task):
             asked = ", ".join(f"{name}={value}" for name, value in generation.unsupported.items())
             say(f"the checkpoint asks for {asked}; decoding without it.")
 
-    def longest(self) -> int:
-        return self.model.config.max_encoder_position_embeddings
-
     def _run(self, pieces: Sequence[Piece], inputs: BatchEncoding) -> list[Found]:
         model, start = self.model, time.perf_counter()
         with self.read(inputs):
             encoded = model.led.encode(**inputs)
-            encoded.flatten()[:1].tolist()  # waits for the device
+            check_states(encoded)
         read = time.perf_counter()
-        with tqdm(total=self.limit, desc="writing", unit="token", leave=False, disable=None) as bar:
+        with tqdm(total=self.limit, desc="writing", unit="token", leave=False, disable=no_bars()) as bar:
             listener = None if bar.disable else lambda _: bar.update()
             sequences = model.generate(
                 inputs.input_ids, inputs.attention_mask, encoded=encoded, on_token=listener, **self.settings
@@ -180,12 +186,13 @@ class SpanFinder(Task):
         with self.read(inputs):
             output = self.model(**inputs)
             start_logits, end_logits = output.start_logits.float().cpu(), output.end_logits.float().cpu()
+            check_states(start_logits + end_logits)
         self.work.read_seconds += time.perf_counter() - start
         found = []
         for row, piece in enumerate(pieces):
             own = slice(piece.first, piece.first + len(piece.offsets))
             first, last, score = best_span(start_logits[row, own], end_logits[row, own], self.longest_answer)
-            begin, end = piece.offsets[first][0], piece.offsets[last][1]
+            begin, end = int(piece.offsets[first][0]), int(piece.offsets[last][1])
             answer = piece.document.text[begin:end].rstrip()  # a token of space may come last
             found.append({"answer": answer, "score": score, "start": begin, "end": begin + len(answer)})
         return found
@@ -205,6 +212,7 @@ class Classifier(Task):
         start = time.perf_counter()
         with self.read(inputs):
             logits = self.model(**inputs).logits.float().cpu()
+            check_states(logits)
         self.work.read_seconds += time.perf_counter() - start
         return [{"logits": row} for row in logits]
 
@@ -226,6 +234,19 @@ class Classifier(Task):
         numbers = result.get("probabilities") or result["label"]
         ranked = sorted(numbers.items(), key=lambda item: -item[1])
         return "\n".join(f"{label}\t{number:.4f}" for label, number in ranked)
+
+
+def check_weights(model: nn.Module) -> None:
+    """Raises ValueError when a weight is NaN or infinite: every result would be made of it."""
+    for name, weight in model.named_parameters():
+        if weight.is_floating_point() and not bool(weight.isfinite().all()):
+            raise ValueError(f"the model's {name} holds NaN or infinity; give a sound checkpoint.")
+
+
+def check_states(states: Tensor) -> None:
+    """Raises ValueError when what a model computed is not finite."""
+    if not bool(states.isfinite().all()):
+        raise ValueError("the model's numbers overflowed; give --dtype float32 or bfloat16.")
 
 
 def mean_log_probs(

@@ -5,9 +5,27 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 
 from torch import nn
 from tqdm import tqdm
+
+_is_quiet = ContextVar("is_quiet", default=False)
+
+
+@contextmanager
+def quiet(wanted: bool = True) -> Iterator[None]:
+    """No bars and no messages but complaints within, if ``wanted``."""
+    token = _is_quiet.set(wanted or _is_quiet.get())
+    try:
+        yield
+    finally:
+        _is_quiet.reset(token)
+
+
+def no_bars() -> bool | None:
+    """tqdm's ``disable``: ``None`` draws a bar on a terminal only."""
+    return True if _is_quiet.get() else None
 
 
 def table(rows: Sequence[Sequence[str]], header: Sequence[str] = ()) -> str:
@@ -28,7 +46,7 @@ def table(rows: Sequence[Sequence[str]], header: Sequence[str] = ()) -> str:
 @contextmanager
 def layer_progress(layers: nn.ModuleList, description: str) -> Iterator[None]:
     """A bar that grows with each layer that has run; only on a terminal."""
-    with tqdm(total=len(layers), desc=description, unit="layer", leave=False, disable=None) as bar:
+    with tqdm(total=len(layers), desc=description, unit="layer", leave=False, disable=no_bars()) as bar:
 
         def count(*_: object) -> None:  # what a hook returns would replace the layer's output
             bar.update()
@@ -50,5 +68,11 @@ def seconds(value: float) -> str:
 
 
 def say(message: str, speaker: str = "led") -> None:
-    """A line on stderr, above the bars if there are any."""
+    """A line on stderr, above the bars if there are any; none where it is :func:`quiet`."""
+    if not _is_quiet.get():
+        complain(message, speaker)
+
+
+def complain(message: str, speaker: str = "led") -> None:
+    """A line on stderr about what failed, also where it is :func:`quiet`."""
     tqdm.write(f"{speaker}: {message}", file=sys.stderr)

@@ -31,16 +31,23 @@ def read_tensors(fetch: Fetch, source: str | os.PathLike[str]) -> dict[str, Tens
         FileNotFoundError: when a file is not there.
         ValueError: when one cannot be read, or holds anything but dense floating point tensors.
     """
+    tensors: dict[str, Tensor] = {}
+    for path in weight_files(fetch, source):
+        tensors.update(_read_file(path))
+    return tensors
+
+
+def weight_files(fetch: Fetch, source: str | os.PathLike[str]) -> list[Path]:
+    """The file of weights, or all shards.
+
+    Raises:
+        FileNotFoundError: when one is not there.
+        ValueError: when the index of the shards cannot be read.
+    """
     for name in WEIGHT_FILES:
-        path = fetch(name)
-        if path is None:
-            continue
-        if not name.endswith(".index.json"):
-            return _read_file(path)
-        tensors: dict[str, Tensor] = {}
-        for shard in _shards(path):
-            tensors.update(_read_file(required(fetch, shard, source)))
-        return tensors
+        if (path := fetch(name)) is not None:
+            is_index = name.endswith(".index.json")
+            return [required(fetch, shard, source) for shard in _shards(path)] if is_index else [path]
     raise FileNotFoundError(
         f"{source} holds no weights; it needs one of {', '.join(WEIGHT_FILES)}: {what_else_is_in(source)}."
     )

@@ -27,12 +27,13 @@ from led_kernels import (
     ops,
 )
 from led_kernels.decode import decode_attention, few_rows_add_norm, few_rows_linear, write_rows
-from led_kernels.dispatch import backend_module, can_run
+from led_kernels.dispatch import backend_module
+from tests.backends import backends_on
 
 REFUSALS = (ValueError, TypeError, IndexError, RuntimeError, OverflowError)
 NUMBERS = (-(2**63), -(2**31), -7, -1, 0, 1, 2, 3, 5, 8, 17, 100, 300, 2**24 + 1, 2**31 - 1, 2**40)
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.int64, torch.int32, torch.uint8, torch.bool)
-BACKENDS = [name for name in ("cpu", "torch", "reference") if can_run(name, torch.device("cpu"))]
+BACKENDS = ["reference", *backends_on("cpu")]
 
 
 def hostile(rng: random.Random, x: Tensor) -> Tensor:
@@ -184,26 +185,76 @@ def decoding_call(rng: random.Random) -> None:
 
 
 def extension_call(rng: random.Random) -> None:
-    """Parameters whose sizes do not go with each other; addresses are those of tensors that are large enough."""
+    """Parameters of the compiled functions, of which some are not those of the tensors that are given."""
     if "cpu" not in BACKENDS:
         return
-    cpu = backend_module("cpu")
-    mask, n = LongformerMask.from_padding(torch.tensor([[2, 1, 1, 1, 1, 1, 1, 0]])), 8
-    x = torch.randn(1, n, 2, 8)
-    params = cpu._C.AttentionParams()
-    sizes = {"batch": 1, "max_seqlen": n, "heads": 2, "head_dim": 8, "num_threads": 1}
-    sizes |= {"window_left": 2, "window_right": 2}
-    spoilt = rng.choice(list(sizes))
+    cpu, extension = backend_module("cpu"), backend_module("cpu")._C
+    number = rng.choice(NUMBERS)
+    if rng.random() < 0.3:
+        x, y, weight, norm = torch.randn(2, 8), torch.empty(2, 5), torch.randn(5, 8), torch.randn(2, 8)
+        position, cache = torch.tensor([1, 2]), torch.randn(1, 2, 4, 8)
+        f32, isa = extension.DType.float32, cpu.instruction_set()
+        at = memory
+        rows = (*at(cache)[:1], 64, 8, 32, cache.nbytes)
+        calls = {
+            "cpu_few_rows_linear": [f32, (2, 8, 5), at(x), at(weight), 8, at(y[0]), at(y), True, 1, isa],
+            "cpu_few_rows_add_norm": [f32, 2, 8, at(x), at(norm), at(x[0]), at(x[1]), at(norm), 1e-5, isa],
+            "cpu_write_rows": [f32, (1, 2, 2, 8), 4, at(position), rows, rows, isa],
+        }
+        name = rng.choice(list(calls))
+        for place in rng.sample(range(len(calls[name])), rng.choice([0, 1, 2])):
+            calls[name][place] = spoilt(rng, calls[name][place])
+        getattr(extension, name)(*calls[name])
+        return
+    n, is_global, dtype = 8, rng.random() < 0.5, rng.choice(["float32", "float64", "bfloat16"])
+    mask = LongformerMask.from_padding(torch.tensor([[2, 1, 1, 1, 1, 1, 1, 0]] * 2))
+    x = torch.randn(2, n, 2, 8).to(getattr(torch, dtype))
+    results = x[:, : mask.max_globals].contiguous() if is_global else x
+    lse = torch.zeros(2, 2, results.shape[1], dtype=torch.float64 if dtype == "float64" else torch.float32)
+    params = extension.AttentionParams()
+    sizes = {"batch": 2, "max_seqlen": n, "heads": 2, "head_dim": 8, "num_threads": 1, "window_left": 2}
+    sizes |= {"window_right": 2, "dropout_p": 0.0, "dtype": getattr(extension.DType, dtype)}
+    spoilt_sizes = rng.sample(list(sizes), rng.choice([0, 1, 1, 2]))
     for name, value in sizes.items():
-        setattr(params, name, rng.choice([-(2**40), -1, 0, value]) if name == spoilt else value)
-    values = [hostile_values(rng, t) if rng.random() < 0.4 else t for t in mask.tensors()]
-    params.set_mask(*(t.data_ptr() for t in values), n, 1, False, True)
-    address = (x.data_ptr(), n * 16, 16, 8)
-    for name in rng.sample(["q", "k", "v", "out"], rng.randint(3, 4)):
-        getattr(params, f"set_{name}")(address)
-    params.set_lse((torch.zeros(2 * n).data_ptr(), 2 * n, n))
-    if rng.random() < 0.5:  # otherwise tensors may be missing
-        cpu._C.cpu_banded_forward(params, "no such set")
+        if name in spoilt_sizes:
+            value = (
+                rng.choice([extension.DType(number % 9), extension.DType.float64])
+                if name == "dtype"
+                else number
+            )
+        setattr(params, name, value)
+    values = [hostile_values(rng, t) if rng.random() < 0.2 else t for t in mask.tensors()]
+    layout = [n, mask.max_globals, False]
+    if rng.random() < 0.3:
+        layout[rng.randrange(3)] = rng.choice([number, True])
+    params.set_mask(*map(memory, values), *layout)
+    for name in ("q", "k", "v", "out", "d_out", "dq", "dk", "dv"):
+        if rng.random() < 0.98:
+            given = results if name in ("q", "out", "d_out", "dq") else x
+            place = (given.data_ptr(), given.stride(0), 16, 8, given.nbytes)
+            getattr(params, f"set_{name}")(spoilt(rng, place) if rng.random() < 0.05 else place)
+    place = (lse.data_ptr(), lse.stride(0), lse.stride(1), lse.nbytes)
+    params.set_lse(spoilt(rng, place) if rng.random() < 0.05 else place)
+    kernel = f"cpu_{'global' if is_global else 'banded'}_{rng.choice(['forward', 'backward'])}"
+    getattr(extension, kernel)(params, rng.choice([cpu.instruction_set()] * 9 + ["no such set"]))
+
+
+def memory(x: Tensor) -> tuple[int, int]:
+    return x.data_ptr(), x.nbytes
+
+
+def spoilt(rng: random.Random, value: object) -> object:
+    """Another number, or a tuple with another: of an address only nothing or less memory than there is."""
+    if not isinstance(value, tuple):
+        return rng.choice(NUMBERS)
+    parts, place = list(value), rng.randrange(len(value))
+    if parts[0] > 2**32 and place == len(parts) - 1:
+        parts[place] = rng.choice([-1, 0, 1, parts[place] - 1])
+    elif parts[0] > 2**32 and place == 0:
+        parts[place] = 0
+    else:
+        parts[place] = rng.choice(NUMBERS)
+    return tuple(parts)
 
 
 def hostile_values(rng: random.Random, x: Tensor) -> Tensor:
@@ -224,7 +275,7 @@ def run(index: int, seed: int) -> tuple[str, str]:
     """The kind of a case, and how it ended."""
     rng = random.Random(f"{seed} {index}")
     torch.manual_seed(index)
-    kind = rng.choices(list(KINDS), weights=[5, 4, 4, 1])[0]
+    kind = rng.choices(list(KINDS), weights=[5, 4, 4, 4])[0]
     try:
         KINDS[kind](rng)
     except REFUSALS as error:

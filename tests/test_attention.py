@@ -19,7 +19,6 @@ from led_kernels import (
 )
 from led_kernels.api import gather_global_rows
 from led_kernels.backends import blockwise
-from led_kernels.dispatch import can_run
 from led_kernels.testing import (
     AttentionCase,
     assert_matches_reference,
@@ -28,6 +27,7 @@ from led_kernels.testing import (
     poisoned_memory,
     run_with_gradients,
 )
+from tests.backends import needs_extension
 from tests.conftest import Target
 
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
@@ -546,7 +546,7 @@ def test_torch_backend_keeps_to_the_device_of_its_inputs(dropout_p):
         assert {x.device.type for x in (out, lse, *grads)} == {"meta"}
 
 
-@pytest.mark.skipif(not can_run("cpu"), reason="the extension led_kernels._C is not built")
+@needs_extension
 @pytest.mark.parametrize("backward", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_positions_past_the_integers_of_fp32(backward):
     """The last rows of a sequence whose others are padding: as if these were not there."""

@@ -127,7 +127,7 @@ class TestCanRun:
     def test_triton_missing(self, monkeypatch):
         monkeypatch.setitem(sys.modules, "triton", None)
         monkeypatch.setattr(dispatch, "_triton_refusal", dispatch._triton_refusal.__wrapped__)
-        with pytest.raises(BackendUnavailable, match=r"Triton cannot be imported .*led-kernels\[triton\]"):
+        with pytest.raises(BackendUnavailable, match=r"Triton cannot be imported .*'\.\[triton\]'"):
             dispatch.can_run_triton(CUDA, raise_error=True)
 
     @pytest.mark.skipif(HAS_GPU, reason="torch sees a GPU")
@@ -184,8 +184,8 @@ class TestCanRunCuda:
         gpu(capability)
         major, minor = capability
         message = (
-            rf"this GPU has compute capability {major}\.{minor}, the kernels were built for {built}; reinstall "
-            rf"led-kernels with LED_KERNELS_CUDA_ARCHS={major}\.{minor}, or"
+            rf"this GPU has compute capability {major}\.{minor}, the kernels were built for {built}; "
+            rf"run `pip install \.` in a clone of the repository with LED_KERNELS_CUDA_ARCHS={major}\.{minor}, or"
         )
         with pytest.raises(BackendUnavailable, match=message):
             dispatch.can_run_cuda(CUDA, raise_error=True)
@@ -304,7 +304,34 @@ for backend in ("cpu", "cuda"):
     assert result.returncode == 0, result.stderr
     for backend in ("cpu", "cuda"):
         assert f"backend '{backend}' cannot run: the extension led_kernels._C is not there" in result.stdout
-    assert "install a C++17 compiler and reinstall led-kernels" in result.stdout
+    assert "install a C++17 compiler and run `pip install .` in a clone" in result.stdout
+    assert result.stderr.count("led_kernels runs on torch's operations, several times slower") == 1
+    assert "LED_KERNELS_BACKEND=torch silences this" in result.stderr
+    assert not python(code, LED_KERNELS_BACKEND="torch").stderr
+
+
+def test_a_clone_that_hides_the_installed_package(tmp_path):
+    """The first call says so, and a benchmark does not begin."""
+    installed = tmp_path / "site" / "led_kernels"
+    installed.mkdir(parents=True)
+    (installed / "_C.cpython-3.so").touch()
+    code = f"""
+import sys
+sys.modules["led_kernels._C"] = None
+sys.path.append({str(installed.parent)!r})
+import torch
+from led_kernels import LongformerMask, banded_attention
+x = torch.randn(1, 9, 2, 8)
+banded_attention(x, x, x, LongformerMask.from_lengths([9], 9), window_size=2)
+from benchmarks import run
+assert run.main(["--smoke"]) == 1
+"""
+    result = python(code)
+    assert result.returncode == 0, result.stderr
+    assert (
+        f"the installed led_kernels in {installed}, which has compiled kernels, is hidden by" in result.stderr
+    )
+    assert "stopped, nothing is timed under another's name" in result.stderr
 
 
 def instruction_sets() -> list[str]:

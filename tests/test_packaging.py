@@ -185,3 +185,20 @@ def test_avx_stays_in_its_namespaces():
     isa = re.compile(r"led::avx(2|512)::")
     assert any(isa.search(name) for name in users)
     assert not [name for name in users if not isa.search(name)]
+
+
+def test_importing_takes_no_more_than_torch():
+    """torch's compiler, which takes as long to import as torch itself, comes when something is compiled."""
+    code = (
+        "import sys, torch, led_kernels, led_model.cli\n"
+        "heavy = ('torch._dynamo', 'torch._inductor', 'sympy', 'transformers', 'tokenizers')\n"
+        "sys.exit(' '.join(name for name in heavy if name in sys.modules) or 0)"
+    )
+    run(sys.executable, "-c", code, cwd=ROOT)
+
+
+def test_no_name_is_advised_that_no_index_serves():
+    """A stranger could claim it."""
+    for path in [*SOURCES, ROOT / "setup.py", ROOT / "README.md", *ROOT.glob("benchmarks/*.py")]:
+        text = path.read_text("utf-8")
+        assert not re.search(r"led-kernels\[|install '?led[-_]kernels", text), path

@@ -113,7 +113,10 @@ def test_the_extension_compares_the_values_of_a_mask(values):
         ({"batch": -1}, "negative"),
         ({"window_left": -1}, "window is negative"),
         ({"num_threads": 0}, "num_threads is below 1"),
-        ({}, "k was not set"),
+        ({}, "the mask's rows are not max_seqlen"),
+        ({"max_seqlen": 0, "num_threads": 10**5}, "num_threads is over"),
+        ({"dropout_p": float("nan")}, "dropout_p is not 0 to 1"),
+        ({"window_right": 2**40}, "window is over"),
     ],
     ids=str,
 )

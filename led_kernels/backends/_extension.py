@@ -45,14 +45,7 @@ def attention_params(
     params.heads, params.head_dim = q.shape[-2:]
     params.softmax_scale = softmax_scale
     params.dropout_p = dropout_p
-    is_on_host = mask.device.type == "cpu"  # where the extension compares the values with the sizes
-    params.set_mask(
-        *(x.data_ptr() for x in mask.tensors()),
-        mask.token_kind.shape[-1],
-        mask.max_globals,
-        mask.is_packed,
-        is_on_host,
-    )
+    params.set_mask(*map(memory, mask.tensors()), mask.token_kind.shape[-1], mask.max_globals, mask.is_packed)
     params.set_q(_rows(q))
     params.set_k(_rows(k))
     params.set_v(_rows(v))
@@ -113,14 +106,24 @@ def run_backward(
     return grads
 
 
-def _rows(x: Tensor) -> tuple[int, int, int, int]:
-    """Address and strides (batch, row, head) of ``[batch, rows, heads, head_dim]`` or ``[rows, heads, head_dim]``."""
+def memory(x: Tensor) -> tuple[int, int]:
+    """Address of the first element, and how many bytes lie from there on."""
+    if x.is_contiguous():
+        return x.data_ptr(), x.nbytes
+    return x.data_ptr(), x.untyped_storage().nbytes() - x.storage_offset() * x.itemsize
+
+
+def _rows(x: Tensor) -> tuple[int, int, int, int, int]:
+    """Address, strides (batch, row, head) and bytes of ``[batch, rows, heads, head_dim]`` or ``[rows, heads,
+    head_dim]``."""
     # a dimension of size 1 may have any stride, also one that is not aligned
     strides = [stride if size > 1 else 0 for size, stride in zip(x.shape, x.stride(), strict=True)]
-    return x.data_ptr(), strides[0] if x.dim() == 4 else 0, strides[-3], strides[-2]
+    address, size = memory(x)
+    return address, strides[0] if x.dim() == 4 else 0, strides[-3], strides[-2], size
 
 
-def _lse(x: Tensor) -> tuple[int, int, int]:
-    """Address and strides (batch, head) of a contiguous ``[batch, heads, rows]`` or ``[heads, total_rows]``."""
+def _lse(x: Tensor) -> tuple[int, int, int, int]:
+    """Address, strides (batch, head) and bytes of a contiguous ``[batch, heads, rows]`` or ``[heads, total_rows]``."""
     *lead, heads, rows = x.shape  # not x.stride(): where a size is 1, that may be anything
-    return x.data_ptr(), heads * rows if lead else 0, rows
+    address, size = memory(x)
+    return address, heads * rows if lead else 0, rows, size

@@ -19,6 +19,7 @@ from led_kernels.backends._extension import (
     banded_lse_shape,
     element_type,
     global_lse_shape,
+    memory,
     run_backward,
     run_forward,
 )
@@ -113,7 +114,7 @@ def write_rows(cache: Tensor, position: Tensor, rows: Tensor) -> None:
         element_type(cache.dtype),
         rows.shape,
         cache.shape[2],
-        position.data_ptr(),
+        memory(position),
         _heads(rows),
         _heads(cache),
         instruction_set(),
@@ -134,12 +135,11 @@ def few_rows_linear(x: Tensor, weight: Tensor, bias: Tensor | None, gelu: bool) 
     _C.cpu_few_rows_linear(
         element_type(x.dtype),
         (x.numel() // in_features, in_features, out_features),
-        x.data_ptr(),
-        in_features,
-        weight.data_ptr(),
+        memory(x),
+        memory(weight),
         weight.stride(0),
-        0 if bias is None else bias.data_ptr(),
-        y.data_ptr(),
+        (0, 0) if bias is None else memory(bias),
+        memory(y),
         gelu,
         torch.get_num_threads(),
         instruction_set(),
@@ -162,11 +162,11 @@ def few_rows_add_norm(residual: Tensor, block: Tensor, weight: Tensor, bias: Ten
         element_type(residual.dtype),
         residual.numel() // weight.shape[0],
         weight.shape[0],
-        residual.data_ptr(),
-        block.data_ptr(),
-        weight.data_ptr(),
-        bias.data_ptr(),
-        y.data_ptr(),
+        memory(residual),
+        memory(block),
+        memory(weight),
+        memory(bias),
+        memory(y),
         eps,
         instruction_set(),
     )
@@ -203,7 +203,7 @@ def decode_attention(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None) ->
         visible = visible.contiguous()
         masks, _, rows, keys = visible.shape
         params.set_visible(
-            visible.data_ptr(),
+            memory(visible),
             rows * keys if masks > 1 else 0,
             keys if rows > 1 else 0,
         )
@@ -226,10 +226,11 @@ def _contiguous_rows(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
-def _heads(x: Tensor) -> tuple[int, int, int, int]:
-    """Address and strides (batch, row, head) of ``[batch, heads, rows, head_dim]``."""
+def _heads(x: Tensor) -> tuple[int, int, int, int, int]:
+    """Address, strides (batch, row, head) and bytes of ``[batch, heads, rows, head_dim]``."""
     batch_stride, head_stride, row_stride, _ = x.stride()
-    return x.data_ptr(), batch_stride, row_stride, head_stride
+    address, size = memory(x)
+    return address, batch_stride, row_stride, head_stride, size
 
 
 @functools.cache

@@ -17,6 +17,7 @@ from led_kernels.backends._extension import (
     banded_lse_shape,
     build_error,
     global_lse_shape,
+    memory,
     run_backward,
     run_forward,
 )
@@ -134,7 +135,7 @@ def _kernel(op: str, device: torch.device) -> Callable[[_C.AttentionParams], Non
     def run(params: _C.AttentionParams) -> None:
         # freed at once: torch gives the memory only to what comes later on the same stream
         workspace = torch.empty(workspace_floats(params), dtype=torch.float32, device=device)
-        params.set_workspace(workspace.data_ptr())
+        params.set_workspace(memory(workspace))
         with torch.cuda.device_of(workspace):
             launch(params)
 
@@ -156,5 +157,5 @@ def _params(
         params.device = q.device.index
         params.stream = torch.cuda.current_stream(q.device).cuda_stream
     if seed is not None:
-        params.set_device_seed(seed.data_ptr())
+        params.set_device_seed(memory(seed))
     return params

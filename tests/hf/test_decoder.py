@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-pytest.importorskip("transformers", reason="needs transformers: pip install 'led-kernels[hf]'")
+pytest.importorskip("transformers", reason="needs transformers: pip install '.[hf]'")
 
 import torch
 from decoding import CASE, STATIC, STEPS, VERSION, decoding_model, generate
@@ -129,7 +129,7 @@ def test_model_card(globally, stock, tmp_path):
 
 @pytest.mark.parametrize("attach", ["offload", "dispatch"])
 def test_accelerate_hooks(attach, stock):
-    accelerate = pytest.importorskip("accelerate", reason="needs accelerate: pip install 'led-kernels[test]'")
+    accelerate = pytest.importorskip("accelerate", reason="needs accelerate: pip install '.[test]'")
     expected = generate(stock)[0]
     if attach == "offload":
         accelerate.cpu_offload(stock, execution_device=torch.device("cpu"))
@@ -150,7 +150,7 @@ def test_cross_keys_are_projected_once(cache, stock):
 
 
 def test_lora_on_the_decoder(stock):
-    peft = pytest.importorskip("peft", reason="needs peft: pip install 'led-kernels[test]'")
+    peft = pytest.importorskip("peft", reason="needs peft: pip install '.[test]'")
     model = peft.get_peft_model(stock, peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj", "k_proj"]))
     for name, parameter in model.named_parameters():
         if "lora_B" in name:  # starts at zero

@@ -168,7 +168,9 @@ def test_cache_in_tuples(layers_hold, stock):
 
 @has_decoder_of_ours
 def test_whole_numbers_as_a_mask_of_four_dimensions_are_refused(stock):
-    with pytest.raises(ValueError, match=r"decoder_attention_mask has four dimensions and holds torch\.int64"):
+    with pytest.raises(
+        ValueError, match=r"decoder_attention_mask has four dimensions and holds torch\.int64"
+    ):
         fused(stock)(
             **CASE.inputs(),
             decoder_input_ids=torch.full((2, 3), 5),

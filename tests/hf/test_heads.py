@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-pytest.importorskip("transformers", reason="needs transformers: pip install 'led-kernels[hf]'")
+pytest.importorskip("transformers", reason="needs transformers: pip install '.[hf]'")
 
 import torch
 from hf_cases import HFCase, assert_parity, assert_same_function, fused, varied

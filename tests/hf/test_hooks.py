@@ -7,8 +7,8 @@ from collections.abc import Callable
 
 import pytest
 
-pytest.importorskip("transformers", reason="needs transformers: pip install 'led-kernels[hf]'")
-pytest.importorskip("accelerate", reason="needs accelerate: pip install 'led-kernels[test]'")
+pytest.importorskip("transformers", reason="needs transformers: pip install '.[hf]'")
+pytest.importorskip("accelerate", reason="needs accelerate: pip install '.[test]'")
 
 import accelerate
 import torch
@@ -100,7 +100,7 @@ def test_hooks_of_modules_see_stock_layouts(stock):
 @pytest.mark.parametrize("targets", [["query", "value"], ["query_global", "key_global", "value_global"]])
 @pytest.mark.parametrize("when", ["before", "after"])
 def test_lora(when, targets, stock):
-    peft = pytest.importorskip("peft", reason="needs peft: pip install 'led-kernels[test]'")
+    peft = pytest.importorskip("peft", reason="needs peft: pip install '.[test]'")
     config = peft.LoraConfig(r=4, target_modules=targets, lora_dropout=0.0)
 
     def adapted(model: nn.Module) -> nn.Module:

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import pytest
 
-pytest.importorskip("transformers", reason="needs transformers: pip install 'led-kernels[hf]'")
+pytest.importorskip("transformers", reason="needs transformers: pip install '.[hf]'")
 
 import torch
 from hf_cases import BUILDERS, PAD, HFCase, fused, led_model, longformer_model, true_fp64

@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import pytest
 
-pytest.importorskip("transformers", reason="needs transformers: pip install 'led-kernels[hf]'")
+pytest.importorskip("transformers", reason="needs transformers: pip install '.[hf]'")
 
 import torch
 from hf_cases import BUILDERS, HFCase, assert_close, fused, led_model, longformer_model, outputs

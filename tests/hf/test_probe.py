@@ -8,7 +8,7 @@ from dataclasses import fields
 
 import pytest
 
-pytest.importorskip("transformers", reason="needs transformers: pip install 'led-kernels[hf]'")
+pytest.importorskip("transformers", reason="needs transformers: pip install '.[hf]'")
 
 import torch
 import transformers
@@ -198,7 +198,7 @@ def test_answer_does_not_depend_on_the_surroundings():
     with torch.device("meta"):
         assert probe.right_decoder.__wrapped__() is expected
         assert encoder_difference.__wrapped__("led") is None
-    accelerate = pytest.importorskip("accelerate", reason="needs accelerate: pip install 'led-kernels[test]'")
+    accelerate = pytest.importorskip("accelerate", reason="needs accelerate: pip install '.[test]'")
     with accelerate.init_empty_weights():
         assert probe.right_decoder.__wrapped__() is expected
 

@@ -10,6 +10,8 @@ from safetensors.torch import save_file
 
 from led_model import LEDConfig, LEDForConditionalGeneration
 from led_model.checkpoint import to_hf_state_dict
+from led_model.tokenizer import LEDTokenizer
+from tests.model.commands import LIMIT
 from tests.model.small import randomize, small_config
 
 
@@ -79,3 +81,21 @@ def tokenizer_files(tmp_path: Path) -> Path:
     directory.mkdir()
     bpe.save_model(str(directory))
     return directory
+
+
+@pytest.fixture
+def save(tokenizer_files, tmp_path):
+    """A function: a class to the directory of a small random checkpoint of it, with its tokenizer."""
+
+    def make(model_class=LEDForConditionalGeneration, **overrides) -> Path:
+        tokenizer = LEDTokenizer.from_pretrained(tokenizer_files)
+        settings = {"max_encoder_position_embeddings": LIMIT, "max_decoder_position_embeddings": LIMIT}
+        settings |= {"vocab_size": len(tokenizer)} | overrides
+        model = model_class(LEDConfig(**small_config(5, **settings)))
+        randomize(model, 5)
+        directory = tmp_path / model_class.__name__
+        model.save_pretrained(directory)
+        tokenizer.save_pretrained(directory)
+        return directory
+
+    return make

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -109,5 +112,23 @@ def test_demo_without_transformers(capfd, monkeypatch):
     flags = "--tokens 128 --compare-tokens 64 --layers 1 --window 64 --new-tokens 1"
     assert main(["demo", *flags.split()]) == 0
     output = capfd.readouterr().out
-    assert "pip install 'led-kernels[demo]'" in output
+    assert "pip install '.[demo]'" in output
     assert re.search(r"input tokens +128 +64\n", output)
+
+
+def test_interrupted_while_it_is_imported(tmp_path):
+    """One line, no traceback."""
+    code = (
+        "import builtins, sys\n"
+        "real = builtins.__import__\n"
+        "def interrupt(name, *args):\n"
+        "    if name == 'torch':\n"
+        "        raise KeyboardInterrupt\n"
+        "    return real(name, *args)\n"
+        "builtins.__import__ = interrupt\n"
+        "from led_model.__main__ import main\n"
+        "sys.exit(main())\n"
+    )
+    root = Path(__file__).parents[2]
+    done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (130, "led: interrupted.\n")

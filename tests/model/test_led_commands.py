@@ -18,19 +18,15 @@ import pytest
 import torch
 
 from led_model import (
-    LEDConfig,
     LEDForConditionalGeneration,
     LEDForQuestionAnswering,
     LEDForSequenceClassification,
 )
-from led_model.cli import main
 from led_model.results import ResultFile
 from led_model.tasks import mean_log_probs
 from led_model.tokenizer import LEDTokenizer
-from tests.model.small import randomize, small_config
+from tests.model.commands import LIMIT, TEXT, inputs, led, records, written
 
-LIMIT = 136  # tokens that the models read
-TEXT = "The encoder reads a long text. The decoder writes a short one.\n"
 TEXTS = [TEXT * 3, "The encoder reads.\n", TEXT + "The <s> text </s> has </s> tags.", "A short one. " * 7]
 PARAGRAPHS = [f"{number} {TEXT * 5}\n" for number in ("One", "Two", "Three", "Four")]
 QUESTION = "Who reads?"
@@ -43,24 +39,6 @@ COMMANDS = {
 
 
 @pytest.fixture
-def save(tokenizer_files, tmp_path):
-    """A function: a class to the directory of a small random checkpoint of it, with its tokenizer."""
-
-    def make(model_class=LEDForConditionalGeneration, **overrides) -> Path:
-        tokenizer = LEDTokenizer.from_pretrained(tokenizer_files)
-        settings = {"max_encoder_position_embeddings": LIMIT, "max_decoder_position_embeddings": LIMIT}
-        settings |= {"vocab_size": len(tokenizer)} | overrides
-        model = model_class(LEDConfig(**small_config(5, **settings)))
-        randomize(model, 5)
-        directory = tmp_path / model_class.__name__
-        model.save_pretrained(directory)
-        tokenizer.save_pretrained(directory)
-        return directory
-
-    return make
-
-
-@pytest.fixture
 def documents(tmp_path, monkeypatch):
     """The working directory has docs/0.txt to docs/3.txt and the same texts in docs.jsonl."""
     monkeypatch.chdir(tmp_path)
@@ -69,30 +47,6 @@ def documents(tmp_path, monkeypatch):
         Path(f"docs/{number}.txt").write_text(text)
     lines = [json.dumps({"id": f"d{number}", "body": text}) for number, text in enumerate(TEXTS)]
     Path("docs.jsonl").write_text("\n".join(lines))
-
-
-def led(command: str, *arguments: object) -> int:
-    return main([command.split()[0], *map(str, arguments)])
-
-
-def records(path: str | Path = "out.jsonl") -> list[dict]:
-    return [json.loads(line) for line in Path(path).read_text("utf-8").splitlines()]
-
-
-def inputs(directory: Path, text: str, pair: str | None = None, num_globals: int = 1) -> dict:
-    """What the model shall see of a text whose special tokens are text; of a pair, the first part is global."""
-    tokenizer = LEDTokenizer.from_pretrained(directory)
-    batch = tokenizer(text, pair, split_special_tokens=True, return_tensors="pt")
-    if pair is not None:
-        num_globals = batch.input_ids[0].tolist().index(tokenizer.sep_token_id)
-    batch["global_attention_mask"] = (torch.arange(batch.input_ids.shape[1]) < num_globals).long()[None]
-    return batch
-
-
-def written(directory: Path, *texts: str, num_globals: int = 1, **settings) -> str:
-    model = LEDForConditionalGeneration.from_pretrained(directory)
-    ids = model.generate(**inputs(directory, *texts, num_globals=num_globals), **settings)
-    return LEDTokenizer.from_pretrained(directory).decode(ids[0], skip_special_tokens=True).strip()
 
 
 def cut(directory: Path, texts: Sequence[str]) -> list[str]:
@@ -390,7 +344,7 @@ def test_bad_documents_are_named_and_the_others_done(save, documents, capsys):
     ("content", "message"),
     [
         (None, "is not there; give a text file, a directory, or - for stdin"),
-        (b"\xff\xfe\x00", "is not UTF-8 at byte 0"),
+        (b"\xe9\xfe\x00", "is not UTF-8 at byte 0"),
         (b" \n", "holds no text"),
     ],
 )
@@ -440,10 +394,10 @@ def test_interruption(save, documents, capsys, monkeypatch):
     ]
     append = ResultFile.append
 
-    def interrupted(results: ResultFile, record: dict) -> None:
-        if len(results.done) == 2:
+    def interrupted(results: ResultFile, *record: object) -> None:
+        if results.count == 2:
             raise KeyboardInterrupt
-        append(results, record)
+        append(results, *record)
 
     with monkeypatch.context() as patch:
         patch.setattr(ResultFile, "append", interrupted)
@@ -495,3 +449,151 @@ def test_kill(save, tmp_path):
     assert f"holds {whole.count(bytes([10])) - 1} results already" in done.stderr
     assert [record["id"] for record in records(output)] == ids
     assert output.read_bytes().startswith(whole)
+
+
+def summaries(directory: Path, *arguments: object) -> int:
+    return led("summarize", *arguments, "--model", directory, "--max-new-tokens", 3, "--output", "out.jsonl")
+
+
+def test_a_record_says_what_made_it(save, documents):
+    directory = save()
+    Path("long.txt").write_text("".join(PARAGRAPHS))
+    assert summaries(directory, "docs/0.txt", "long.txt", "--long", "truncate") == 0
+    short, long = records()
+    assert short["led"] == "summarize"
+    assert short["made_by"] == long["made_by"]
+    assert short["made_by"]["--max-new-tokens"] == 3
+    assert short["made_by"]["--long"] == "truncate"
+    assert (short["truncated"], long["truncated"]) == (False, True)
+    assert short["tokens"] == inputs(directory, TEXTS[0])["input_ids"].shape[1] - 2
+    assert (short["pieces"], long["pieces"]) == (1, 1)
+
+
+def test_results_of_other_settings_and_models_are_not_mixed(save, documents, capsys):
+    directory = save()
+    assert summaries(directory, "docs") == 0
+    before = Path("out.jsonl").read_bytes()
+    assert summaries(directory, "docs", "--num-beams", 2) == 1
+    assert "was made with --num-beams None and this run has 2; give --overwrite" in capsys.readouterr().err
+    weights = directory / "model.safetensors"
+    data = bytearray(weights.read_bytes())
+    data[-1] ^= 1
+    weights.write_bytes(data)
+    assert summaries(directory, "docs") == 1
+    assert "was made with model's fingerprint" in capsys.readouterr().err
+    assert Path("out.jsonl").read_bytes() == before
+    assert summaries(directory, "docs/0.txt", "--overwrite") == 0
+    assert len(records()) == 1
+
+
+def test_documents_are_known_by_their_text(save, documents, capsys):
+    """By whatever name they come, wherever their line is; an edited one is read again."""
+    directory = save()
+    lines = [json.dumps({"text": text}) for text in TEXTS[:2]]
+    Path("papers.jsonl").write_text("\n".join(lines))
+    assert summaries(directory, "papers.jsonl", "docs/2.txt") == 0
+    Path("papers.jsonl").write_text("\n".join([json.dumps({"text": "A new one."}), *lines]))
+    assert summaries(directory, Path("papers.jsonl").resolve(), Path("docs/2.txt").resolve()) == 0
+    assert len(records()) == 4
+    assert records()[-1]["id"] == 1
+    capsys.readouterr()
+    Path("docs/2.txt").write_text("An edited one.")
+    assert summaries(directory, "papers.jsonl", "docs/2.txt") == 0
+    assert len(records()) == 5
+    assert "docs/2.txt has changed since its result was made; it is read again" in capsys.readouterr().err
+
+
+def test_an_output_that_is_not_ours_survives_any_error(save, documents, capsys):
+    Path("mine.jsonl").write_text('{"id":1,"text":"only copy"}')
+    for arguments in (
+        ["docs/0.txt", "--model", "./nowhere"],
+        ["docs/0.txt", "--model", save()],
+        ["mine.jsonl", "--model", save()],
+    ):
+        assert led("summarize", *arguments, "--output", "mine.jsonl") == 1
+        assert Path("mine.jsonl").read_text() == '{"id":1,"text":"only copy"}'
+        assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_an_output_deleted_during_the_run_is_no_success(save, documents, capsys, monkeypatch):
+    append = ResultFile.append
+
+    def deleting(results: ResultFile, *record: object) -> None:
+        append(results, *record)
+        Path("out.jsonl").unlink(missing_ok=True)
+
+    monkeypatch.setattr(ResultFile, "append", deleting)
+    assert summaries(save(), "docs/0.txt") == 1
+    assert "was deleted or replaced during the run" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_weights_that_are_no_numbers(save, documents, capsys, command):
+    model_class, flags = COMMANDS[command]
+    directory = save(model_class)
+    model = model_class.from_pretrained(directory)
+    model.led.decoder.layers[0].fc1.weight.data[0, 0] = float("nan")
+    model.save_pretrained(directory)
+    assert led(command, "docs/0.txt", "--model", directory, *flags, "--output", "out.jsonl") == 1
+    output = capsys.readouterr()
+    assert "led.decoder.layers.0.fc1.weight holds NaN or infinity" in output.err
+    assert not output.out
+    assert not Path("out.jsonl").exists()
+
+
+@pytest.mark.parametrize(
+    ("command", "model_class"),
+    [
+        ("summarize", LEDForQuestionAnswering),
+        ("summarize", LEDForSequenceClassification),
+        ("answer", LEDForSequenceClassification),
+    ],
+)
+def test_heads_that_were_never_trained_do_not_write(save, documents, capsys, command, model_class):
+    flags = ["--question", QUESTION] if command == "answer" else []
+    assert led(command, "docs/0.txt", "--model", save(model_class), *flags) == 1
+    assert f"is a checkpoint of {model_class.__name__}, whose head" in capsys.readouterr().err
+
+
+def test_long_texts_are_read_in_windows(save, documents, monkeypatch):
+    """As many tokens as by reading them at once, and of a text that is cut no more than is needed."""
+    directory = save()
+    Path("long.txt").write_text("".join(PARAGRAPHS) * 3)
+    assert led("summarize", "long.txt", "--model", directory, "--long", "chunk", "--output", "a.jsonl") == 0
+    monkeypatch.setattr("led_model.pieces._WINDOW", 50)
+    assert led("summarize", "long.txt", "--model", directory, "--long", "chunk", "--output", "b.jsonl") == 0
+    assert records("a.jsonl") == records("b.jsonl")
+    encoded = []
+    call = LEDTokenizer.__call__
+    monkeypatch.setattr(
+        LEDTokenizer, "__call__", lambda self, text, **k: encoded.append(text) or call(self, text, **k)
+    )
+    monkeypatch.setattr("led_model.pieces._WINDOW", 500)
+    Path("longer.txt").write_text(TEXT * 1000)
+    assert led("summarize", "longer.txt", "--model", directory, "--long", "truncate") == 0
+    assert len(encoded) <= 3
+
+
+@pytest.mark.parametrize("device", ["meta", "mps", "xpu", "nonsense", "cpu:x"])
+def test_devices_that_are_not_here(documents, capsys, device):
+    if device != "meta" and getattr(getattr(torch, device, None), "is_available", bool)():
+        device = "meta"
+    with pytest.raises(SystemExit) as stop:
+        led("summarize", "docs/0.txt", "--model", ".", "--device", device)
+    assert stop.value.code == 2
+    assert "argument --device: " in capsys.readouterr().err
+
+
+def test_only_what_is_about_memory_is_said_to_be(monkeypatch, documents, capsys):
+    of_memory = [torch.OutOfMemoryError("no"), RuntimeError("DefaultCPUAllocator: can't allocate memory: 9")]
+    errors = [RuntimeError("the memory of this is bad"), *of_memory]
+
+    def fails(args):
+        raise errors.pop()
+
+    monkeypatch.setattr("led_model.cli.run_on_documents", fails)
+    for _ in of_memory:
+        assert led("summarize", "docs/0.txt", "--model", ".") == 1
+        assert "memory ran out" in capsys.readouterr().err
+    with pytest.raises(RuntimeError, match="is bad"):
+        led("summarize", "docs/0.txt", "--model", ".")

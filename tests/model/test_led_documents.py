@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
 import threading
-from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 from hypothesis import given
@@ -48,13 +49,15 @@ def test_inputs(tree, inputs, expected):
 
 def test_inputs_that_name_nothing(tree):
     os.mkdir("empty")
-    sources, problems = find_sources(["gone.txt", "docs/b.txt", "*.md", "empty"], leave_out="docs/b.txt")
+    sources, problems = find_sources(["gone.txt", "docs/b*.txt", "*.md", "empty"], leave_out="docs/b.txt")
     assert not sources
     for problem, message in zip(
         problems, ["gone.txt is not there", "names nothing but the --output", "matches no file", "holds no .txt"],
         strict=True,
     ):  # fmt: skip
         assert message in problem
+    with pytest.raises(ValueError, match=r"docs/b\.txt is the --output, too"):
+        find_sources(["docs", "docs/../docs/b.txt"], leave_out="docs/b.txt")
     sources, _ = find_sources(["docs"], leave_out="docs/b.txt")
     assert "docs/b.txt" not in [source.path for source in sources]
     assert len(sources) == 3
@@ -121,68 +124,192 @@ def test_a_pipe_is_read_once(tmp_path):
     writer.join()
 
 
-def document(document_id: str | int = "a.txt", source: str = "a.txt") -> Document:
-    return Document(document_id, source, "text", 4)
+def document(document_id: str | int = "a.txt", source: str = "a.txt", text: str = "text") -> Document:
+    return Document(document_id, source, text, len(text))
+
+
+MADE_BY = {"command": "summarize", "model": "./led", "model's fingerprint": "12ab", "--long": "error"}
+
+
+def line_of(text: str, name: str = "a.txt", **others) -> bytes:
+    """A record as it is written."""
+    record = {"led": "summarize", "id": name, "source": name, "summary": "ü\n☕"}
+    record |= {"document": document(name, name, text).key, "made_by": MADE_BY} | others
+    return json.dumps(record, ensure_ascii=False).encode() + b"\n"
 
 
 def test_results_are_found_again(tmp_path):
-    path = str(tmp_path / "out.jsonl")
-    records = [{"id": name, "source": "c.jsonl", "summary": "ü\n☕"} for name in ("x", 7)]
-    with ResultFile(path, "summary") as results:
-        for record in records:
-            results.append(record)
-            assert Path(path).read_text("utf-8").endswith(json.dumps(record, ensure_ascii=False) + "\n")
-    with ResultFile(path, "summary") as results:
-        assert results.has(document("x", "c.jsonl"))
-        assert results.has(document(7, "c.jsonl"))
-        assert not results.has(document("x", "d.jsonl"))
-        assert not results.has(document())
-
-
-@pytest.mark.parametrize("cut", range(1, 40, 6))
-def test_a_cut_line_is_dropped(tmp_path, cut):
     path = tmp_path / "out.jsonl"
-    line = json.dumps({"id": "a.txt", "source": "a.txt", "summary": "a"}).encode() + b"\n"
-    other = line.replace(b"a.txt", b"b.txt")
-    path.write_bytes(line + other[:-cut])
-    with ResultFile(str(path), "summary") as results:
-        assert results.has(document())
-        assert not results.has(document("b.txt", "b.txt"))
-        results.append(json.loads(other))
-    assert path.read_bytes() == line + other
+    with ResultFile(str(path), MADE_BY) as results:
+        for text in ("one", "two"):
+            results.append(document(text=text), {"summary": "ü\n☕"})
+            assert path.read_bytes().endswith(line_of(text))
+    with ResultFile(str(path), MADE_BY | {"model": "/elsewhere/led"}) as results:
+        assert results.count == 2
+        assert results.has(document("b.txt", "/home/b.txt", "two"))  # by its text, whatever its name
+        assert not results.has(document("b.txt", "b.txt", "two"))  # which one record is not enough for
+        assert results.has_changed(document(text="three"))
+        assert not results.has(document(text="three"))
+        assert not results.has_changed(document("b.txt", "b.txt", "three"))
+
+
+def test_documents_with_ids_of_their_own_keep_them(tmp_path):
+    """Two of one text are two."""
+    path = str(tmp_path / "out.jsonl")
+    same = [Document(name, "c.jsonl", "text", 9, has_own_id=True) for name in ("x", "y", 7)]
+    with ResultFile(path, MADE_BY) as results:
+        results.append(same[1], {"summary": ""})
+    with ResultFile(path, MADE_BY) as results:
+        assert [results.has(one) for one in same] == [False, True, False]
+
+
+def test_a_cut_line_is_dropped_once_the_next_result_is_there(tmp_path):
+    path, whole, next_line = tmp_path / "out.jsonl", line_of("one"), line_of("two", "b.txt")
+    for size in range(len(next_line)):
+        path.write_bytes(whole + next_line[:size])
+        with ResultFile(str(path), MADE_BY) as results:
+            assert results.count == 1 + (size == len(next_line) - 1)  # all but the newline is a result
+        assert path.read_bytes() == whole + next_line[:size]
+        with ResultFile(str(path), MADE_BY) as results:
+            if not results.has(document("b.txt", "b.txt", "two")):
+                results.append(document("b.txt", "b.txt", "two"), {"summary": "ü\n☕"})
+            results.append(document(text="three"), {"summary": "ü\n☕"})
+        assert path.read_bytes() == whole + next_line + line_of("three")
 
 
 @pytest.mark.parametrize(
-    ("content", "field", "message"),
+    ("content", "message"),
     [
-        ("no JSON\n", "summary", "line 1 is no result of this command, with a 'summary'"),
-        ('{"id": 1, "source": "a", "summary": ""}\n[]\n', "summary", "line 2 is no result"),
-        ('{"id": 1, "source": "a", "summary": ""}\n', "label", "line 1 is no result of this command"),
+        (b"no JSON\n", "line 1 is no result of this program"),
+        (b'{"id":1,"text":"only copy"}', "line 1 is no result of this program"),
+        (b'{"id": 1, "source": "a", "summary": ""}\n', "line 1 is no result of this program"),
+        (b"my notes, without an end of line", "line 1 is no result of this program"),
+        (line_of("one") + b"[]\n", "line 2 is no result of this program"),
+        (line_of("one") + b'{"id":1,"text":"only copy"}', "line 2 is no result of this program"),
+        (b"[" * 10**5, "line 1 is no result of this program"),
+        (line_of("one", made_by=MADE_BY | {"--long": "chunk"}), "line 1 was made with --long 'chunk' and this run"),
+        (line_of("one", made_by=MADE_BY | {"--dtype": "float16"}), "--dtype 'float16' and this run has None"),
+        (line_of("one", made_by=MADE_BY | {"model's fingerprint": "0"}), "give --overwrite to begin it anew"),
     ],
-)
-def test_other_files_are_left_alone(tmp_path, content, field, message):
+)  # fmt: skip
+def test_other_files_are_left_alone(tmp_path, content, message):
     path = tmp_path / "out.jsonl"
-    path.write_text(content)
+    path.write_bytes(content)
     with pytest.raises(ValueError, match=re.escape(message)):
-        ResultFile(str(path), field)
-    assert path.read_text() == content
+        ResultFile(str(path), MADE_BY)
+    assert path.read_bytes() == content
+
+
+def test_overwrite_replaces_once_there_is_something_to_replace_by(tmp_path):
+    path = tmp_path / "out.jsonl"
+    path.write_bytes(b"anything")
+    with ResultFile(str(path), MADE_BY, overwrite=True) as results:
+        assert not results.has(document(text="one"))
+        assert path.read_bytes() == b"anything"
+        results.append(document(text="one"), {"summary": "ü\n☕"})
+    assert path.read_bytes() == line_of("one")
 
 
 def test_output_that_cannot_be_written(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"the directory of --output .* is not there"):
-        ResultFile(str(tmp_path / "gone" / "out.jsonl"), "summary")
-    with pytest.raises(OSError, match="cannot be written"):
-        ResultFile(str(tmp_path), "summary")
+        ResultFile(str(tmp_path / "gone" / "out.jsonl"), MADE_BY)
+    for path in (str(tmp_path), "/dev/null", "/dev/full", "/dev/zero"):
+        with pytest.raises(OSError, match="is no regular file; give one"):
+            ResultFile(path, MADE_BY)
+
+
+def test_an_output_that_got_nothing_is_not_left(tmp_path):
+    path = tmp_path / "out.jsonl"
+    with ResultFile(str(path), MADE_BY):
+        assert path.exists()
+    assert not path.exists()
+    path.touch()
+    with ResultFile(str(path), MADE_BY):
+        pass
+    assert path.exists()  # but it is not ours to take away
+
+
+def test_two_runs_on_one_output(tmp_path):
+    path = str(tmp_path / "out.jsonl")
+    with (
+        ResultFile(path, MADE_BY),
+        pytest.raises(OSError, match="is being written by another process; wait for it"),
+    ):
+        ResultFile(path, MADE_BY)
+    with ResultFile(path, MADE_BY):
+        pass
+
+
+@pytest.mark.parametrize("how", ["deleted", "replaced"])
+def test_an_output_that_goes_during_the_run(tmp_path, how):
+    path = tmp_path / "out.jsonl"
+    with ResultFile(str(path), MADE_BY) as results:
+        results.append(document(text="one"), {"summary": ""})
+        path.unlink()
+        if how == "replaced":
+            path.write_text("of another")
+        with pytest.raises(OSError, match="was deleted or replaced during the run"):
+            results.append(document(text="two"), {"summary": ""})
+    assert path.exists() == (how == "replaced")
+
+
+def test_a_full_disk_names_the_file(tmp_path, monkeypatch):
+    path = tmp_path / "out.jsonl"
+    with ResultFile(str(path), MADE_BY) as results:
+        full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        monkeypatch.setattr("os.fsync", Mock(side_effect=full))
+        with pytest.raises(
+            OSError, match=r"--output .*out\.jsonl cannot be written \(No space left on device\)"
+        ):
+            results.append(document(text="one"), {"summary": ""})
 
 
 def test_results_of_another_question_do_not_count(tmp_path):
     path = str(tmp_path / "out.jsonl")
-    with ResultFile(path, "answer", "Who?") as results:
-        results.append({"id": "a.txt", "source": "a.txt", "question": "Who?", "answer": "I"})
-    with ResultFile(path, "answer", "When?") as results:
-        assert not results.done
-    with ResultFile(path, "answer", "Who?") as results:
+    with ResultFile(path, MADE_BY, "Who?") as results:
+        results.append(document(), {"question": "Who?", "answer": "I"})
+    with ResultFile(path, MADE_BY, "When?") as results:
+        assert results.count == 0
+    with ResultFile(path, MADE_BY, "Who?") as results:
         assert results.has(document())
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"%PDF-1.7 ...", "is a PDF; run pdftotext on it"),
+        (b"\x1f\x8b\x08\x00", "is compressed by gzip"),
+        (b"PK\x03\x04....", "is an archive or an office document"),
+    ],
+)
+def test_other_formats_are_named(tmp_path, content, message):
+    path = tmp_path / "a.txt"
+    path.write_bytes(content)
+    ((source,), _) = find_sources([str(path)])
+    (unreadable,) = source.read()
+    assert isinstance(unreadable, Unreadable)
+    assert message in unreadable.message
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be", "utf-8-sig"])
+def test_byte_order_marks(tmp_path, encoding):
+    path = tmp_path / "a.txt"
+    mark = "" if encoding in ("utf-16", "utf-8-sig") else "\ufeff"
+    path.write_bytes((mark + "Grüße ☕").encode(encoding))
+    ((source,), _) = find_sources([str(path)])
+    (read,) = source.read()
+    assert read.text == "Grüße ☕"
+
+
+def test_endless_inputs_are_read_to_a_bound(tmp_path, monkeypatch):
+    monkeypatch.setattr("led_model.documents.MOST_BYTES", 2**16)
+    (tmp_path / "long.jsonl").write_text('{"text": "a"}\n{"text": "' + "b" * 2**17 + '"}\n{"text": "c"}\n')
+    for path, jsonl in (("/dev/zero", False), ("/dev/zero", True), (str(tmp_path / "long.jsonl"), True)):
+        ((source,), _) = find_sources([path], jsonl=jsonl)
+        assert source.extent[1] <= 2**18
+        *good, last = source.read()
+        assert [one.text for one in good] == (["a"] if path.endswith("jsonl") else [])
+        assert "MiB of text; split it" in last.message
 
 
 def words(text: str) -> list[tuple[int, int]]:

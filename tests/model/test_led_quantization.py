@@ -31,7 +31,7 @@ LARGEST_ERROR = {"load_in_4bit": 0.152, "load_in_8bit": 0.5 / 127.5}
 @pytest.fixture(params=["load_in_4bit", "load_in_8bit"])
 def request_name(request: pytest.FixtureRequest) -> str:
     package = {"load_in_4bit": "bitsandbytes", "load_in_8bit": "torchao"}[request.param]
-    pytest.importorskip(package, reason=f"{package} is not installed; pip install 'led-kernels[quant]'")
+    pytest.importorskip(package, reason=f"{package} is not installed; pip install '.[quant]'")
     return request.param
 
 
@@ -239,5 +239,5 @@ def test_a_missing_package_is_named(
 ) -> None:
     for module in (package, f"{package}.nn", f"{package}.quantization"):
         monkeypatch.setitem(sys.modules, module, None)
-    with pytest.raises(ImportError, match=rf"{argument} needs {package}; pip install 'led-kernels\[quant\]'"):
+    with pytest.raises(ImportError, match=rf"{argument} needs {package}; pip install '.[quant]'"):
         LEDForConditionalGeneration.from_pretrained(checkpoint, **{argument: True})

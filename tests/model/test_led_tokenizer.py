@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import pickle
+import threading
 from pydoc_data.topics import topics
 
 import pytest
@@ -299,3 +302,95 @@ def test_without_the_library(tokenizer_files, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "tokenizers", None)
     with pytest.raises(ImportError, match="pip install 'led-kernels\\[text\\]'"):
         LEDTokenizer.from_pretrained(tokenizer_files)
+
+
+def test_threads_get_their_own_settings(tokenizer):
+    """Truncation is a setting of the library's object, which calls of several threads would share."""
+    text = "The encoder reads the whole text and the decoder writes a short one. " * 8
+    whole, cut = tokenizer(text)["input_ids"], tokenizer(text, truncation=True, max_length=9)["input_ids"]
+    assert len(whole) > len(cut) == 9
+    wrong = []
+
+    def work(truncated: bool) -> None:
+        for _ in range(200):
+            if truncated:
+                got = tokenizer(text, truncation=True, max_length=9)["input_ids"]
+            else:
+                got = tokenizer(text)["input_ids"]
+            if got != (cut if truncated else whole) or tokenizer.encode(text) != whole:
+                wrong.append(len(got))
+
+    threads = [threading.Thread(target=work, args=(i % 2 == 0,)) for i in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert wrong == []
+
+
+def test_copies_and_pickles(tokenizer):
+    for other in (copy.deepcopy(tokenizer), pickle.loads(pickle.dumps(tokenizer))):
+        assert other("The text.") == tokenizer("The text.")
+
+
+def test_targets_become_labels(stock, tokenizer):
+    texts, targets = ["The encoder reads.", "The decoder"], ["the text", "writes a short one"]
+    for call in ({"text_target": targets}, {"text": texts, "text_target": targets}):
+        expected = stock(**call, padding=True, truncation=True, max_length=8)
+        assert dict(tokenizer(**call, padding=True, truncation=True, max_length=8)) == dict(expected)
+    with pytest.raises(ValueError, match="text and text_target are both missing"):
+        tokenizer()
+
+
+@pytest.mark.parametrize("side", ["right", "left"])
+def test_transformers_collators(tokenizer, small_model, side):
+    """The global mask is padded with -1 at the side of the padding, labels with -100."""
+    transformers = pytest.importorskip("transformers")
+    model = small_model(0, vocab_size=len(tokenizer))
+    tokenizer.padding_side = side
+    rows = []
+    for text, target in (("The encoder reads the whole text.", "the text"), ("A text.", "A short one.")):
+        row = dict(tokenizer(text, text_target=target))
+        row["global_attention_mask"] = [1] + [0] * (len(row["input_ids"]) - 1)
+        rows.append(row)
+    collate = transformers.DataCollatorForSeq2Seq(tokenizer, model=model, pad_to_multiple_of=4)
+    batch = collate([dict(row) for row in rows])
+    length = batch["input_ids"].shape[1]
+    assert length % 4 == 0
+    for i, row in enumerate(rows):
+        for name, fill in (("input_ids", 1), ("attention_mask", 0), ("global_attention_mask", -1)):
+            padding = [fill] * (length - len(row[name]))
+            expected = row[name] + padding if side == "right" else padding + row[name]
+            assert batch[name][i].tolist() == expected
+        kept = [label for label in batch["labels"][i].tolist() if label != -100]
+        assert kept == row["labels"]
+    assert batch["decoder_input_ids"].shape == batch["labels"].shape
+    assert model(**batch).loss.isfinite()
+
+    rows = [{k: v for k, v in row.items() if k != "labels"} | {"label": i} for i, row in enumerate(rows)]
+    batch = transformers.DataCollatorWithPadding(tokenizer, padding="max_length", max_length=40)(rows)
+    assert batch["labels"].tolist() == [0, 1]
+    assert batch["global_attention_mask"].shape == batch["input_ids"].shape == (2, 40)
+    assert (batch["global_attention_mask"] == -1).sum() == (batch["attention_mask"] == 0).sum() > 0
+
+
+def test_masked_language_modelling_collator(tokenizer):
+    transformers = pytest.importorskip("transformers")
+    collate = transformers.DataCollatorForLanguageModeling(tokenizer, mlm_probability=0.5, seed=0)
+    batch = collate([tokenizer("The encoder reads the whole text."), tokenizer("The text.")])
+    special = [tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id]
+    assert not torch.isin(batch["labels"], torch.tensor(special)).any()
+    assert (batch["input_ids"] == tokenizer.mask_token_id).any()
+
+
+def test_separator_of_documents(tokenizer_files):
+    assert LEDTokenizer.from_pretrained(tokenizer_files).doc_sep_token_id is None
+    settings = {"additional_special_tokens": ["<doc-sep>"]}
+    (tokenizer_files / "tokenizer_config.json").write_text(json.dumps(settings))
+    tokenizer = LEDTokenizer.from_pretrained(tokenizer_files)
+    assert tokenizer.doc_sep_token_id == tokenizer.token_id("<doc-sep>") == len(tokenizer) - 1
+    assert tokenizer.doc_sep_token_id in tokenizer("One.<doc-sep>Two.")["input_ids"]
+    assert tokenizer.convert_tokens_to_ids(["<doc-sep>", "nowhere"]) == [
+        len(tokenizer) - 1,
+        tokenizer.unk_token_id,
+    ]

@@ -1,0 +1,94 @@
+"""Flags that the commands on documents share, and what their values may be; nothing here imports torch."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+
+
+def at_least(smallest: int) -> Callable[[str], int]:
+    def parse(text: str) -> int:
+        value = int(text)
+        if value < smallest:
+            raise argparse.ArgumentTypeError(f"{value} is below {smallest}")
+        return value
+
+    parse.__name__ = "int"  # argparse names it in its message
+    return parse
+
+
+def within(low: float, high: float, kind: type = float) -> Callable[[str], float]:
+    def parse(text: str) -> float:
+        value = kind(text)
+        if not low <= value <= high:  # nor is NaN
+            raise argparse.ArgumentTypeError(f"{text} is not between {low:g} and {high:g}")
+        return value
+
+    parse.__name__ = kind.__name__
+    return parse
+
+
+def add_sampling(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group(
+        "chance", "Nothing is left to chance unless this or generation_config asks for it."
+    )
+    group.add_argument(
+        "--do-sample",
+        action=argparse.BooleanOptionalAction,
+        help="draw each token by its probability, or always take the likeliest",
+    )
+    group.add_argument(
+        "--temperature",
+        type=within(1e-3, 1e3),
+        metavar="X",
+        help="below 1 the likely tokens get likelier, above 1 less so",
+    )
+    group.add_argument(
+        "--top-k", type=at_least(0), metavar="N", help="draw from the N likeliest tokens; 0: from all"
+    )
+    group.add_argument(
+        "--top-p",
+        type=within(1e-6, 1),
+        metavar="X",
+        help="draw from the likeliest tokens that together have the probability X",
+    )
+    group.add_argument(
+        "--seed",
+        type=within(-(2**63), 2**63 - 1, int),
+        metavar="N",
+        help="of the chances, the same for each batch: with --batch-size 1 a document's text is the same in "
+        "every run that has this seed",
+    )
+
+
+def add_running(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("running")
+    smaller = group.add_mutually_exclusive_group()
+    for bits, kind in ((4, "NF4, by bitsandbytes"), (8, "int8, by torchao")):
+        smaller.add_argument(
+            f"--load-in-{bits}bit",
+            action="store_true",
+            help=f"keep the layers' weights in {bits} bits ({kind}): less memory, and slightly other results",
+        )
+    group.add_argument(
+        "--threads", type=within(1, 1024, int), metavar="N", help="of the processor; default: one a core"
+    )
+    group.add_argument(
+        "--quiet", action="store_true", help="say nothing on stderr but what failed, and draw no bars"
+    )
+    group.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="count documents and tokens, name those that are longer than the model reads, and stop: only config "
+        "and tokenizer are loaded, and --output is not looked at",
+    )
+
+
+def add_joining(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--join",
+        action="store_true",
+        help="read all documents as the parts of one, in the order given, as a JSON line is read whose text is a "
+        "list of strings. Between parts stands <doc-sep> with global attention where the tokenizer has it "
+        "(PRIMERA), else a blank line",
+    )

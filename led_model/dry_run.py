@@ -1,0 +1,75 @@
+"""``--dry-run``: how much there is to read, and what is too long, before a model is loaded."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+
+from led_model.checkpoint import checkpoint_files
+from led_model.commands import DONE, SOME_FAILED, find_documents, finds_answers
+from led_model.config import LEDConfig, read_json
+from led_model.documents import Document, Unreadable
+from led_model.pieces import Reader
+from led_model.tasks import longest_input
+from led_model.terminal import complain, quiet
+from led_model.tokenizer import LEDTokenizer
+from led_model.weights import required
+
+
+def count_documents(args: Namespace) -> int:
+    """Prints the numbers of documents and tokens and each document longer than the model reads.
+
+    Returns:
+        The exit status that the run itself would have, as far as reading decides it.
+    """
+    sources, problems = find_documents(args)
+    reader = _reader(args)
+    failed = 0
+    lengths: list[int] = []
+    for problem in problems:
+        complain(problem, f"led {args.command}")
+        failed += 1
+    for source in sources:
+        for document in source.read():
+            try:
+                if isinstance(document, Unreadable):
+                    raise ValueError(document.message)
+                tokens, pieces = _measure(reader, document)
+            except ValueError as error:
+                complain(str(error), f"led {args.command}")
+                failed += 1
+                continue
+            lengths.append(tokens)
+            if pieces > 1:
+                fate = {
+                    "error": "would be left out",
+                    "truncate": f"the first {reader.limit:,} would be read",
+                    "chunk": f"would be read in {pieces} pieces",
+                }[args.long]
+                print(f"{document.name} has {tokens:,} tokens: {fate}.")
+    too_long = sum(length > reader.limit for length in lengths)
+    print(
+        f"{len(lengths):,} document{'s' * (len(lengths) != 1)}, {sum(lengths):,} tokens, "
+        f"at most {max(lengths, default=0):,} in one; "
+        f"{too_long:,} longer than the {reader.limit:,} that the model reads, {failed:,} that cannot be read."
+    )
+    return SOME_FAILED if failed or (too_long and args.long == "error") else DONE
+
+
+def _reader(args: Namespace) -> Reader:
+    config_file = required(checkpoint_files(args.model, args.revision), "config.json", args.model)
+    config = LEDConfig.from_dict(read_json(config_file))
+    writes = args.command == "summarize" or (args.command == "answer" and not finds_answers(args))
+    return Reader(
+        LEDTokenizer.from_pretrained(args.model, revision=args.revision),
+        longest_input(config, writes),
+        "chunk",
+        question=getattr(args, "question", None),
+    )
+
+
+def _measure(reader: Reader, document: Document) -> tuple[int, int]:
+    """Tokens of a document, special ones included, and the pieces that it would be read in."""
+    with quiet():  # how it would be cut is said here
+        pieces = reader.pieces(document)
+    around = len(pieces[0].input_ids) - len(pieces[0].offsets)  # question and special tokens, in each piece
+    return around + sum(len(piece.offsets) for piece in pieces), len(pieces)
