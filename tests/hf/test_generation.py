@@ -60,6 +60,9 @@ def test_drafts_are_accepted_and_cut_like_stock(draft, row, stock, expected):
         "prompt lookup": {"prompt_lookup_num_tokens": 3},
     }[draft]
     inputs = {name: value[row : row + 1] for name, value in CASE.inputs().items()}
+    if draft == "prompt lookup" and VERSION < (5, 0):  # where it stops after the prompt of a short document
+        assert torch.equal(tokens(ours, inputs, **settings), tokens(stock, inputs, **settings))
+        return
     widths = []
     ours.get_decoder().layers[0].register_forward_pre_hook(lambda _, args: widths.append(args[0].shape[1]))
     assert torch.equal(tokens(ours, inputs, **settings), expected[row : row + 1])
@@ -139,7 +142,7 @@ def test_continuing_a_padded_prompt(cache, stock):
 @pytest.mark.skipif(
     not hasattr(EncoderDecoderCache, "to_legacy_cache"), reason="transformers 5 has no tuples for caches"
 )
-@pytest.mark.parametrize("layers_hold", [2, 4])
+@pytest.mark.parametrize("layers_hold", [pytest.param(2, marks=has_decoder_of_ours), 4])
 def test_cache_in_tuples(layers_hold, stock):
     """As older code keeps it: key and value of the tokens, and perhaps of the document, per layer."""
     ids = torch.tensor([[2, 7, 9, 30, 11], [2, 8, 8, 41, 5]])
@@ -175,6 +178,7 @@ def test_whole_numbers_as_a_mask_of_four_dimensions_are_refused(stock):
         )
 
 
+@pytest.mark.skipif(VERSION < (4, 56), reason="the decoder of transformers before 4.56 fails on peft's prefixes")
 @pytest.mark.parametrize("when", ["before fusing", "afterwards"])
 def test_prefix_tuning(when, stock):
     """Loss, gradients of the prefix, and generation."""
