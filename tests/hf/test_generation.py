@@ -178,7 +178,9 @@ def test_whole_numbers_as_a_mask_of_four_dimensions_are_refused(stock):
         )
 
 
-@pytest.mark.skipif(VERSION < (4, 56), reason="the decoder of transformers before 4.56 fails on peft's prefixes")
+@pytest.mark.skipif(
+    VERSION < (4, 56), reason="the decoder of transformers before 4.56 fails on peft's prefixes"
+)
 @pytest.mark.parametrize("when", ["before fusing", "afterwards"])
 def test_prefix_tuning(when, stock):
     """Loss, gradients of the prefix, and generation."""

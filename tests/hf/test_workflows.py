@@ -11,23 +11,29 @@ pytest.importorskip("transformers", reason="needs transformers: pip install 'led
 import torch
 import transformers
 from decoding import CASE, VERSION, decoding_model
-from hf_cases import BUILDERS, VOCABULARY, assert_close, assert_same_function, fused, led_model, outputs, varied
+from hf_cases import (
+    BUILDERS,
+    VOCABULARY,
+    assert_close,
+    assert_same_function,
+    fused,
+    led_model,
+    outputs,
+    varied,
+)
 from hf_cases import longformer_model as longformer
 from torch import Tensor, nn
 from transformers import (
-    AutoModelForSeq2SeqLM,
     BartConfig,
     BartForCausalLM,
     EncoderDecoderModel,
-    LEDForConditionalGeneration,
-    LongformerForMaskedLM,
     LongformerModel,
     PreTrainedTokenizerFast,
     Seq2SeqTrainer,
     Seq2SeqTrainingArguments,
 )
 
-from led_kernels.hf import apply_led_kernels, is_applied, revert_led_kernels
+from led_kernels.hf import apply_led_kernels, is_applied
 
 every_family = pytest.mark.parametrize("build", BUILDERS.values(), ids=BUILDERS.keys())
 
@@ -65,7 +71,11 @@ def test_resized_token_embeddings(tied, build, tmp_path):
 def test_positions_extended_in_memory(build):
     """As PRIMERA's recipe does for longer documents: the table has its rows again, the config its old number."""
     stock = build(CASE)
-    tables = [stock.get_encoder().embed_positions, stock.get_decoder().embed_positions] if build is led_model else []
+    tables = (
+        [stock.get_encoder().embed_positions, stock.get_decoder().embed_positions]
+        if build is led_model
+        else []
+    )
     if build is longformer:
         tables = [stock.longformer.embeddings.position_embeddings]
         for name in ("position_ids", "token_type_ids"):
@@ -88,7 +98,9 @@ def test_positions_extended_in_memory(build):
     assert_same_function(stock, states)
     if build is led_model:
         expected = stock.generate(ids, max_new_tokens=80, min_new_tokens=80, do_sample=False)
-        assert torch.equal(fused(stock).generate(ids, max_new_tokens=80, min_new_tokens=80, do_sample=False), expected)
+        assert torch.equal(
+            fused(stock).generate(ids, max_new_tokens=80, min_new_tokens=80, do_sample=False), expected
+        )
 
 
 @every_family
@@ -99,7 +111,9 @@ def test_meta_device_under_a_global_apply(where, build, tmp_path):
     if where == "torch.device":
         context = torch.device("meta")
     else:
-        accelerate = pytest.importorskip("accelerate", reason="needs accelerate: pip install 'led-kernels[test]'")
+        accelerate = pytest.importorskip(
+            "accelerate", reason="needs accelerate: pip install 'led-kernels[test]'"
+        )
         context = accelerate.init_empty_weights(include_buffers=False)
     with context:
         model = type(stock)(stock.config)
@@ -241,7 +255,9 @@ def test_pipeline_of_masked_words(tokenizer):
         assert ours["score"] == pytest.approx(theirs["score"], abs=1e-5)
 
 
-@pytest.mark.skipif(VERSION >= (5, 0), reason="transformers 5 has no pipeline that writes a text about a text")
+@pytest.mark.skipif(
+    VERSION >= (5, 0), reason="transformers 5 has no pipeline that writes a text about a text"
+)
 @pytest.mark.parametrize("task", ["summarization", "text2text-generation"])
 def test_pipeline_of_texts(task, tokenizer):
     texts = [" ".join(f"w{4 + (start + index) % 50}" for index in range(start + 9)) for start in (3, 17)]
