@@ -219,7 +219,9 @@ class FusedLEDDecoder(LEDDecoder):
         cache = as_cache(cache)
         if use_cache and cache is None and not (self.gradient_checkpointing and self.training):
             cache = new_cache(config)
-        if cache_position is None or not is_static(cache):  # which a tuned prefix has made longer than it says
+        if cache_position is None or not is_static(
+            cache
+        ):  # which a tuned prefix has made longer than it says
             past_length = 0 if cache is None else cache.get_seq_length()
             cache_position = torch.arange(shape[1], device=inputs_embeds.device) + past_length
 

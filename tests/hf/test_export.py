@@ -14,7 +14,9 @@ from torch.export import Dim, export
 from led_kernels import LongformerMask, banded_attention
 
 CASE = HFCase(globals_per_row=((0, 9), (4,)), padding=("none", "right"))
-OTHER = HFCase(seqlen=33, globals_per_row=((0,), (2, 31)), padding=("holes", "left"))  # another length and padding
+OTHER = HFCase(
+    seqlen=33, globals_per_row=((0,), (2, 31)), padding=("holes", "left")
+)  # another length and padding
 
 
 class Encoder(nn.Module):
