@@ -18,6 +18,7 @@ from hf_cases import (
     assert_same_function,
     fused,
     led_model,
+    longformer_model,
     outputs,
     varied,
 )
