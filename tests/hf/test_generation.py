@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-pytest.importorskip("transformers", reason="needs transformers: pip install 'led-kernels[hf]'")
+pytest.importorskip("transformers", reason="needs transformers: pip install '.[hf]'")
 
 import torch
 from decoding import CASE, STATIC, STEPS, VERSION, decoding_model, generate
@@ -187,7 +187,7 @@ def test_whole_numbers_as_a_mask_of_four_dimensions_are_refused(stock):
 @pytest.mark.parametrize("when", ["before fusing", "afterwards"])
 def test_prefix_tuning(when, stock):
     """Loss, gradients of the prefix, and generation."""
-    peft = pytest.importorskip("peft", reason="needs peft: pip install 'led-kernels[test]'")
+    peft = pytest.importorskip("peft", reason="needs peft: pip install '.[test]'")
 
     def adapted(is_fused: bool) -> nn.Module:
         model = decoding_model()

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-pytest.importorskip("transformers", reason="needs transformers: pip install 'led-kernels[hf]'")
+pytest.importorskip("transformers", reason="needs transformers: pip install '.[hf]'")
 
 import torch
 import transformers
@@ -111,9 +111,7 @@ def test_meta_device_under_a_global_apply(where, build, tmp_path):
     if where == "torch.device":
         context = torch.device("meta")
     else:
-        accelerate = pytest.importorskip(
-            "accelerate", reason="needs accelerate: pip install 'led-kernels[test]'"
-        )
+        accelerate = pytest.importorskip("accelerate", reason="needs accelerate: pip install '.[test]'")
         context = accelerate.init_empty_weights(include_buffers=False)
     with context:
         model = type(stock)(stock.config)
@@ -132,7 +130,7 @@ def test_meta_device_under_a_global_apply(where, build, tmp_path):
 @pytest.mark.parametrize("reentrant", [False, True], ids=["not-reentrant", "reentrant"])
 def test_frozen_model_whose_inputs_require_gradients(reentrant, build):
     """As adapters on checkpointed layers need it."""
-    peft = pytest.importorskip("peft", reason="needs peft: pip install 'led-kernels[test]'")
+    peft = pytest.importorskip("peft", reason="needs peft: pip install '.[test]'")
     targets = ["q_proj", "v_proj"] if build is led_model else ["query", "value", "query_global"]
 
     def gradients(is_fused: bool, **checkpointing) -> dict[str, Tensor]:
