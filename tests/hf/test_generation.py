@@ -59,13 +59,13 @@ def test_drafts_are_accepted_and_cut_like_stock(draft, row, stock, expected):
         "prompt lookup": {"prompt_lookup_num_tokens": 3},
     }[draft]
     inputs = {name: value[row : row + 1] for name, value in CASE.inputs().items()}
-    if draft == "prompt lookup" and VERSION < (5, 0):  # where it stops after the prompt of a short document
-        assert torch.equal(tokens(ours, inputs, **settings), tokens(stock, inputs, **settings))
-        return
+    right = expected[row : row + 1]
+    if draft == "prompt lookup":  # up to some release of 5 it stops at once, for stock and ours alike
+        right = tokens(stock, inputs, **settings)
     widths = []
     ours.get_decoder().layers[0].register_forward_pre_hook(lambda _, args: widths.append(args[0].shape[1]))
-    assert torch.equal(tokens(ours, inputs, **settings), expected[row : row + 1])
-    assert max(widths) > 1  # several tokens at once
+    assert torch.equal(tokens(ours, inputs, **settings), right)
+    assert right.shape[1] == 1 or max(widths) > 1  # several tokens at once
 
 
 @every_cache
