@@ -88,7 +88,9 @@ def beam_search(search: Search) -> tuple[Tensor, Tensor]:
         totals = (log_probs.view(batch, beams, vocab_size) + running_scores[..., None]).flatten(1)
         if generation.do_sample:
             chosen = search.draw(totals, candidates)
-            scores = totals.gather(1, chosen)
+            # the likeliest first, as the first ones alone may end
+            scores, order = totals.gather(1, chosen).sort(dim=1, descending=True)
+            chosen = chosen.gather(1, order)
         else:
             scores, chosen = totals.topk(candidates)
         parents = chosen // vocab_size
