@@ -274,8 +274,8 @@ class LongformerMask:
         if max_globals < 0:
             raise ValueError(f"max_globals is {max_globals}; give the capacity, 0 or more.")
         kind = kind.contiguous()  # kernels take these without strides
-        candidates = candidates[:, :max_globals]
-        candidates = torch.nn.functional.pad(candidates, (0, max_globals - candidates.shape[1]))
+        # padded first, so that a traced length need not be told from max_globals
+        candidates = torch.nn.functional.pad(candidates, (0, max_globals))[:, :max_globals]
         slot = torch.arange(max_globals, device=kind.device)
         is_padding = (kind == PADDING).to(torch.int32)
         return cls(

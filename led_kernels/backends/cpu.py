@@ -134,7 +134,7 @@ def few_rows_linear(x: Tensor, weight: Tensor, bias: Tensor | None, gelu: bool) 
     y = x.new_empty((*x.shape[:-1], out_features))
     _C.cpu_few_rows_linear(
         element_type(x.dtype),
-        (x.numel() // in_features, in_features, out_features),
+        (x.shape[:-1].numel(), in_features, out_features),
         memory(x),
         memory(weight),
         weight.stride(0),
@@ -160,7 +160,7 @@ def few_rows_add_norm(residual: Tensor, block: Tensor, weight: Tensor, bias: Ten
     y = torch.empty_like(residual)
     _C.cpu_few_rows_add_norm(
         element_type(residual.dtype),
-        residual.numel() // weight.shape[0],
+        residual.shape[:-1].numel(),
         weight.shape[0],
         memory(residual),
         memory(block),

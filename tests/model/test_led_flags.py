@@ -111,7 +111,7 @@ def test_the_ends_of_temperature(save, temperature):
 @pytest.mark.parametrize(("flag", "package"), [("4bit", "bitsandbytes"), ("8bit", "torchao")])
 def test_smaller_weights(save, capsys, flag, package):
     """The model that the command loads, of every head, is the one that from_pretrained gives."""
-    pytest.importorskip(package, reason=f"{package} is not installed; pip install 'led-kernels[quant]'")
+    pytest.importorskip(package, reason=f"{package} is not installed; pip install '.[quant]'")
     loading = {f"load_in_{flag}": True}
     directory = save(LEDForConditionalGeneration, **SIZES)
     flags = ["--model", directory, f"--load-in-{flag}"]
@@ -136,7 +136,7 @@ def test_smaller_weights(save, capsys, flag, package):
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_smaller_weights_of_a_broken_checkpoint(save, capsys, flag, package, value):
     """A number that is none is still found once it is in a few bits."""
-    pytest.importorskip(package, reason=f"{package} is not installed; pip install 'led-kernels[quant]'")
+    pytest.importorskip(package, reason=f"{package} is not installed; pip install '.[quant]'")
     directory = save(**SIZES)
     model = LEDForConditionalGeneration.from_pretrained(directory)
     with torch.no_grad():
