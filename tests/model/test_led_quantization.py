@@ -239,5 +239,5 @@ def test_a_missing_package_is_named(
 ) -> None:
     for module in (package, f"{package}.nn", f"{package}.quantization"):
         monkeypatch.setitem(sys.modules, module, None)
-    with pytest.raises(ImportError, match=rf"{argument} needs {package}; pip install '.[quant]'"):
+    with pytest.raises(ImportError, match=rf"{argument} needs {package}; run `pip install '\.\[quant\]'`"):
         LEDForConditionalGeneration.from_pretrained(checkpoint, **{argument: True})

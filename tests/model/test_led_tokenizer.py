@@ -300,7 +300,7 @@ def test_damage_is_named(tokenizer_files, files, error, message):
 
 def test_without_the_library(tokenizer_files, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "tokenizers", None)
-    with pytest.raises(ImportError, match="pip install 'led-kernels\\[text\\]'"):
+    with pytest.raises(ImportError, match=r"run `pip install '\.\[text\]'`"):
         LEDTokenizer.from_pretrained(tokenizer_files)
 
 
