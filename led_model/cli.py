@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import sys
 import textwrap
 from collections.abc import Sequence
@@ -281,7 +282,7 @@ def _device(text: str) -> str:
         torch.empty(1, device=text)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         known = "torch sees no GPU" if text.startswith("cuda") else f"torch has no {text!r} here"
-        reason = str(error).strip().split("\n")[0].rstrip(".")
+        reason = re.split(r"\.\s|\n", str(error).strip())[0].rstrip(".")  # torch goes on for 60 lines
         raise argparse.ArgumentTypeError(f"{known} ({reason}); give cpu, or install a build for it") from None
     return text
 
