@@ -277,6 +277,9 @@ def _device(text: str) -> str:
     """A device that tensors can be on here."""
     try:
         kind = torch.device(text).type
+    except RuntimeError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no device; give cpu, cuda, cuda:1, …") from None
+    try:
         if kind == "meta":
             raise argparse.ArgumentTypeError("meta holds no numbers; give cpu or cuda")
         torch.empty(1, device=text)
