@@ -101,6 +101,7 @@ class _Run:
     problems: list[str]  # inputs that name no document
     failed: int = 0
     made: int = 0
+    earlier: int = 0  # made by an earlier run
     total: int = field(init=False)
     bar: tqdm = field(init=False)
 
@@ -157,7 +158,7 @@ class _Run:
                     yield document
                     continue
                 else:
-                    self.made += 1
+                    self.earlier += 1
                 self.bar.total -= document.size
 
     def _pieces(self, task: Task, documents: Iterator[Document]) -> Iterator[Piece]:
@@ -181,7 +182,7 @@ class _Run:
         self.made += 1
 
     def _count(self) -> str:
-        return f"{self.made} of {self.total} documents"
+        return f"{self.made + self.earlier} of {self.total} documents"
 
 
 def made_by(args: Namespace) -> dict[str, Any]:

@@ -58,6 +58,7 @@ class Reader:
     long: str = "error"
     global_tokens: int = 1
     question: str | None = None
+    bound_by: str = ""  # what the limit is, where that is not plain
 
     def __post_init__(self) -> None:
         bos, eos = self.tokenizer.cls_token_id, self.tokenizer.sep_token_id
@@ -89,8 +90,8 @@ class Reader:
             total = f"{len(ids) + special:,}" if is_all else f"more than {self.limit:,}"
             if self.long == "error":
                 raise ValueError(
-                    f"{document.name} has {total} tokens but the model reads at most {self.limit:,}; cut it, or "
-                    "let --long truncate or --long chunk do so."
+                    f"{document.name} has {total} tokens but the model reads at most {self.limit:,}"
+                    f"{self.bound_by}; cut it, or let --long truncate or --long chunk do so."
                 )
             if self.long == "truncate":
                 say(f"{document.name}: reading the first {self.limit:,} of {total} tokens.")

@@ -68,7 +68,10 @@ class Task(ABC):
                 f"the tokenizer has {len(tokenizer):,} tokens and the model {model.config.vocab_size:,}; use "
                 "the tokenizer that belongs to the checkpoint."
             )
-        self.reader = Reader(tokenizer, longest_input(model.config, self.writes), **reading)
+        longest = longest_input(model.config, self.writes)
+        if longest < model.config.max_encoder_position_embeddings:
+            reading["bound_by"] = ", the positions of its decoder, which the head sits on"
+        self.reader = Reader(tokenizer, longest, **reading)
         self.work = Work()
 
     def run(self, pieces: Sequence[Piece]) -> list[Found]:

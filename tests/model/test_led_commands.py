@@ -598,3 +598,12 @@ def test_only_what_is_about_memory_is_said_to_be(monkeypatch, documents, capsys)
         assert "memory ran out" in capsys.readouterr().err
     with pytest.raises(RuntimeError, match="is bad"):
         led("summarize", "docs/0.txt", "--model", ".")
+
+
+def test_a_head_reads_as_far_as_its_decoder_and_says_so(save, documents, capsys):
+    directory = save(LEDForSequenceClassification, max_decoder_position_embeddings=20)
+    assert led("classify", "docs/0.txt", "--model", directory) == 3
+    message = (
+        "but the model reads at most 20, the positions of its decoder, which the head sits on; cut it, or"
+    )
+    assert message in capsys.readouterr().err
