@@ -11,17 +11,14 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode
 def is_eager(*tensors: Tensor, under: type | None = None) -> bool:
     """Whether the tensors are plain ones that hold numbers, and what is done to them is done now and to them alone.
 
-    False while a program is compiled, traced or exported, under function transforms and dispatch modes other than
-    ``under``, and for tensors on ``meta``, fake ones and other subclasses.
+    False while a program is compiled, traced or exported, under function transforms, forward-mode differentiation and
+    dispatch modes other than ``under``, and for tensors on ``meta``, fake ones and other subclasses.
     """
-    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or is_transformed():
         return False
     mode = _get_current_dispatch_mode()
-    return (
-        torch._C._functorch.peek_interpreter_stack() is None
-        and (mode is None or type(mode) is under)
-        and all(type(x) in (Tensor, nn.Parameter) and not x.is_meta for x in tensors)
-    )
+    is_allowed = mode is None or type(mode) is under
+    return is_allowed and all(type(x) in (Tensor, nn.Parameter) and not x.is_meta for x in tensors)
 
 
 def is_transformed() -> bool:

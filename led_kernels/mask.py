@@ -9,9 +9,8 @@ from dataclasses import InitVar, dataclass
 import torch
 from torch import Tensor
 
-from led_kernels.mask_checks import check_structure, check_values, is_checkable
-
-PADDING, LOCAL, GLOBAL = 0, 1, 2
+from led_kernels.mask_checks import GLOBAL, PADDING, check_structure, check_values, is_checkable
+from led_kernels.mask_checks import LOCAL as LOCAL
 
 
 @dataclass(frozen=True, eq=False)

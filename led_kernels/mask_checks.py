@@ -12,7 +12,7 @@ from led_kernels.eager import is_eager
 if TYPE_CHECKING:
     from led_kernels.mask import LongformerMask
 
-GLOBAL = 2
+PADDING, LOCAL, GLOBAL = 0, 1, 2  # kinds of tokens
 
 
 def check_structure(mask: LongformerMask) -> None:
@@ -87,7 +87,7 @@ def check_values(mask: LongformerMask) -> None:
         "global_index": torch.where(used, inside & ascends, index == -1).all(),
     }
     if not mask.is_packed:
-        is_padding = (kind == 0).to(torch.int32)
+        is_padding = (kind == PADDING).to(torch.int32)
         good["padding_before"] = (mask.padding_before == is_padding.cumsum(-1) - is_padding).all()
     for name, is_good in zip(good, torch.stack(list(good.values())).tolist(), strict=True):
         if not is_good:

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch._subclasses import FakeTensorMode
+from torch.autograd import forward_ad
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from led_kernels import LongformerMask, banded_attention, longformer_attention, ops
@@ -271,3 +272,22 @@ def test_fuzz():
     )
     assert run.returncode == 0, run.stdout[-500:] + run.stderr[-3000:]
     assert "600 cases" in run.stdout
+
+
+@torch.no_grad()
+def test_tangents_pass_through_few_rows():
+    """Which a kernel would drop without a word."""
+    linear, norm, x = (
+        nn.Linear(8, 8).requires_grad_(False),
+        nn.LayerNorm(8).requires_grad_(False),
+        torch.randn(2, 8),
+    )
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(x, torch.ones_like(x))
+        for ours, torchs in (
+            (few_rows_linear(linear, dual), linear(dual)),
+            (few_rows_add_norm(dual, dual, norm), norm(dual + dual)),
+        ):
+            torch.testing.assert_close(
+                forward_ad.unpack_dual(ours).tangent, forward_ad.unpack_dual(torchs).tangent
+            )

@@ -37,7 +37,7 @@ _OUTPUT_CACHE = _name_of_cache((f.name, f.type) for f in fields(BaseModelOutputW
 def tested_note() -> str:
     """Whether the installed transformers is among the tested releases, as half a sentence."""
     release = _release(transformers.__version__)
-    if transformers.__version__.rsplit(".", 1)[0] in TESTED:
+    if release in map(_release, TESTED):
         return "tested"
     if release > _release(TESTED[-1]):
         return f"newer than {TESTED[-1]}, the newest tested"
