@@ -13,6 +13,8 @@ from led_model.tokenizer import LEDTokenizer
 
 LIMIT = 136  # tokens that the models of the fixture ``save`` read
 TEXT = "The encoder reads a long text. The decoder writes a short one.\n"
+TEXTS = [TEXT * 3, "The encoder reads.\n", TEXT + "The <s> text </s> has </s> tags.", "A short one. " * 7]
+PARAGRAPHS = [f"{number} {TEXT * 5}\n" for number in ("One", "Two", "Three", "Four")]
 
 
 def led(command: str, *arguments: object) -> int:

@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from led_model import LEDConfig, LEDForConditionalGeneration
 from led_model.checkpoint import to_hf_state_dict
 from led_model.tokenizer import LEDTokenizer
-from tests.model.commands import LIMIT
+from tests.model.commands import LIMIT, TEXTS
 from tests.model.small import randomize, small_config
 
 
@@ -99,3 +99,14 @@ def save(tokenizer_files, tmp_path):
         return directory
 
     return make
+
+
+@pytest.fixture
+def documents(tmp_path, monkeypatch):
+    """The working directory has docs/0.txt to docs/3.txt and the same texts in docs.jsonl."""
+    monkeypatch.chdir(tmp_path)
+    Path("docs").mkdir()
+    for number, text in enumerate(TEXTS):
+        Path(f"docs/{number}.txt").write_text(text)
+    lines = [json.dumps({"id": f"d{number}", "body": text}) for number, text in enumerate(TEXTS)]
+    Path("docs.jsonl").write_text("\n".join(lines))

@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import io
 import json
-import os
 import re
-import signal
 import subprocess
 import sys
-import time
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -22,13 +19,10 @@ from led_model import (
     LEDForQuestionAnswering,
     LEDForSequenceClassification,
 )
-from led_model.results import ResultFile
 from led_model.tasks import mean_log_probs
 from led_model.tokenizer import LEDTokenizer
-from tests.model.commands import LIMIT, TEXT, inputs, led, records, written
+from tests.model.commands import LIMIT, PARAGRAPHS, TEXT, TEXTS, inputs, led, records, written
 
-TEXTS = [TEXT * 3, "The encoder reads.\n", TEXT + "The <s> text </s> has </s> tags.", "A short one. " * 7]
-PARAGRAPHS = [f"{number} {TEXT * 5}\n" for number in ("One", "Two", "Three", "Four")]
 QUESTION = "Who reads?"
 COMMANDS = {
     "summarize": (LEDForConditionalGeneration, ["--max-new-tokens", "12"]),
@@ -36,17 +30,6 @@ COMMANDS = {
     "answer with a span": (LEDForQuestionAnswering, ["--question", QUESTION, "--max-new-tokens", "12"]),
     "classify": (LEDForSequenceClassification, []),
 }
-
-
-@pytest.fixture
-def documents(tmp_path, monkeypatch):
-    """The working directory has docs/0.txt to docs/3.txt and the same texts in docs.jsonl."""
-    monkeypatch.chdir(tmp_path)
-    Path("docs").mkdir()
-    for number, text in enumerate(TEXTS):
-        Path(f"docs/{number}.txt").write_text(text)
-    lines = [json.dumps({"id": f"d{number}", "body": text}) for number, text in enumerate(TEXTS)]
-    Path("docs.jsonl").write_text("\n".join(lines))
 
 
 def cut(directory: Path, texts: Sequence[str]) -> list[str]:
@@ -377,154 +360,6 @@ def test_wrong_models_and_flags(save, documents, capsys, monkeypatch):
         error = capsys.readouterr().err
         assert message in error
         assert error.count("\n") == 1
-
-
-def test_interruption(save, documents, capsys, monkeypatch):
-    """Ctrl-C while the third result is on its way; the same command finishes the work."""
-    arguments = [
-        "docs.jsonl",
-        "--text-field",
-        "body",
-        "--model",
-        save(),
-        "--max-new-tokens",
-        3,
-        "--output",
-        "out.jsonl",
-    ]
-    append = ResultFile.append
-
-    def interrupted(results: ResultFile, *record: object) -> None:
-        if results.count == 2:
-            raise KeyboardInterrupt
-        append(results, *record)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(ResultFile, "append", interrupted)
-        assert led("summarize", *arguments, "--batch-size", 4) == 130
-    error = capsys.readouterr().err
-    assert "interrupted; out.jsonl holds 2 results. Give the same command again" in error
-    assert led("summarize", *arguments) == 0
-    assert [record["id"] for record in records()] == ["d0", "d1", "d2", "d3"]
-    monkeypatch.setattr("led_model.commands.load_task", None)  # nothing is left to do
-    assert led("summarize", *arguments) == 0
-    assert len(records()) == 4
-
-
-def test_kill(save, tmp_path):
-    """SIGKILL somewhere in a run, and a line cut as a crash may cut it: each document is there once in the end."""
-    ids = [f"d{i}" for i in range(120)]
-    lines = [json.dumps({"id": document_id, "text": TEXT}) for document_id in ids]
-    (tmp_path / "many.jsonl").write_text("\n".join(lines))
-    output = tmp_path / "out.jsonl"
-    command = [
-        sys.executable,
-        "-m",
-        "led_model",
-        "summarize",
-        "many.jsonl",
-        "--output",
-        "out.jsonl",
-        "--batch-size",
-        "3",
-    ]
-    command += ["--model", str(save()), "--max-new-tokens", "20"]
-    root = Path(__file__).parents[2]
-    environment = {**os.environ, "PYTHONPATH": str(root)}
-    process = subprocess.Popen(command, cwd=tmp_path, env=environment, stderr=subprocess.PIPE)
-    deadline = time.monotonic() + 60
-    while not output.exists() or output.read_bytes().count(b"\n") < 5:
-        assert process.poll() is None, process.stderr.read()
-        assert time.monotonic() < deadline
-        time.sleep(0.002)
-    process.kill()
-    assert process.wait() == -signal.SIGKILL
-    process.stderr.close()
-    killed = output.read_bytes()
-    assert 5 <= killed.count(b"\n") < len(ids)
-    whole = killed[: killed.rindex(b"\n") + 1]
-    output.write_bytes(whole[:-9])
-
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True)
-    assert f"holds {whole.count(bytes([10])) - 1} results already" in done.stderr
-    assert [record["id"] for record in records(output)] == ids
-    assert output.read_bytes().startswith(whole)
-
-
-def summaries(directory: Path, *arguments: object) -> int:
-    return led("summarize", *arguments, "--model", directory, "--max-new-tokens", 3, "--output", "out.jsonl")
-
-
-def test_a_record_says_what_made_it(save, documents):
-    directory = save()
-    Path("long.txt").write_text("".join(PARAGRAPHS))
-    assert summaries(directory, "docs/0.txt", "long.txt", "--long", "truncate") == 0
-    short, long = records()
-    assert short["led"] == "summarize"
-    assert short["made_by"] == long["made_by"]
-    assert short["made_by"]["--max-new-tokens"] == 3
-    assert short["made_by"]["--long"] == "truncate"
-    assert (short["truncated"], long["truncated"]) == (False, True)
-    assert short["tokens"] == inputs(directory, TEXTS[0])["input_ids"].shape[1] - 2
-    assert (short["pieces"], long["pieces"]) == (1, 1)
-
-
-def test_results_of_other_settings_and_models_are_not_mixed(save, documents, capsys):
-    directory = save()
-    assert summaries(directory, "docs") == 0
-    before = Path("out.jsonl").read_bytes()
-    assert summaries(directory, "docs", "--num-beams", 2) == 1
-    assert "was made with --num-beams None and this run has 2; give --overwrite" in capsys.readouterr().err
-    weights = directory / "model.safetensors"
-    data = bytearray(weights.read_bytes())
-    data[-1] ^= 1
-    weights.write_bytes(data)
-    assert summaries(directory, "docs") == 1
-    assert "was made with model's fingerprint" in capsys.readouterr().err
-    assert Path("out.jsonl").read_bytes() == before
-    assert summaries(directory, "docs/0.txt", "--overwrite") == 0
-    assert len(records()) == 1
-
-
-def test_documents_are_known_by_their_text(save, documents, capsys):
-    """By whatever name they come, wherever their line is; an edited one is read again."""
-    directory = save()
-    lines = [json.dumps({"text": text}) for text in TEXTS[:2]]
-    Path("papers.jsonl").write_text("\n".join(lines))
-    assert summaries(directory, "papers.jsonl", "docs/2.txt") == 0
-    Path("papers.jsonl").write_text("\n".join([json.dumps({"text": "A new one."}), *lines]))
-    assert summaries(directory, Path("papers.jsonl").resolve(), Path("docs/2.txt").resolve()) == 0
-    assert len(records()) == 4
-    assert records()[-1]["id"] == 1
-    capsys.readouterr()
-    Path("docs/2.txt").write_text("An edited one.")
-    assert summaries(directory, "papers.jsonl", "docs/2.txt") == 0
-    assert len(records()) == 5
-    assert "docs/2.txt has changed since its result was made; it is read again" in capsys.readouterr().err
-
-
-def test_an_output_that_is_not_ours_survives_any_error(save, documents, capsys):
-    Path("mine.jsonl").write_text('{"id":1,"text":"only copy"}')
-    for arguments in (
-        ["docs/0.txt", "--model", "./nowhere"],
-        ["docs/0.txt", "--model", save()],
-        ["mine.jsonl", "--model", save()],
-    ):
-        assert led("summarize", *arguments, "--output", "mine.jsonl") == 1
-        assert Path("mine.jsonl").read_text() == '{"id":1,"text":"only copy"}'
-        assert capsys.readouterr().err.count("\n") == 1
-
-
-def test_an_output_deleted_during_the_run_is_no_success(save, documents, capsys, monkeypatch):
-    append = ResultFile.append
-
-    def deleting(results: ResultFile, *record: object) -> None:
-        append(results, *record)
-        Path("out.jsonl").unlink(missing_ok=True)
-
-    monkeypatch.setattr(ResultFile, "append", deleting)
-    assert summaries(save(), "docs/0.txt") == 1
-    assert "was deleted or replaced during the run" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("command", COMMANDS)
