@@ -140,6 +140,7 @@ class ResultFile:
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
+            self._is_new = False  # that process has made it since, and it is not ours to take away
             raise OSError(
                 f"--output {self.path} is being written by another process; wait for it, or give another file."
             ) from None
@@ -155,25 +156,21 @@ class ResultFile:
         self._file.close()
 
     def _read_earlier(self) -> None:
-        self._file.seek(0)
         whole = 0  # bytes of complete lines
-        for number, line in enumerate(self._lines(), 1):
-            is_complete = line.endswith(b"\n")
-            record = _parse(line)
-            if record is None:
-                if not is_complete and _begins_as_ours(line):
-                    self._keep = whole
-                    return
-                raise ValueError(
-                    f"--output {self.path} line {number} is no result of this program; give another file."
-                )
-            self._count(record, number)
-            whole += len(line)
-            self._needs_newline = not is_complete
-
-    def _lines(self):
-        with open(self.path, "rb") as file:
-            yield from file
+        with open(self.path, "rb") as file:  # with a buffer, unlike the one that is appended to
+            for number, line in enumerate(file, 1):
+                is_complete = line.endswith(b"\n")
+                record = _parse(line)
+                if record is None:
+                    if not is_complete and _begins_as_ours(line):
+                        self._keep = whole
+                        return
+                    raise ValueError(
+                        f"--output {self.path} line {number} is no result of this program; give another file."
+                    )
+                self._count(record, number)
+                whole += len(line)
+                self._needs_newline = not is_complete
 
     def _count(self, record: dict[str, Any], number: int) -> None:
         made_by = record["made_by"]

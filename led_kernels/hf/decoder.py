@@ -31,6 +31,7 @@ from led_kernels.hf.compat import (
     takes_arguments_of,
 )
 from led_kernels.hf.encoder import Options
+from led_kernels.hf.layers import FusedLayer
 
 # how this release calls a layer and its attentions, which may be subclasses with a forward of their own
 _LAYER_CACHE = cache_argument(LEDDecoderLayer.forward)
@@ -108,7 +109,7 @@ class FusedLEDDecoderAttention(LEDDecoderAttention):
         return x.unflatten(-1, (self.num_heads, self.head_dim)).transpose(1, 2)
 
 
-class FusedLEDDecoderLayer(LEDDecoderLayer):
+class FusedLEDDecoderLayer(FusedLayer, LEDDecoderLayer):
     """The stock layer, over attentions that any release's layer would call in its own way."""
 
     led_kernels_options = Options()
@@ -141,14 +142,8 @@ class FusedLEDDecoderLayer(LEDDecoderLayer):
             )
             attended = self._dropout(attended, self.dropout)
             hidden_states = self.encoder_attn_layer_norm(hidden_states + attended)
-        expanded = self._dropout(self.activation_fn(self.fc1(hidden_states)), self.activation_dropout)
-        contracted = self._dropout(self.fc2(expanded), self.dropout)
-        hidden_states = self.final_layer_norm(hidden_states + contracted)
         attentions = (weights, cross_weights) if output_attentions else ()
-        return hidden_states, *attentions, *((cache,) if use_cache else ())
-
-    def _dropout(self, x: Tensor, p: float) -> Tensor:
-        return nn.functional.dropout(x, p=p, training=self.training)
+        return self._feed_forward(hidden_states), *attentions, *((cache,) if use_cache else ())
 
 
 class FusedLEDLearnedPositionalEmbedding(LEDLearnedPositionalEmbedding):

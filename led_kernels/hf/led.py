@@ -13,6 +13,7 @@ from transformers.models.led.modeling_led import (
 
 from led_kernels.hf.compat import takes_arguments_of
 from led_kernels.hf.encoder import STOCK_MASKS, FusedSelfAttention, Options, run_layers
+from led_kernels.hf.layers import FusedLayer
 from led_kernels.mask import LongformerMask
 
 
@@ -20,7 +21,7 @@ class FusedLEDEncoderSelfAttention(FusedSelfAttention, LEDEncoderSelfAttention):
     forward = takes_arguments_of(LEDEncoderSelfAttention.forward, STOCK_MASKS)(FusedSelfAttention.forward)
 
 
-class FusedLEDEncoderLayer(LEDEncoderLayer):
+class FusedLEDEncoderLayer(FusedLayer, LEDEncoderLayer):
     """The stock layer, but fp16 states are clamped without asking the device whether they need it."""
 
     @takes_arguments_of(LEDEncoderLayer.forward, STOCK_MASKS)
@@ -36,16 +37,11 @@ class FusedLEDEncoderLayer(LEDEncoderLayer):
         )
         hidden_states = self.self_attn_layer_norm(hidden_states + self._dropout(attended, self.dropout))
         del attended  # the memory peak is yet to come
-        expanded = self._dropout(self.activation_fn(self.fc1(hidden_states)), self.activation_dropout)
-        contracted = self._dropout(self.fc2(expanded), self.dropout)
-        hidden_states = self.final_layer_norm(hidden_states + contracted)
+        hidden_states = self._feed_forward(hidden_states)
         if hidden_states.dtype == torch.float16:
             limit = torch.finfo(torch.float16).max - 1000
             hidden_states = hidden_states.clamp(-limit, limit)
         return hidden_states, *weights
-
-    def _dropout(self, x: Tensor, p: float) -> Tensor:
-        return nn.functional.dropout(x, p=p, training=self.training)
 
 
 class FusedLEDEncoder(LEDEncoder):

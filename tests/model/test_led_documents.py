@@ -240,6 +240,17 @@ def test_two_runs_on_one_output(tmp_path):
         pass
 
 
+def test_the_second_of_two_runs_that_began_at_once_takes_nothing_away(tmp_path, monkeypatch):
+    """Neither saw the file when it looked."""
+    path = tmp_path / "out.jsonl"
+    with ResultFile(str(path), MADE_BY) as results:
+        monkeypatch.setattr("os.path.exists", lambda path: False)
+        with pytest.raises(OSError, match="is being written by another process"):
+            ResultFile(str(path), MADE_BY)
+        results.append(document(text="one"), {"summary": "ü\n☕"})
+    assert path.read_bytes() == line_of("one")
+
+
 @pytest.mark.parametrize("how", ["deleted", "replaced"])
 def test_an_output_that_goes_during_the_run(tmp_path, how):
     path = tmp_path / "out.jsonl"
