@@ -27,13 +27,14 @@ def check_rows(mask: LongformerMask, tensors: dict[str, Tensor]) -> None:
             f"q, k or v has shape {tuple(first.shape)}; give [*rows, heads, head_dim ≤ {_MAX_HEAD_DIM}]."
         )
     shape = (*mask.token_kind.shape, *first.shape[-2:])
+    dtype, device = first.dtype, mask.device
     for name, x in tensors.items():
         if x.shape != shape:
             raise ValueError(
                 f"{name} has shape {tuple(x.shape)} and the mask was built for rows {tuple(mask.token_kind.shape)}; "
                 f"give {shape}, or another mask."
             )
-        _check_kind(name, x, first, mask)
+        _check_kind(name, x, dtype, device)
 
 
 def check_slots(mask: LongformerMask, k_global: Tensor, tensors: dict[str, Tensor]) -> None:
@@ -43,12 +44,13 @@ def check_slots(mask: LongformerMask, k_global: Tensor, tensors: dict[str, Tenso
         ValueError: naming the tensor.
     """
     shape = (mask.batch, mask.max_globals, *k_global.shape[-2:])
+    dtype, device = k_global.dtype, mask.device
     for name, x in tensors.items():
         if x.shape != shape:
             raise ValueError(
                 f"{name} has shape {tuple(x.shape)}; give [batch, max_globals, heads, head_dim] = {shape}."
             )
-        _check_kind(name, x, k_global, mask)
+        _check_kind(name, x, dtype, device)
 
 
 def check_lse(q: Tensor, tensors: dict[str, Tensor | None]) -> None:
@@ -97,11 +99,11 @@ def check_seed(seed: Tensor | None, dropout_p: float, q: Tensor) -> None:
         )
 
 
-def _check_kind(name: str, x: Tensor, first: Tensor, mask: LongformerMask) -> None:
-    if x.dtype != first.dtype or x.device != first.device or x.device != mask.device:
+def _check_kind(name: str, x: Tensor, dtype: torch.dtype, device: torch.device) -> None:
+    if x.dtype != dtype or x.device != device:
         raise ValueError(
-            f"{name} has dtype {x.dtype} on {x.device}; give {first.dtype} on {mask.device}, as the others have."
+            f"{name} has dtype {x.dtype} on {x.device}; give {dtype} on {device}, as the others have."
         )
     # gradients may come with any strides; what a kernel reads in place may not
-    if name not in ("d_out", "d_lse") and x.shape[-1] > 1 and x.stride(-1) != 1 and x.numel():
+    if name != "d_out" and x.stride(-1) != 1 and x.shape[-1] > 1 and x.numel():
         raise ValueError(f"{name} has a non-contiguous last dimension; call .contiguous() on it.")

@@ -14,6 +14,15 @@ if TYPE_CHECKING:
 
 PADDING, LOCAL, GLOBAL = 0, 1, 2  # kinds of tokens
 
+_DTYPES = {
+    "seq_start": torch.int32,
+    "seq_len": torch.int32,
+    "token_kind": torch.uint8,
+    "padding_before": torch.int32,
+    "global_index": torch.int32,
+    "num_globals": torch.int32,
+}
+
 
 def check_structure(mask: LongformerMask) -> None:
     """Dtypes, shapes, strides and devices of the tensors.
@@ -22,29 +31,24 @@ def check_structure(mask: LongformerMask) -> None:
         TypeError: for something that is no tensor, or a tensor of another dtype.
         ValueError: for a shape, strides or a device that does not go with the others.
     """
-    for name in ("seq_start", "seq_len", "token_kind", "padding_before", "global_index", "num_globals"):
-        if not isinstance(x := getattr(mask, name), Tensor):
-            raise TypeError(f"{name} of a mask is a {type(x).__name__}; give a torch.Tensor.")
     kind, batch = mask.token_kind, mask.seq_len
-    tensors = {
-        "seq_start": (mask.seq_start, torch.int32, batch),
-        "seq_len": (batch, torch.int32, None),
-        "token_kind": (kind, torch.uint8, None),
-        "padding_before": (mask.padding_before, torch.int32, kind),
-        "global_index": (mask.global_index, torch.int32, None),
-        "num_globals": (mask.num_globals, torch.int32, batch),
-    }
-    for name, (x, dtype, like) in tensors.items():
+    for name, dtype in _DTYPES.items():
+        x = getattr(mask, name)
+        if not isinstance(x, Tensor):
+            raise TypeError(f"{name} of a mask is a {type(x).__name__}; give a torch.Tensor.")
         if x.dtype != dtype:
             raise TypeError(f"{name} of a mask has dtype {x.dtype}; give {dtype}.")
-        if x.device != kind.device:
-            raise ValueError(
-                f"{name} of a mask is on {x.device} and token_kind on {kind.device}; move both to one device."
-            )
         if not x.is_contiguous():
             raise ValueError(f"{name} of a mask is not contiguous; call .contiguous() on it.")
-        if like is not None and x.shape != like.shape:
+    for name, like in (("seq_start", batch), ("num_globals", batch), ("padding_before", kind)):
+        if (x := getattr(mask, name)).shape != like.shape:
             raise ValueError(f"{name} of a mask has shape {tuple(x.shape)}; give {tuple(like.shape)}.")
+    device = kind.device
+    for x, name in zip(mask.tensors(), _DTYPES, strict=True):
+        if x.device != device:
+            raise ValueError(
+                f"{name} of a mask is on {x.device} and token_kind on {device}; move both to one device."
+            )
     if batch.dim() != 1:
         raise ValueError(f"seq_len of a mask has shape {tuple(batch.shape)}; give it as [batch].")
     if mask.global_index.dim() != 2 or mask.global_index.shape[0] != batch.shape[0]:
