@@ -28,6 +28,42 @@ def within(low: float, high: float, kind: type = float) -> Callable[[str], float
     return parse
 
 
+def not_blank(text: str) -> str:
+    if not text.strip():
+        raise argparse.ArgumentTypeError("a question is not blank")
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise argparse.ArgumentTypeError("a question is UTF-8, and this has half of a character") from None
+    return text
+
+
+def add_output(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--output", metavar="FILE.jsonl", help="append results here, and resume from here")
+    parser.add_argument(
+        "--overwrite", action="store_true", help="let the first result replace all that --output holds"
+    )
+    parser.add_argument(
+        "--format",
+        choices=("text", "jsonl"),
+        help="print results in this form, several texts under a line with their document's name; with --output, "
+        "which is always JSONL, print them besides, those of earlier runs too",
+    )
+
+
+def add_long(parser: argparse.ArgumentParser, chunk: str, condense: str | None) -> None:
+    """The last two say what these choices do; without ``condense`` there is no such choice."""
+    explanation = (
+        "what to do with a document longer than the model reads: leave it out with an error (default), read its "
+        f"beginning, or read it in pieces, cut between paragraphs or sentences where possible; {chunk}"
+    )
+    choices = ["error", "truncate", "chunk"]
+    if condense is not None:
+        explanation += f"; {condense}"
+        choices.append("condense")
+    parser.add_argument("--long", choices=choices, default="error", help=explanation)
+
+
 def add_sampling(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group(
         "chance", "Nothing is left to chance unless this or generation_config asks for it."

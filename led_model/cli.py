@@ -12,7 +12,16 @@ from collections.abc import Sequence
 import torch
 
 from led_kernels import BackendUnavailable, __version__
-from led_model.arguments import add_joining, add_running, add_sampling, at_least
+from led_model.arguments import (
+    add_joining,
+    add_long,
+    add_output,
+    add_running,
+    add_sampling,
+    at_least,
+    not_blank,
+    within,
+)
 from led_model.commands import DEFAULT_NEW_TOKENS, DTYPES, run_on_documents
 from led_model.demo import DemoSettings, run_demo
 from led_model.dry_run import count_documents
@@ -27,7 +36,8 @@ With --output each result is on disk before the next document begins. After an
 interruption the same command goes on where it stopped: it leaves out documents
 whose text the file has a result for. Results of another model or other settings
 are never mixed in: --overwrite begins anew. Without --output a single document's
-result is printed as text, and those of several as JSONL.
+result is printed as text, on a terminal while it is written unless by beams, and
+those of several as JSONL; --format says otherwise.
 
 exit status: 0 all documents are done; 1 the command could not run, 2 its arguments
 are wrong; 3 some documents could not be read, each is named on stderr, and all the
@@ -93,9 +103,11 @@ def _add_summarize(commands: argparse._SubParsersAction) -> None:
   pdftotext paper.pdf - | led summarize - --model allenai/led-base-16384 --num-beams 4
   led summarize 'reports/**/*.md' papers.jsonl --output summaries.jsonl --model ./led \\
       --batch-size 4 --long chunk --max-new-tokens 128
+  led summarize reports/ --model ./led --long condense --output summaries.jsonl --format text > summaries.txt
   led summarize reports/ --model ./led --dry-run
   led summarize monday.txt tuesday.txt --join --model ./primera""",
         chunk="the pieces' summaries are joined, a line each, in order",
+        condense="or let the pieces' summaries be summarized, until one is left (condense)",
     )
     _add_global_tokens(parser)
     _add_generation(
@@ -117,7 +129,7 @@ def _add_answer(commands: argparse._SubParsersAction) -> None:
         chunk="the piece with the best score answers: the mean log-probability of the written answer's tokens, "
         "or the logits of the span's start and end",
     )
-    parser.add_argument("--question", required=True, metavar="TEXT", type=_not_blank, help="what to ask")
+    parser.add_argument("--question", required=True, metavar="TEXT", type=not_blank, help="what to ask")
     _add_generation(
         parser, "answer", f"default: what the checkpoint says, else {DEFAULT_NEW_TOKENS['answer']}"
     )
@@ -139,7 +151,14 @@ def _add_classify(commands: argparse._SubParsersAction) -> None:
 
 
 def _document_command(
-    commands: argparse._SubParsersAction, name: str, help: str, description: str, *, examples: str, chunk: str
+    commands: argparse._SubParsersAction,
+    name: str,
+    help: str,
+    description: str,
+    *,
+    examples: str,
+    chunk: str,
+    condense: str | None = None,
 ) -> argparse.ArgumentParser:
     parser = commands.add_parser(
         name,
@@ -169,10 +188,7 @@ def _document_command(
     parser.add_argument(
         "--dtype", choices=DTYPES, help="precision to compute in; default: the checkpoint's own"
     )
-    parser.add_argument("--output", metavar="FILE.jsonl", help="append results here, and resume from here")
-    parser.add_argument(
-        "--overwrite", action="store_true", help="let the first result replace all that --output holds"
-    )
+    add_output(parser)
     parser.add_argument(
         "--text-field", default="text", metavar="NAME", help="where a JSON line has its text; default: text"
     )
@@ -184,14 +200,7 @@ def _document_command(
         metavar="N",
         help="documents (or pieces) read at once; more are faster on a GPU and take more memory; default: 1",
     )
-    parser.add_argument(
-        "--long",
-        choices=("error", "truncate", "chunk"),
-        default="error",
-        help="what to do with a document longer than the model reads: leave it out with an error (default), read "
-        "its beginning, or read it in pieces, cut between paragraphs or sentences where possible; "
-        f"{chunk}",
-    )
+    add_long(parser, chunk, condense)
     add_joining(parser)
     add_running(parser)
     return parser
@@ -220,7 +229,7 @@ def _add_generation(parser: argparse.ArgumentParser, noun: str, default: str) ->
     )
     group.add_argument(
         "--length-penalty",
-        type=_finite,
+        type=within(-50, 50),
         metavar="X",
         help="with beams, above 0 favours long, below 0 short ones",
     )
@@ -287,21 +296,4 @@ def _device(text: str) -> str:
         known = "torch sees no GPU" if text.startswith("cuda") else f"torch has no {text!r} here"
         reason = re.split(r"\.\s|\n", str(error).strip())[0].rstrip(".")  # torch goes on for 60 lines
         raise argparse.ArgumentTypeError(f"{known} ({reason}); give cpu, or install a build for it") from None
-    return text
-
-
-def _finite(text: str) -> float:
-    value = float(text)
-    if not abs(value) <= 100:
-        raise argparse.ArgumentTypeError(f"{text} is not from -100 to 100")
-    return value
-
-
-def _not_blank(text: str) -> str:
-    if not text.strip():
-        raise argparse.ArgumentTypeError("a question is not blank")
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        raise argparse.ArgumentTypeError("a question is UTF-8, and this has half of a character") from None
     return text

@@ -23,17 +23,11 @@ from led_model.joined import Joined
 from led_model.model import LEDForConditionalGeneration
 from led_model.pieces import Piece
 from led_model.results import ResultFile, to_line
-from led_model.tasks import (
-    SAMPLING_FLAGS,
-    Answerer,
-    Classifier,
-    SpanFinder,
-    Summarizer,
-    Task,
-    load_classifier,
-)
+from led_model.streaming import TextStream
+from led_model.tasks import Classifier, SpanFinder, Task, as_text, load_classifier
 from led_model.terminal import complain, no_bars, quiet, say, seconds
 from led_model.tokenizer import LEDTokenizer
+from led_model.writers import SAMPLING_FLAGS, Answerer, Summarizer
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 DEFAULT_NEW_TOKENS = {"summarize": 256, "answer": 64}
@@ -104,10 +98,16 @@ class _Run:
     earlier: int = 0  # made by an earlier run
     total: int = field(init=False)
     bar: tqdm = field(init=False)
+    form: str | None = field(init=False)  # that results are printed in; None: they are not
+    stream: TextStream | None = None  # that prints the only one while it is written
 
     def __post_init__(self) -> None:
         extents = [source.extent for source in self.sources]
         self.total = sum(count for count, _ in extents)
+        self.is_alone = self.total + len(self.problems) == 1
+        self.form = self.args.format
+        if self.form is None and self.results is None:
+            self.form = "text" if self.is_alone else "jsonl"
         self.bar = tqdm(
             total=sum(size for _, size in extents),
             bar_format="{desc} {percentage:3.0f}%|{bar}| {elapsed}, {remaining} left",
@@ -130,6 +130,8 @@ class _Run:
         start = time.perf_counter()
         task = load_task(self.args)
         loading = time.perf_counter() - start
+        if self.is_alone and self.form == "text" and sys.stdout.isatty():
+            task.stream = self.stream = TextStream(task.reader.tokenizer, sys.stdout)
         self.bar.reset()  # loading tells nothing of how long the documents will take
         pieces = self._pieces(task, chain([first], documents))
         found: list[dict[str, Any]] = []
@@ -138,7 +140,7 @@ class _Run:
                 found.append(result)
                 if piece.index + 1 == piece.count:
                     about = {"tokens": piece.tokens, "pieces": piece.count, "truncated": piece.is_truncated}
-                    self._deliver(task, piece.document, task.join(found) | about)
+                    self._deliver(piece.document, task.join(piece.document, found) | about)
                     found = []
                 self.bar.set_description_str(self._count(), refresh=False)
                 self.bar.update(piece.document.size / piece.count)
@@ -152,13 +154,12 @@ class _Run:
             for document in source.read():
                 if isinstance(document, Unreadable):
                     self.complain(document.message)
-                elif self.results is None or not self.results.has(document):
-                    if self.results is not None and self.results.has_changed(document):
-                        say(f"{document.name} has changed since its result was made; it is read again.")
+                elif (record := self._earlier_record(document)) is None:
                     yield document
                     continue
                 else:
                     self.earlier += 1
+                    self._print(document, record)
                 self.bar.total -= document.size
 
     def _pieces(self, task: Task, documents: Iterator[Document]) -> Iterator[Piece]:
@@ -171,15 +172,32 @@ class _Run:
                 continue
             yield from pieces
 
-    def _deliver(self, task: Task, document: Document, result: dict[str, Any]) -> None:
+    def _earlier_record(self, document: Document) -> dict[str, Any] | None:
+        if self.results is None:
+            return None
+        record = self.results.take(document)
+        if record is None and self.results.has_changed(document):
+            say(f"{document.name} has changed since its result was made; it is read again.")
+        return record
+
+    def _deliver(self, document: Document, result: dict[str, Any]) -> None:
+        record = {"id": document.id, "source": document.source} | result
         if self.results is not None:
-            self.results.append(document, result)
-        else:
-            record = {"id": document.id, "source": document.source} | result
-            alone = self.total + len(self.problems) == 1
-            with self.bar.external_write_mode(file=sys.stdout):
-                print(task.as_text(result) if alone else to_line(record), flush=True)
+            record = self.results.append(document, result)
+        self._print(document, record)
         self.made += 1
+
+    def _print(self, document: Document, record: dict[str, Any]) -> None:
+        if self.form is None:
+            return
+        text = as_text(record) if self.form == "text" else to_line(record)
+        if self.stream is not None:
+            self.stream.finish(text)
+            return
+        with self.bar.external_write_mode(file=sys.stdout):
+            if self.form == "text" and not self.is_alone:
+                text = f"==> {document.name} <==\n{text}\n"
+            print(text, flush=True)
 
     def _count(self) -> str:
         return f"{self.made + self.earlier} of {self.total} documents"
@@ -212,7 +230,8 @@ def load_task(args: Namespace) -> Task:
         "load_in_4bit": args.load_in_4bit,
         "load_in_8bit": args.load_in_8bit,
     }
-    reading: dict[str, Any] = {"long": args.long}
+    condense = args.long == "condense"
+    reading: dict[str, Any] = {"long": "chunk" if condense else args.long}
     if args.command == "answer":
         reading["question"] = args.question
         if finds_answers(args):
@@ -237,8 +256,9 @@ def load_task(args: Namespace) -> Task:
     if "max_new_tokens" not in settings and generation.max_new_tokens is generation.max_length is None:
         default = DEFAULT_NEW_TOKENS[args.command]
         settings["max_new_tokens"] = min(default, model.config.max_decoder_position_embeddings)
-    task_class = Answerer if args.command == "answer" else Summarizer
-    return task_class(model, tokenizer, settings, **reading)
+    if args.command == "answer":
+        return Answerer(model, tokenizer, settings, **reading)
+    return Summarizer(model, tokenizer, settings, condense=condense, **reading)
 
 
 def finds_answers(args: Namespace) -> bool:

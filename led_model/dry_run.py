@@ -44,6 +44,7 @@ def count_documents(args: Namespace) -> int:
                     "error": "would be left out",
                     "truncate": f"the first {reader.limit:,} would be read",
                     "chunk": f"would be read in {pieces} pieces",
+                    "condense": f"would be read in {pieces} pieces, and their summaries again",
                 }[args.long]
                 print(f"{document.name} has {tokens:,} tokens: {fate}.")
     too_long = sum(length > reader.limit for length in lengths)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 import stat
-from collections import Counter
+from collections import defaultdict
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -50,7 +50,9 @@ class ResultFile:
         self.made_by = made_by
         self.question = question
         self.count = 0  # results in the file that count
-        self._done: Counter[str] = Counter()  # by the key of their document
+        self._done: dict[str, list[tuple[int, int]]] = defaultdict(
+            list
+        )  # their places, by key of their document
         self._hash_of: dict[tuple[str, str], str] = {}  # by source and id
         self._keep: int | None = 0 if overwrite else None  # bytes; None: all
         self._needs_newline = False
@@ -81,21 +83,22 @@ class ResultFile:
     ) -> None:
         self._close()
 
-    def has(self, document: Document) -> bool:
-        """Whether an earlier record is of this document's text; each record counts for one document."""
-        key = document.key
-        if self._done[key] > 0:
-            self._done[key] -= 1
-            return True
-        return False
+    def take(self, document: Document) -> dict[str, Any] | None:
+        """An earlier record of this document's text, if there is one; each record is taken by one document."""
+        places = self._done.get(document.key)
+        if not places:
+            return None
+        begin, size = places.pop(0)
+        self._file.seek(begin)
+        return json.loads(self._file.read(size))
 
     def has_changed(self, document: Document) -> bool:
         """Whether a record of the document's name is of another text."""
         known = self._hash_of.get((document.source, str(document.id)))
         return known is not None and known != document.key
 
-    def append(self, document: Document, result: dict[str, Any]) -> None:
-        """Returns when the record is on disk.
+    def append(self, document: Document, result: dict[str, Any]) -> dict[str, Any]:
+        """Returns the record, when it is on disk.
 
         Raises:
             OSError: when it is not: the disk is full, or the file was deleted or replaced.
@@ -120,6 +123,7 @@ class ResultFile:
                 "and give the same command again."
             ) from None
         self.count += 1
+        return record
 
     def check_that_it_is_there(self) -> None:
         """Raises OSError when the path does not lead to the file any more that results are appended to."""
@@ -168,11 +172,12 @@ class ResultFile:
                     raise ValueError(
                         f"--output {self.path} line {number} is no result of this program; give another file."
                     )
-                self._count(record, number)
+                self._count(record, number, (whole, len(line)))
                 whole += len(line)
                 self._needs_newline = not is_complete
 
-    def _count(self, record: dict[str, Any], number: int) -> None:
+    def _count(self, record: dict[str, Any], number: int, place: tuple[int, int]) -> None:
+        """``place``: where its line begins, and how long that is, in bytes."""
         made_by = record["made_by"]
         different = [
             name
@@ -187,7 +192,7 @@ class ResultFile:
             )
         if record.get("question") == self.question:
             self.count += 1
-            self._done[record["document"]] += 1
+            self._done[record["document"]].append(place)
             self._hash_of[record["source"], str(record["id"])] = record["document"]
 
 
@@ -205,6 +210,7 @@ def _parse(line: bytes) -> dict[str, Any] | None:
             and isinstance(record["document"], str)
             and isinstance(record["source"], str)
             and "id" in record
+            and not {"summary", "answer", "label"}.isdisjoint(record)
         )
     except (ValueError, TypeError, KeyError, RecursionError):
         return None

@@ -1,4 +1,4 @@
-"""What the commands do with a batch of pieces: write a summary or an answer, find a span, give a class."""
+"""What the commands do with a batch of pieces: find a span, give a class, or write (``writers.py``)."""
 
 from __future__ import annotations
 
@@ -12,18 +12,17 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from led_model.batch_encoding import BatchEncoding
 from led_model.config import LEDConfig
+from led_model.documents import Document
 from led_model.heads import LEDForQuestionAnswering, LEDForSequenceClassification
-from led_model.model import LEDForConditionalGeneration
 from led_model.pieces import Piece, Reader
 from led_model.pretrained import LEDPreTrainedModel
-from led_model.terminal import layer_progress, no_bars, say, seconds
+from led_model.streaming import TextStream
+from led_model.terminal import layer_progress, seconds
 from led_model.tokenizer import LEDTokenizer
 
-SAMPLING_FLAGS = ("temperature", "top_k", "top_p", "seed")
 Found = dict[str, Any]  # what was found out about a piece, or about a document
 
 
@@ -53,10 +52,10 @@ def longest_input(config: LEDConfig, writes: bool) -> int:
 
 
 class Task(ABC):
-    """A model at work. ``field`` is the entry that all its results have."""
+    """A model at work. ``stream``, if there is one, prints what it writes, where that is the result as it stands."""
 
-    field: str
     writes = False
+    stream: TextStream | None = None
 
     def __init__(self, model: LEDPreTrainedModel, tokenizer: LEDTokenizer, **reading: Any) -> None:
         """``reading``: the other fields of :class:`Reader`."""
@@ -90,92 +89,13 @@ class Task(ABC):
     def _run(self, pieces: Sequence[Piece], inputs: BatchEncoding) -> list[Found]: ...
 
     @abstractmethod
-    def join(self, found: Sequence[Found]) -> Found:
+    def join(self, document: Document, found: Sequence[Found]) -> Found:
         """A document's result, from those of its pieces in order."""
-
-    def as_text(self, result: Found) -> str:
-        """A result for people."""
-        return result[self.field]
-
-
-class _Writer(Task):
-    """A model that writes. ``compares`` says whether a document's pieces compete, by ``score``."""
-
-    model: LEDForConditionalGeneration
-    writes = True
-    compares = False
-
-    def __init__(
-        self, model: LEDForConditionalGeneration, tokenizer: LEDTokenizer, settings: Found, **reading: Any
-    ) -> None:
-        super().__init__(model, tokenizer, **reading)
-        self.settings = settings | {"num_return_sequences": 1}
-        generation = model.generation_config.updated(**self.settings)
-        generation.check(model.config.vocab_size)  # before a long text has been read
-        if not generation.do_sample and (idle := [name for name in SAMPLING_FLAGS if name in settings]):
-            flags = ", ".join(f"--{name.replace('_', '-')}" for name in idle)
-            raise ValueError(f"{flags} would change nothing; give --do-sample too, or leave it out.")
-        self.limit = generation.length_limit() - 1
-        if self.limit > (positions := model.config.max_decoder_position_embeddings):
-            raise ValueError(
-                f"{self.limit:,} new tokens are asked for but the decoder has {positions:,} positions; give "
-                f"--max-new-tokens of at most {positions}."
-            )
-        if generation.unsupported:
-            asked = ", ".join(f"{name}={value}" for name, value in generation.unsupported.items())
-            say(f"the checkpoint asks for {asked}; decoding without it.")
-
-    def _run(self, pieces: Sequence[Piece], inputs: BatchEncoding) -> list[Found]:
-        model, start = self.model, time.perf_counter()
-        with self.read(inputs):
-            encoded = model.led.encode(**inputs)
-            check_states(encoded)
-        read = time.perf_counter()
-        with tqdm(total=self.limit, desc="writing", unit="token", leave=False, disable=no_bars()) as bar:
-            listener = None if bar.disable else lambda _: bar.update()
-            sequences = model.generate(
-                inputs.input_ids, inputs.attention_mask, encoded=encoded, on_token=listener, **self.settings
-            ).tolist()
-        written = time.perf_counter()
-        pad = self.reader.tokenizer.pad_token_id
-        self.work.read_seconds += read - start
-        self.work.written_seconds += written - read
-        self.work.written_tokens += sum(token != pad for row in sequences for token in row[1:])
-        texts = [
-            text.strip() for text in self.reader.tokenizer.batch_decode(sequences, skip_special_tokens=True)
-        ]
-        scores: list[float | None] = [None] * len(texts)
-        if self.compares and any(piece.count > 1 for piece in pieces):
-            scores = mean_log_probs(model, encoded, inputs.attention_mask, torch.tensor(sequences)).tolist()
-        return [{self.field: text, "score": score} for text, score in zip(texts, scores, strict=True)]
-
-
-class Summarizer(_Writer):
-    """Writes a summary of each piece; a document's are joined in order."""
-
-    field = "summary"
-
-    def join(self, found: Sequence[Found]) -> Found:
-        return {"summary": "\n".join(piece["summary"] for piece in found)}
-
-
-class Answerer(_Writer):
-    """Writes an answer from each piece; a document's is the one that the model finds likeliest, per token."""
-
-    field = "answer"
-    compares = True
-
-    def join(self, found: Sequence[Found]) -> Found:
-        asked = {"question": self.reader.question}
-        if len(found) == 1:
-            return asked | {"answer": found[0]["answer"]}
-        return asked | max(found, key=lambda piece: piece["score"])
 
 
 class SpanFinder(Task):
     """Finds the answer in the text, at most ``longest_answer`` tokens of it: start and end with the most logits."""
 
-    field = "answer"
     model: LEDForQuestionAnswering
 
     def __init__(
@@ -200,7 +120,7 @@ class SpanFinder(Task):
             found.append({"answer": answer, "score": score, "start": begin, "end": begin + len(answer)})
         return found
 
-    def join(self, found: Sequence[Found]) -> Found:
+    def join(self, document: Document, found: Sequence[Found]) -> Found:
         return {"question": self.reader.question} | max(found, key=lambda piece: piece["score"])
 
 
@@ -208,7 +128,6 @@ class Classifier(Task):
     """Gives probabilities of labels; a document's logits, up to a constant its log-probabilities, are the mean
     of its pieces'."""
 
-    field = "label"
     model: LEDForSequenceClassification
 
     def _run(self, pieces: Sequence[Piece], inputs: BatchEncoding) -> list[Found]:
@@ -219,7 +138,7 @@ class Classifier(Task):
         self.work.read_seconds += time.perf_counter() - start
         return [{"logits": row} for row in logits]
 
-    def join(self, found: Sequence[Found]) -> Found:
+    def join(self, document: Document, found: Sequence[Found]) -> Found:
         config = self.model.config
         logits = torch.stack([piece["logits"] for piece in found]).mean(0)
         labels = [(config.id2label or {}).get(i, f"LABEL_{i}") for i in range(len(logits))]
@@ -233,10 +152,14 @@ class Classifier(Task):
             label = [name for name, probability in by_label.items() if probability >= 0.5]
         return {"label": label, "probabilities": by_label}
 
-    def as_text(self, result: Found) -> str:
-        numbers = result.get("probabilities") or result["label"]
-        ranked = sorted(numbers.items(), key=lambda item: -item[1])
-        return "\n".join(f"{label}\t{number:.4f}" for label, number in ranked)
+
+def as_text(result: Found) -> str:
+    """A document's result for people: what was written or found, or labels with their numbers, a line each."""
+    if "label" not in result:
+        return result["answer"] if "answer" in result else result["summary"]
+    numbers = result.get("probabilities") or result["label"]
+    ranked = sorted(numbers.items(), key=lambda item: -item[1])
+    return "\n".join(f"{label}\t{number:.4f}" for label, number in ranked)
 
 
 def check_weights(model: nn.Module) -> None:
@@ -254,22 +177,6 @@ def check_states(states: Tensor) -> None:
     """Raises ValueError when what a model computed is not finite."""
     if not bool(states.isfinite().all()):
         raise ValueError("the model's numbers overflowed; give --dtype float32 or bfloat16.")
-
-
-def mean_log_probs(
-    model: LEDForConditionalGeneration, encoded: Tensor, attention_mask: Tensor, sequences: Tensor
-) -> Tensor:
-    """Of each of ``sequences``, int64 ``[batch, length]``, per token up to its end: float32 ``[batch]``."""
-    sequences = sequences.to(encoded.device)
-    decoder = model.led.decoder
-    cross_mask = (attention_mask != 0)[:, None, None, :]
-    hidden = decoder(sequences[:, :-1], decoder.cross_keys_values(encoded), cross_mask=cross_mask)
-    targets = sequences[:, 1:]
-    logits = model.logits(hidden).float()
-    log_probs = logits.gather(-1, targets[..., None])[..., 0] - logits.logsumexp(-1)
-    ends = torch.isin(targets, torch.tensor(model.generation_config.eos_token_ids, device=targets.device))
-    counts = ends.cumsum(1) - ends.long() == 0  # bool [batch, length - 1], up to the first end
-    return (log_probs * counts).sum(1) / counts.sum(1)
 
 
 def best_span(start_logits: Tensor, end_logits: Tensor, longest: int) -> tuple[int, int, float]:

@@ -19,8 +19,8 @@ from led_model import (
     LEDForQuestionAnswering,
     LEDForSequenceClassification,
 )
-from led_model.tasks import mean_log_probs
 from led_model.tokenizer import LEDTokenizer
+from led_model.writers import mean_log_probs
 from tests.model.commands import LIMIT, PARAGRAPHS, TEXT, TEXTS, inputs, led, records, written
 
 QUESTION = "Who reads?"

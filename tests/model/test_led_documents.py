@@ -146,10 +146,11 @@ def test_results_are_found_again(tmp_path):
             assert path.read_bytes().endswith(line_of(text))
     with ResultFile(str(path), MADE_BY | {"model": "/elsewhere/led"}) as results:
         assert results.count == 2
-        assert results.has(document("b.txt", "/home/b.txt", "two"))  # by its text, whatever its name
-        assert not results.has(document("b.txt", "b.txt", "two"))  # which one record is not enough for
+        record = results.take(document("b.txt", "/home/b.txt", "two"))  # by its text, whatever its name
+        assert record == json.loads(line_of("two"))
+        assert not results.take(document("b.txt", "b.txt", "two"))  # which one record is not enough for
         assert results.has_changed(document(text="three"))
-        assert not results.has(document(text="three"))
+        assert not results.take(document(text="three"))
         assert not results.has_changed(document("b.txt", "b.txt", "three"))
 
 
@@ -160,7 +161,7 @@ def test_documents_with_ids_of_their_own_keep_them(tmp_path):
     with ResultFile(path, MADE_BY) as results:
         results.append(same[1], {"summary": ""})
     with ResultFile(path, MADE_BY) as results:
-        assert [results.has(one) for one in same] == [False, True, False]
+        assert [results.take(one) is not None for one in same] == [False, True, False]
 
 
 def test_a_cut_line_is_dropped_once_the_next_result_is_there(tmp_path):
@@ -171,7 +172,7 @@ def test_a_cut_line_is_dropped_once_the_next_result_is_there(tmp_path):
             assert results.count == 1 + (size == len(next_line) - 1)  # all but the newline is a result
         assert path.read_bytes() == whole + next_line[:size]
         with ResultFile(str(path), MADE_BY) as results:
-            if not results.has(document("b.txt", "b.txt", "two")):
+            if not results.take(document("b.txt", "b.txt", "two")):
                 results.append(document("b.txt", "b.txt", "two"), {"summary": "ü\n☕"})
             results.append(document(text="three"), {"summary": "ü\n☕"})
         assert path.read_bytes() == whole + next_line + line_of("three")
@@ -204,7 +205,7 @@ def test_overwrite_replaces_once_there_is_something_to_replace_by(tmp_path):
     path = tmp_path / "out.jsonl"
     path.write_bytes(b"anything")
     with ResultFile(str(path), MADE_BY, overwrite=True) as results:
-        assert not results.has(document(text="one"))
+        assert not results.take(document(text="one"))
         assert path.read_bytes() == b"anything"
         results.append(document(text="one"), {"summary": "ü\n☕"})
     assert path.read_bytes() == line_of("one")
@@ -282,7 +283,7 @@ def test_results_of_another_question_do_not_count(tmp_path):
     with ResultFile(path, MADE_BY, "When?") as results:
         assert results.count == 0
     with ResultFile(path, MADE_BY, "Who?") as results:
-        assert results.has(document())
+        assert results.take(document())
 
 
 @pytest.mark.parametrize(
