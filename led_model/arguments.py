@@ -54,12 +54,13 @@ def add_output(parser: argparse.ArgumentParser) -> None:
 def add_long(parser: argparse.ArgumentParser, chunk: str, condense: str | None) -> None:
     """The last two say what these choices do; without ``condense`` there is no such choice."""
     explanation = (
-        "what to do with a document longer than the model reads: leave it out with an error (default), read its "
-        f"beginning, or read it in pieces, cut between paragraphs or sentences where possible; {chunk}"
+        "what to do with a document longer than the model reads: error (default) leaves it out, truncate reads its "
+        "beginning, chunk reads it in pieces, cut between paragraphs or sentences where possible, and "
+        f"{chunk}"
     )
     choices = ["error", "truncate", "chunk"]
     if condense is not None:
-        explanation += f"; {condense}"
+        explanation += f", condense {condense}"
         choices.append("condense")
     parser.add_argument("--long", choices=choices, default="error", help=explanation)
 

@@ -106,8 +106,8 @@ def _add_summarize(commands: argparse._SubParsersAction) -> None:
   led summarize reports/ --model ./led --long condense --output summaries.jsonl --format text > summaries.txt
   led summarize reports/ --model ./led --dry-run
   led summarize monday.txt tuesday.txt --join --model ./primera""",
-        chunk="the pieces' summaries are joined, a line each, in order",
-        condense="or let the pieces' summaries be summarized, until one is left (condense)",
+        chunk="joins their summaries, a line each",
+        condense="summarizes these again, until one is left",
     )
     _add_global_tokens(parser)
     _add_generation(
@@ -126,8 +126,8 @@ def _add_answer(commands: argparse._SubParsersAction) -> None:
         examples="""
   led answer --question 'Who signed the treaty?' treaty.txt --model ./led-qa
   led answer --question 'What was measured?' papers/ --output measured.jsonl --model ./led-qa --long chunk""",
-        chunk="the piece with the best score answers: the mean log-probability of the written answer's tokens, "
-        "or the logits of the span's start and end",
+        chunk="takes the answer with the best score: the mean log-probability of what is written, or the logits of "
+        "the span's start and end",
     )
     parser.add_argument("--question", required=True, metavar="TEXT", type=not_blank, help="what to ask")
     _add_generation(
@@ -145,7 +145,7 @@ def _add_classify(commands: argparse._SubParsersAction) -> None:
         examples="""
   led classify mail.txt --model ./led-spam
   led classify 'inbox/*.txt' --output labels.jsonl --model ./led-spam --batch-size 8""",
-        chunk="the pieces' log-probabilities are averaged",
+        chunk="averages their log-probabilities",
     )
     _add_global_tokens(parser)
 
