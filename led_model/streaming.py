@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import TextIO
 
 from torch import Tensor
@@ -37,6 +38,10 @@ class TextStream:
         self._go_on(self._text())
         self._print("\n")
         self._begin()
+
+    def lines(self, texts: Iterable[str]) -> None:
+        """Sequences that were written without this stream."""
+        self._print("".join(f"{text}\n" for text in texts))
 
     def finish(self, text: str) -> None:
         """Prints what is missing of the whole ``text``; all of it if something else was printed."""

@@ -39,6 +39,7 @@ class _Writer(Task):
         if not generation.do_sample and (idle := [name for name in SAMPLING_FLAGS if name in settings]):
             flags = ", ".join(f"--{name.replace('_', '-')}" for name in idle)
             raise ValueError(f"{flags} would change nothing; give --do-sample too, or leave it out.")
+        self.has_beams = generation.num_beams > 1
         self.limit = generation.length_limit() - 1
         if self.limit > (positions := model.config.max_decoder_position_embeddings):
             raise ValueError(
@@ -55,8 +56,9 @@ class _Writer(Task):
             encoded = model.led.encode(**inputs)
             check_states(encoded)
         read = time.perf_counter()
-        stream = self.stream if self._is_result(pieces) else None
-        no_bar = no_bars() if stream is None else True
+        stream = self.stream if self._is_result(pieces[0]) else None
+        by_token = stream is not None and len(pieces) == 1 and not self.has_beams
+        no_bar = True if by_token else no_bars()
         with tqdm(total=self.limit, desc="writing", unit="token", leave=False, disable=no_bar) as bar:
             listener = None if bar.disable else lambda _: bar.update()
             sequences = model.generate(
@@ -64,7 +66,7 @@ class _Writer(Task):
                 inputs.attention_mask,
                 encoded=encoded,
                 on_token=listener,
-                streamer=stream,
+                streamer=stream if by_token else None,
                 **self.settings,
             ).tolist()
         written = time.perf_counter()
@@ -75,15 +77,16 @@ class _Writer(Task):
         texts = [
             text.strip() for text in self.reader.tokenizer.batch_decode(sequences, skip_special_tokens=True)
         ]
+        if stream is not None and not by_token:
+            stream.lines(texts)
         scores: list[float | None] = [None] * len(texts)
         if self.compares and any(piece.count > 1 for piece in pieces):
             scores = mean_log_probs(model, encoded, inputs.attention_mask, torch.tensor(sequences)).tolist()
         return [{self.field: text, "score": score} for text, score in zip(texts, scores, strict=True)]
 
-    def _is_result(self, pieces: Sequence[Piece]) -> bool:
-        """Whether what is written from ``pieces``, token by token, is a part of the result as it stands."""
-        has_beams = self.model.generation_config.updated(**self.settings).num_beams > 1
-        return len(pieces) == 1 and not has_beams and (pieces[0].count == 1 or not self.compares)
+    def _is_result(self, piece: Piece) -> bool:
+        """Whether what is written from a piece is a line of its document's result."""
+        return piece.count == 1 or not self.compares
 
 
 class Summarizer(_Writer):
@@ -111,8 +114,8 @@ class Summarizer(_Writer):
             return {"summary": joined}
         return self.join(document, [result for piece in pieces for result in self.run([piece])])
 
-    def _is_result(self, pieces: Sequence[Piece]) -> bool:
-        return super()._is_result(pieces) and (pieces[0].count == 1 or not self.condense)
+    def _is_result(self, piece: Piece) -> bool:
+        return piece.count == 1 or not self.condense
 
 
 class Answerer(_Writer):

@@ -128,6 +128,20 @@ def test_what_may_still_change_is_printed_at_the_end(save, monkeypatch, flags, p
     assert sum(bool(part.strip()) for part in terminal.writes) == parts
 
 
+@pytest.mark.parametrize("flags", [["--num-beams", "2"], ["--batch-size", "3"]], ids=" ".join)
+def test_pieces_are_printed_when_they_are_written(save, monkeypatch, flags):
+    """Each batch of them at once, where there is nothing to see of single tokens; the last batch is of one piece."""
+    terminal = on_a_terminal(monkeypatch)
+    directory = save()
+    arguments = ["long.txt", "--model", directory, "--max-new-tokens", 9, "--long", "chunk", "--quiet", *flags]
+    assert led("summarize", *arguments) == 0
+    beams = 2 if "--num-beams" in flags else 1
+    lines = [written(directory, text, max_new_tokens=9, num_beams=beams) for text in PARAGRAPHS]
+    assert terminal.getvalue() == "\n".join(lines) + "\n"
+    parts = [part for part in terminal.writes if part.strip()]
+    assert len(parts) == 4 if beams == 2 else parts[0] == "\n".join(lines[:3]) + "\n"
+
+
 def test_a_result_that_is_printed_beside_the_output_is_streamed(save, monkeypatch):
     terminal = on_a_terminal(monkeypatch)
     flags = [
