@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import groupby
-from operator import attrgetter, itemgetter
+from operator import itemgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -36,6 +36,7 @@ _TOKEN = TEXT | Rule(
         and all(FLAG.holds(value.get(flag, False)) for flag in (*_FLAGS, "special"))
     ),
 )
+_MOST_WORK = 3 * 10**6  # added tokens x calls that add some, each of which indexes all; a microsecond each
 _FLAGS = ("single_word", "lstrip", "rstrip", "normalized")
 _ID_TEXT = Rule(
     "an id", lambda key: isinstance(key, str) and key.isdecimal() and len(key) < 11 and int(key) <= LARGEST
@@ -81,9 +82,18 @@ def read_tokenizer_files(
         name: _content(settings[name]) for name in SPECIAL_TOKENS if settings.get(name) is not None
     }
     added = list(_added_tokens(tokenizer, settings, special_tokens.values()))
+    groups = [
+        (is_special, [token for token, _ in tokens])
+        for is_special, tokens in groupby(added, key=lambda item: item[0].special)
+    ]
+    if len(groups) * len(added) > _MOST_WORK:
+        raise ValueError(
+            f"{path_or_id} has {len(added):,} added tokens, of which special and others alternate {len(groups):,} "
+            "times, and would be read for minutes; keep those that are in use."
+        )
     try:
-        for is_special, tokens in groupby((token for token, _ in added), key=attrgetter("special")):
-            (tokenizer.add_special_tokens if is_special else tokenizer.add_tokens)(list(tokens))
+        for is_special, tokens in groups:
+            (tokenizer.add_special_tokens if is_special else tokenizer.add_tokens)(tokens)
     except Exception as error:  # text that is no UTF-8; the library raises bare Exception
         raise ValueError(f"{path_or_id} has an added token that is no text ({first_line(error)}).") from None
     for token, token_id in added:

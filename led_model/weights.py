@@ -21,6 +21,7 @@ WEIGHT_FILES = (
     "pytorch_model.bin.index.json",
 )
 WEIGHT_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+_LONGEST_NAME = 255  # bytes; file systems refuse longer ones by an error of their own
 _INDEX_RULES = {"weight_map": table_of(TEXT, TEXT, "shards by tensor names")}
 
 
@@ -68,8 +69,9 @@ def _shards(path: Path) -> list[str]:
         raise ValueError(f"{path}: {error}") from None
     shards = sorted(set(index["weight_map"].values()))
     for shard in shards:
-        if Path(shard).name != shard or not shard.endswith((".safetensors", ".bin")):
-            raise ValueError(f"{path} names a shard outside its directory, {shard!r}; fetch it again.")
+        is_name = Path(shard).name == shard and len(shard.encode(errors="replace")) <= _LONGEST_NAME
+        if not is_name or not shard.endswith((".safetensors", ".bin")):
+            raise ValueError(f"{path} names a shard {shard[:99]!r}, which no file is called; fetch it again.")
     return shards
 
 

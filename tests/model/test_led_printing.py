@@ -133,7 +133,17 @@ def test_pieces_are_printed_when_they_are_written(save, monkeypatch, flags):
     """Each batch of them at once, where there is nothing to see of single tokens; the last batch is of one piece."""
     terminal = on_a_terminal(monkeypatch)
     directory = save()
-    arguments = ["long.txt", "--model", directory, "--max-new-tokens", 9, "--long", "chunk", "--quiet", *flags]
+    arguments = [
+        "long.txt",
+        "--model",
+        directory,
+        "--max-new-tokens",
+        9,
+        "--long",
+        "chunk",
+        "--quiet",
+        *flags,
+    ]
     assert led("summarize", *arguments) == 0
     beams = 2 if "--num-beams" in flags else 1
     lines = [written(directory, text, max_new_tokens=9, num_beams=beams) for text in PARAGRAPHS]

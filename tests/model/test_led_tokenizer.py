@@ -271,6 +271,9 @@ def test_vocabulary_alone_is_read_back(stock, tokenizer, tmp_path):
     assert transformers.LEDTokenizer.from_pretrained(tmp_path)(TEXT) == stock(TEXT)
 
 
+ALTERNATING = {300 + i: {"content": f"<{i}>", "special": i % 2 == 0} for i in range(9000)}
+
+
 @pytest.mark.parametrize(
     ("files", "error", "message"),
     [
@@ -288,6 +291,11 @@ def test_vocabulary_alone_is_read_back(stock, tokenizer, tmp_path):
             ValueError,
             "gives added token '<new>' the id 310, but in its vocabulary it becomes 300",
         ),
+        (
+            {"tokenizer_config.json": json.dumps({"added_tokens_decoder": ALTERNATING})},
+            ValueError,
+            "has 9,005 added tokens, of which special and others alternate 9,001 times",
+        ),
     ],
 )
 def test_damage_is_named(tokenizer_files, files, error, message):
@@ -296,6 +304,16 @@ def test_damage_is_named(tokenizer_files, files, error, message):
         path.unlink() if content is None else path.write_text(content)
     with pytest.raises(error, match=message):
         LEDTokenizer.from_pretrained(tokenizer_files)
+
+
+@pytest.mark.parametrize(("count", "run"), [(1000, 1), (50_000, 25_000)])
+def test_many_added_tokens(tokenizer_files, count, run):
+    """By turns, or in long runs of one kind."""
+    tokens = {300 + i: {"content": f"<{i}>", "special": i // run % 2 == 0} for i in range(count)}
+    (tokenizer_files / "tokenizer_config.json").write_text(json.dumps({"added_tokens_decoder": tokens}))
+    tokenizer = LEDTokenizer.from_pretrained(tokenizer_files)
+    assert len(tokenizer) == 300 + count
+    assert tokenizer.decode([300, 300 + run], skip_special_tokens=True) == f"<{run}>"
 
 
 def test_without_the_library(tokenizer_files, monkeypatch):
