@@ -56,6 +56,7 @@ print(json.dumps([platform.python_version(), torch.__version__, triton.__version
 """
 COLUMNS = ("Python", "torch", "Triton", "transformers", "attention", "interpreter", "drop-in", "demo", "date")
 RELEASES = COLUMNS[:4]
+NOTHING = "–"  # in the cell of tests that are not run
 
 
 class Failure(Exception):
@@ -225,20 +226,22 @@ def counts(report: Path) -> str:
 
 
 def as_row(cells: dict[str, str]) -> str:
-    return f"| {' | '.join(cells.get(column, '–') for column in COLUMNS)} |"
+    return f"| {' | '.join(cells.get(column, NOTHING) for column in COLUMNS)} |"
 
 
-def minor_releases(row: str) -> list[str]:
-    """Of a row of the table, without the patch releases that it ran on."""
-    return [".".join(cell.strip().split(".")[:2]) for cell in row.split("|")[1 : 1 + len(RELEASES)]]
+def kind(row: str) -> tuple[object, ...]:
+    """Of a row of the table: its releases, without the patch releases that it ran on, and which tests ran."""
+    cells = [cell.strip() for cell in row.split("|")[1:-1]]
+    minor = [".".join(cell.split(".")[:2]) for cell in cells[: len(RELEASES)]]
+    return (*minor, *(cell == NOTHING for cell in cells))
 
 
 def update(text: str, rows: Sequence[str]) -> str:
-    """The README with these rows in its table; rows of other releases stay."""
+    """The README with these rows in its table; rows of other releases, or of other tests, stay."""
     before, rest = text.split(f"{BEGIN}\n")
     table, after = rest.split(END)
-    ran = [minor_releases(row) for row in rows]
-    kept = [row for row in table.splitlines()[2:] if minor_releases(row) not in ran]
+    ran = [kind(row) for row in rows]
+    kept = [row for row in table.splitlines()[2:] if kind(row) not in ran]
     head = [as_row(dict(zip(COLUMNS, COLUMNS, strict=True))), f"|{' --- |' * len(COLUMNS)}"]
     return "\n".join([before + BEGIN, *head, *kept, *rows, END]) + after
 

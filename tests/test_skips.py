@@ -116,4 +116,6 @@ def test_a_row_replaces_that_of_the_same_releases():
     assert row("2.13.0+cpu", "2026-01-01") in second
     assert row("2.15.1+cu132", "2026-01-03") in second
     assert "2.15.0" not in second
+    of_other_tests = row("2.15.1+cu132", "2026-01-04").replace("–", "9 passed", 1)
+    assert set(second.splitlines()) < set(update(second, [of_other_tests]).splitlines())
     assert update(second, []) == second
