@@ -229,21 +229,21 @@ def as_row(cells: dict[str, str]) -> str:
     return f"| {' | '.join(cells.get(column, NOTHING) for column in COLUMNS)} |"
 
 
-def kind(row: str) -> tuple[object, ...]:
+def kind(row: str) -> tuple[list[list[int]], list[bool]]:
     """Of a row of the table: its releases, without the patch releases that it ran on, and which tests ran."""
     cells = [cell.strip() for cell in row.split("|")[1:-1]]
-    minor = [".".join(cell.split(".")[:2]) for cell in cells[: len(RELEASES)]]
-    return (*minor, *(cell == NOTHING for cell in cells))
+    releases = [[int(number) for number in cell.split(".")[:2]] for cell in cells[: len(RELEASES)]]
+    return releases, [cell != NOTHING for cell in cells]
 
 
 def update(text: str, rows: Sequence[str]) -> str:
-    """The README with these rows in its table; rows of other releases, or of other tests, stay."""
+    """The README with these rows in its table, in order; rows of other releases, or of other tests, stay."""
     before, rest = text.split(f"{BEGIN}\n")
     table, after = rest.split(END)
     ran = [kind(row) for row in rows]
     kept = [row for row in table.splitlines()[2:] if kind(row) not in ran]
     head = [as_row(dict(zip(COLUMNS, COLUMNS, strict=True))), f"|{' --- |' * len(COLUMNS)}"]
-    return "\n".join([before + BEGIN, *head, *kept, *rows, END]) + after
+    return "\n".join([before + BEGIN, *head, *sorted([*kept, *rows], key=kind), END]) + after
 
 
 def main() -> int:

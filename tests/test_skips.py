@@ -117,5 +117,9 @@ def test_a_row_replaces_that_of_the_same_releases():
     assert row("2.15.1+cu132", "2026-01-03") in second
     assert "2.15.0" not in second
     of_other_tests = row("2.15.1+cu132", "2026-01-04").replace("–", "9 passed", 1)
-    assert set(second.splitlines()) < set(update(second, [of_other_tests]).splitlines())
+    third = update(second, [of_other_tests])
+    assert set(second.splitlines()) < set(third.splitlines())
+    rows = [line for line in third.splitlines() if line.startswith("| 3")]
+    assert len(rows) == 3
+    assert third == update(text, rows[::-1])
     assert update(second, []) == second
