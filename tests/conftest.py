@@ -6,6 +6,9 @@ import os
 from dataclasses import dataclass
 
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # deterministic algorithms ask for it
+if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):
+    # threads of several processes on one processor wait for each other most of the time; torch reads it once
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, os.cpu_count() // int(workers))))
 
 import pytest
 import torch

@@ -109,7 +109,7 @@ def main() -> int:
     parser.add_argument("--part", action="store_true", help="some of them ran: lines need not occur")
     args = parser.parse_args()
     rows = args.log.read_text(encoding="utf-8").splitlines() if args.log.exists() else []
-    skips = [tuple(json.loads(row)) for row in rows]
+    skips = sorted({tuple(json.loads(row)) for row in rows})  # each process of pytest -n collects all modules
     lines = [line for line in read_list() if line.test.startswith(args.only)]
     found = faults(lines, skips, args.part)
     for fault in found:
