@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[2]
 TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
 TEST_COMMAND = (
     "python -m venv .venv && . .venv/bin/activate && pip install -e '.[test]' "
-    "&& pytest && pytest tests/interpreter && pytest tests/host_cuda"
+    "&& pytest -n 2 --dist worksteal && pytest tests/interpreter && pytest tests/host_cuda"
 )
 
 
