@@ -142,7 +142,7 @@ def missing_kernels(device_type: str) -> str | None:
         return reason
     return (
         f"the installed led_kernels in {hidden}, which has compiled kernels, is hidden by the one in "
-        f"{Path(__file__).parent}, which has none; start Python in another folder, or run `pip install -e .` there."
+        f"{Path(__file__).parent}, which has none; run `pip install -e .` in this clone, or start Python elsewhere."
     )
 
 

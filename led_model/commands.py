@@ -23,7 +23,7 @@ from led_model.joined import Joined
 from led_model.model import LEDForConditionalGeneration
 from led_model.pieces import Piece
 from led_model.results import ResultFile, to_line
-from led_model.streaming import TextStream
+from led_model.streaming import TextStreamer
 from led_model.tasks import Classifier, SpanFinder, Task, as_text, load_classifier
 from led_model.terminal import complain, no_bars, quiet, say, seconds
 from led_model.tokenizer import LEDTokenizer
@@ -98,16 +98,16 @@ class _Run:
     earlier: int = 0  # made by an earlier run
     total: int = field(init=False)
     bar: tqdm = field(init=False)
-    form: str | None = field(init=False)  # that results are printed in; None: they are not
-    stream: TextStream | None = None  # that prints the only one while it is written
+    format: str | None = field(init=False)  # that results are printed in; None: they are not
+    streamer: TextStreamer | None = None  # that prints the only one while it is written
 
     def __post_init__(self) -> None:
         extents = [source.extent for source in self.sources]
         self.total = sum(count for count, _ in extents)
         self.is_alone = self.total + len(self.problems) == 1
-        self.form = self.args.format
-        if self.form is None and self.results is None:
-            self.form = "text" if self.is_alone else "jsonl"
+        self.format = self.args.format
+        if self.format is None and self.results is None:
+            self.format = "text" if self.is_alone else "jsonl"
         self.bar = tqdm(
             total=sum(size for _, size in extents),
             bar_format="{desc} {percentage:3.0f}%|{bar}| {elapsed}, {remaining} left",
@@ -130,8 +130,8 @@ class _Run:
         start = time.perf_counter()
         task = load_task(self.args)
         loading = time.perf_counter() - start
-        if self.is_alone and self.form == "text" and sys.stdout.isatty():
-            task.stream = self.stream = TextStream(task.reader.tokenizer, sys.stdout)
+        if self.is_alone and self.format == "text" and sys.stdout.isatty():
+            task.streamer = self.streamer = TextStreamer(task.reader.tokenizer, sys.stdout)
         self.bar.reset()  # loading tells nothing of how long the documents will take
         pieces = self._pieces(task, chain([first], documents))
         found: list[dict[str, Any]] = []
@@ -188,14 +188,14 @@ class _Run:
         self.made += 1
 
     def _print(self, document: Document, record: dict[str, Any]) -> None:
-        if self.form is None:
+        if self.format is None:
             return
-        text = as_text(record) if self.form == "text" else to_line(record)
-        if self.stream is not None:
-            self.stream.finish(text)
+        text = as_text(record) if self.format == "text" else to_line(record)
+        if self.streamer is not None:
+            self.streamer.finish(text)
             return
         with self.bar.external_write_mode(file=sys.stdout):
-            if self.form == "text" and not self.is_alone:
+            if self.format == "text" and not self.is_alone:
                 text = f"==> {document.name} <==\n{text}\n"
             print(text, flush=True)
 

@@ -50,9 +50,7 @@ class ResultFile:
         self.made_by = made_by
         self.question = question
         self.count = 0  # results in the file that count
-        self._done: dict[str, list[tuple[int, int]]] = defaultdict(
-            list
-        )  # their places, by key of their document
+        self._places: dict[str, list[tuple[int, int]]] = defaultdict(list)  # by the key of their document
         self._hash_of: dict[tuple[str, str], str] = {}  # by source and id
         self._keep: int | None = 0 if overwrite else None  # bytes; None: all
         self._needs_newline = False
@@ -85,7 +83,7 @@ class ResultFile:
 
     def take(self, document: Document) -> dict[str, Any] | None:
         """An earlier record of this document's text, if there is one; each record is taken by one document."""
-        places = self._done.get(document.key)
+        places = self._places.get(document.key)
         if not places:
             return None
         begin, size = places.pop(0)
@@ -192,7 +190,7 @@ class ResultFile:
             )
         if record.get("question") == self.question:
             self.count += 1
-            self._done[record["document"]].append(place)
+            self._places[record["document"]].append(place)
             self._hash_of[record["source"], str(record["id"])] = record["document"]
 
 

@@ -12,7 +12,7 @@ from led_model.tokenizer import LEDTokenizer
 _UNFINISHED = "\N{REPLACEMENT CHARACTER}"  # what the first bytes of a character are decoded to
 
 
-class TextStream:
+class TextStreamer:
     """Prints what ``generate`` writes, as its ``streamer``, for one sequence at a time.
 
     Sequences, one after another, are lines. White space waits for the word behind it, and bytes for the rest of their

@@ -19,7 +19,7 @@ from led_model.documents import Document
 from led_model.heads import LEDForQuestionAnswering, LEDForSequenceClassification
 from led_model.pieces import Piece, Reader
 from led_model.pretrained import LEDPreTrainedModel
-from led_model.streaming import TextStream
+from led_model.streaming import TextStreamer
 from led_model.terminal import layer_progress, seconds
 from led_model.tokenizer import LEDTokenizer
 
@@ -52,10 +52,10 @@ def longest_input(config: LEDConfig, writes: bool) -> int:
 
 
 class Task(ABC):
-    """A model at work. ``stream``, if there is one, prints what it writes, where that is the result as it stands."""
+    """A model at work. ``streamer``, if there is one, prints what it writes, where that is the result as it stands."""
 
     writes = False
-    stream: TextStream | None = None
+    streamer: TextStreamer | None = None
 
     def __init__(self, model: LEDPreTrainedModel, tokenizer: LEDTokenizer, **reading: Any) -> None:
         """``reading``: the other fields of :class:`Reader`."""

@@ -71,7 +71,9 @@ def _shards(path: Path) -> list[str]:
     for shard in shards:
         is_name = Path(shard).name == shard and len(shard.encode(errors="replace")) <= _LONGEST_NAME
         if not is_name or not shard.endswith((".safetensors", ".bin")):
-            raise ValueError(f"{path} names a shard {shard[:99]!r}, which no file is called; fetch it again.")
+            raise ValueError(
+                f"{path} names {shard[:99]!r}, which is no file of weights beside it; fetch it again."
+            )
     return shards
 
 

@@ -15,7 +15,7 @@ from led_model.documents import Document
 from led_model.model import LEDForConditionalGeneration
 from led_model.pieces import Piece
 from led_model.tasks import Found, Task, check_states
-from led_model.terminal import no_bars, say
+from led_model.terminal import no_bars, quiet, say
 from led_model.tokenizer import LEDTokenizer
 
 SAMPLING_FLAGS = ("temperature", "top_k", "top_p", "seed")
@@ -56,8 +56,8 @@ class _Writer(Task):
             encoded = model.led.encode(**inputs)
             check_states(encoded)
         read = time.perf_counter()
-        stream = self.stream if self._is_result(pieces[0]) else None
-        by_token = stream is not None and len(pieces) == 1 and not self.has_beams
+        streamer = self.streamer if self._is_result(pieces[0]) else None
+        by_token = streamer is not None and len(pieces) == 1 and not self.has_beams
         no_bar = True if by_token else no_bars()
         with tqdm(total=self.limit, desc="writing", unit="token", leave=False, disable=no_bar) as bar:
             listener = None if bar.disable else lambda _: bar.update()
@@ -66,7 +66,7 @@ class _Writer(Task):
                 inputs.attention_mask,
                 encoded=encoded,
                 on_token=listener,
-                streamer=stream if by_token else None,
+                streamer=streamer if by_token else None,
                 **self.settings,
             ).tolist()
         written = time.perf_counter()
@@ -77,8 +77,8 @@ class _Writer(Task):
         texts = [
             text.strip() for text in self.reader.tokenizer.batch_decode(sequences, skip_special_tokens=True)
         ]
-        if stream is not None and not by_token:
-            stream.lines(texts)
+        if streamer is not None and not by_token:
+            streamer.lines(texts)
         scores: list[float | None] = [None] * len(texts)
         if self.compares and any(piece.count > 1 for piece in pieces):
             scores = mean_log_probs(model, encoded, inputs.attention_mask, torch.tensor(sequences)).tolist()
@@ -106,12 +106,14 @@ class Summarizer(_Writer):
         joined = "\n".join(piece["summary"] for piece in found)
         if not self.condense or len(found) == 1 or not joined.strip():
             return {"summary": joined}
-        name = f"{document.name}'s summaries"
-        summaries = Document(name, name, joined, 0)
-        pieces = self.reader.pieces(summaries)
+        with quiet():  # how they are read is said here
+            pieces = self.reader.pieces(Document(document.id, document.source, joined, 0))
         if len(pieces) >= len(found):
-            say(f"{document.name}: the summaries do not get shorter, and are joined as they are.")
+            say(f"{document.name}: the summaries of its pieces are no shorter than these, and are joined.")
             return {"summary": joined}
+        say(
+            f"{document.name}: summarizing {len(found)} summaries, in {len(pieces)} piece{'s' * (len(pieces) > 1)}."
+        )
         return self.join(document, [result for piece in pieces for result in self.run([piece])])
 
     def _is_result(self, piece: Piece) -> bool:

@@ -255,9 +255,7 @@ def test_shards_are_found_or_named(saved):
         load(directory)
     for name in ("../elsewhere.safetensors", "x" * 5000 + ".bin", "ü" * 127 + ".bin", "weights.txt"):
         index.write_text(json.dumps({"weight_map": {"x": name}}))
-        with pytest.raises(
-            ValueError, match=re.escape(f"names a shard {name[:99]!r}, which no file is called")
-        ):
+        with pytest.raises(ValueError, match=re.escape(f"names {name[:99]!r}, which is no file of weights")):
             load(directory)
 
 

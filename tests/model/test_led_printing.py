@@ -14,7 +14,7 @@ import torch
 from led_model import LEDForConditionalGeneration, LEDForQuestionAnswering, LEDForSequenceClassification
 from led_model.cli import main
 from led_model.results import ResultFile
-from led_model.streaming import TextStream
+from led_model.streaming import TextStreamer
 from led_model.tokenizer import LEDTokenizer
 from tests.model.commands import LIMIT, PARAGRAPHS, TEXTS, inputs, led, records, written
 
@@ -174,13 +174,13 @@ def test_a_result_that_is_printed_beside_the_output_is_streamed(save, monkeypatc
 def test_what_is_cut_off_ends_its_line(save, monkeypatch):
     terminal = on_a_terminal(monkeypatch)
 
-    def interrupted(stream: TextStream, tokens: torch.Tensor) -> None:
-        put(stream, tokens)
+    def interrupted(streamer: TextStreamer, tokens: torch.Tensor) -> None:
+        put(streamer, tokens)
         if len(terminal.writes) > 8:
             raise KeyboardInterrupt
 
-    put = TextStream.put
-    monkeypatch.setattr(TextStream, "put", interrupted)
+    put = TextStreamer.put
+    monkeypatch.setattr(TextStreamer, "put", interrupted)
     directory = save()
     flags = ["docs/0.txt", "--model", str(directory), "--max-new-tokens", "30", "--quiet"]
     assert main(["summarize", *flags]) == 130
@@ -199,25 +199,25 @@ def test_streamed_parts_are_the_text(tokenizer_files, seed):
     ids = [draw.choice([*whole, draw.randrange(300), tokenizer.pad_token_id]) for _ in range(20)] + whole
     text = tokenizer.decode(ids, skip_special_tokens=True).strip()
     terminal = Terminal()
-    stream = TextStream(tokenizer, terminal)
-    stream.put(torch.tensor([[2]]))
+    streamer = TextStreamer(tokenizer, terminal)
+    streamer.put(torch.tensor([[2]]))
     for token in ids:
-        stream.put(torch.tensor([token]))
+        streamer.put(torch.tensor([token]))
         assert text.startswith(terminal.getvalue())
-    stream.end()
-    stream.finish(text)
+    streamer.end()
+    streamer.finish(text)
     assert terminal.getvalue() == text + "\n"
 
 
 def test_a_text_that_turns_out_otherwise_is_printed_whole(tokenizer_files):
     tokenizer = LEDTokenizer.from_pretrained(tokenizer_files)
     terminal = Terminal()
-    stream = TextStream(tokenizer, terminal)
-    stream.put(torch.tensor([[2]]))
+    streamer = TextStreamer(tokenizer, terminal)
+    streamer.put(torch.tensor([[2]]))
     for token in tokenizer("The text", add_special_tokens=False).input_ids:
-        stream.put(torch.tensor([token]))
-    stream.end()
-    stream.finish("Another")
+        streamer.put(torch.tensor([token]))
+    streamer.end()
+    streamer.finish("Another")
     assert terminal.getvalue() == "The text\nAnother\n"
 
 
@@ -257,7 +257,8 @@ def test_summaries_that_are_long_are_condensed_in_rounds(save, capsys):
     assert led("summarize", "long.txt", *flags) == 0
     output = capsys.readouterr()
     assert re.search("long.txt: reading [0-9]+ tokens in 4 pieces", output.err)
-    assert re.search("long.txt's summaries: reading [0-9]+ tokens in 2 pieces", output.err)
+    assert "long.txt: summarizing 4 summaries, in 2 pieces." in output.err
+    assert "long.txt: summarizing 2 summaries, in 1 piece." in output.err
     assert output.out.count("\n") == 1
 
 
@@ -270,7 +271,7 @@ def test_summaries_that_do_not_get_shorter_are_joined(save, capsys):
     assert led("summarize", "long.txt", *flags, "condense") == 0
     output = capsys.readouterr()
     assert output.out == chunked
-    assert "long.txt: the summaries do not get shorter, and are joined as they are" in output.err
+    assert "long.txt: the summaries of its pieces are no shorter than these, and are joined." in output.err
 
 
 def test_only_the_last_summary_is_streamed(save, monkeypatch):

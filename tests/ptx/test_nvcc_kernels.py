@@ -31,7 +31,7 @@ SIZES = dict(batch=1, heads=1, head_dim=64, seqlen=197)
 CASES = {
     "holes": AttentionCase(**SIZES, window_size=40, padding="holes", globals_per_row=((0, 5, 77, 190),)),
     "packed_dropout": AttentionCase(
-        **(SIZES | dict(batch=2, heads=2)),
+        **(SIZES | dict(batch=2)),
         window_size=(60, 30),
         globals_per_row=((2,), ()),
         packed=True,
@@ -39,7 +39,7 @@ CASES = {
     ),
     # interior tiles; more global tokens than one warp's rows hold
     "many_globals": AttentionCase(
-        **(SIZES | dict(head_dim=32, seqlen=333)),
+        **(SIZES | dict(heads=2, head_dim=32, seqlen=333)),
         window_size=(100, 130),
         globals_per_row=(tuple(range(40, 66)),),
     ),
