@@ -57,7 +57,7 @@ class ResultFile:
         self._is_new = not os.path.exists(path)
         if not Path(path).resolve().parent.is_dir():
             raise FileNotFoundError(f"the directory of --output {path} is not there; make it first.")
-        if not self._is_new and not stat.S_ISREG(os.stat(path).st_mode):
+        if path == "-" or (not self._is_new and not stat.S_ISREG(os.stat(path).st_mode)):
             raise OSError(
                 f"--output {path} is no regular file; give one, or leave --output out for the terminal."
             )

@@ -211,12 +211,14 @@ def test_overwrite_replaces_once_there_is_something_to_replace_by(tmp_path):
     assert path.read_bytes() == line_of("one")
 
 
-def test_output_that_cannot_be_written(tmp_path):
+def test_output_that_cannot_be_written(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     with pytest.raises(FileNotFoundError, match=r"the directory of --output .* is not there"):
         ResultFile(str(tmp_path / "gone" / "out.jsonl"), MADE_BY)
-    for path in (str(tmp_path), "/dev/null", "/dev/full", "/dev/zero"):
+    for path in (str(tmp_path), "/dev/null", "/dev/full", "/dev/zero", "-"):
         with pytest.raises(OSError, match="is no regular file; give one"):
             ResultFile(path, MADE_BY)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_an_output_that_got_nothing_is_not_left(tmp_path):
