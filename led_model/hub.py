@@ -69,11 +69,11 @@ def checkpoint_files(
     return fetch
 
 
-def what_else_is_in(path_or_id: str | os.PathLike[str]) -> str:
+def what_else_is_in(path_or_id: str | os.PathLike[str], otherwise: str = "give a complete checkpoint") -> str:
     """A clause on what a directory without a complete checkpoint is, and what to give instead."""
     directory = Path(path_or_id)
     if not directory.is_dir():
-        return "give a complete checkpoint"
+        return otherwise
     if (directory / "adapter_config.json").is_file():
         return (
             "it is an adapter: load it with peft, merge it into its model by merge_and_unload() and save that"
@@ -84,7 +84,7 @@ def what_else_is_in(path_or_id: str | os.PathLike[str]) -> str:
     if saved:
         newest = max(saved, key=lambda path: int(path.name.split("-")[1]))
         return f"it is a Trainer's output directory: give {newest}, its newest checkpoint"
-    return "give a complete checkpoint"
+    return otherwise
 
 
 def first_line(error: BaseException) -> str:

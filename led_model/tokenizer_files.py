@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from led_kernels.extras import install_extra
 from led_model.config import read_json
-from led_model.hub import Fetch, checkpoint_files, first_line
+from led_model.hub import Fetch, checkpoint_files, first_line, what_else_is_in
 from led_model.schema import FLAG, LARGEST, TEXT, TOKEN_ID, Rule, check_values, list_of, number, table_of
 
 if TYPE_CHECKING:
@@ -111,7 +111,7 @@ def read_tokenizer_files(
     return TokenizerFiles(tokenizer, special_tokens, int(longest) if longest and longest < 10**20 else None)
 
 
-def _backend(fetch: Fetch, source: object) -> Tokenizer:
+def _backend(fetch: Fetch, source: str | os.PathLike[str]) -> Tokenizer:
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
     if (path := fetch("tokenizer.json")) is not None:
@@ -121,8 +121,9 @@ def _backend(fetch: Fetch, source: object) -> Tokenizer:
             raise ValueError(f"{path} is no readable tokenizer ({error}); fetch it again.") from None
     vocab, merges = fetch("vocab.json"), fetch("merges.txt")
     if vocab is None or merges is None:
+        remedy = what_else_is_in(source, "copy the tokenizer's files there")
         raise FileNotFoundError(
-            f"{source} holds no tokenizer.json, nor vocab.json with merges.txt; copy the tokenizer's files there."
+            f"{source} holds no tokenizer.json, nor vocab.json with merges.txt; {remedy}."
         )
     try:
         tokenizer = Tokenizer(models.BPE.from_file(str(vocab), str(merges)))

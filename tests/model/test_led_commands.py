@@ -362,6 +362,24 @@ def test_wrong_models_and_flags(save, documents, capsys, monkeypatch):
         assert error.count("\n") == 1
 
 
+def test_directories_that_training_leaves(save, documents, capsys):
+    """Of a tokenizer they may hold nothing, and it is read first."""
+    Path("output").mkdir()
+    save().rename("output/checkpoint-20")
+    Path("adapter").mkdir()
+    Path("adapter/adapter_config.json").write_text("{}")
+    Path("empty").mkdir()
+    for directory, remedy in {
+        "output": "it is a Trainer's output directory: give output/checkpoint-20, its newest checkpoint.",
+        "adapter": "it is an adapter: load it with peft, merge it into its model by merge_and_unload() and save that.",
+        "empty": "copy the tokenizer's files there.",
+    }.items():
+        assert led("summarize", "docs/0.txt", "--model", directory) == 1
+        error = capsys.readouterr().err
+        assert error.endswith(f"{remedy}\n")
+        assert error.count("\n") == 1
+
+
 @pytest.mark.parametrize("command", COMMANDS)
 def test_weights_that_are_no_numbers(save, documents, capsys, command):
     model_class, flags = COMMANDS[command]
