@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <array>
+#include <exception>
 #include <functional>
 #include <string>
 #include <vector>
@@ -22,6 +23,7 @@ using led::AttentionParams;
 using led::Bytes;
 using led::Call;
 using led::DecodeParams;
+using led::InterruptibleParams;
 using led::KernelTable;
 using led::LseRef;
 using led::RowsRef;
@@ -84,19 +86,39 @@ class Recording {
 };
 thread_local Recording* Recording::current = nullptr;
 
+// Whether Python has had a signal whose handler raises, as that of Ctrl-C does; what it raised is then set.
+bool signal_raises() {
+  py::gil_scoped_acquire acquire;
+  return PyErr_CheckSignals() != 0;
+}
+
+// The thread that Python handles signals on. Others do not ask: while the interpreter ends they must not take
+// the GIL.
+unsigned long main_thread = 0;
+
+bool is_main_thread() {
+  return PyThread_get_thread_ident() == main_thread;
+}
+
 // Which of the attention kernels a call is of.
 struct Kind {
   bool is_global, is_backward;
 };
 
-auto cpu_launcher(void (*KernelTable::*kernel)(const AttentionParams&), Kind kind) {
+auto cpu_launcher(void (*KernelTable::*kernel)(const InterruptibleParams&), Kind kind) {
   return [kernel, kind](const Call<AttentionParams>& call, const std::string& isa) {
     const KernelTable& table = kernels(isa);
     led::check_call(call, kind.is_global, kind.is_backward);
     led::check_mask_values(call);
-    AttentionParams params = call;
+    InterruptibleParams params{call};
     if (params.mask.packed) params.max_seqlen = std::min(params.max_seqlen, call.mask_rows);
-    Recording::launch([&table, kernel, params] { (table.*kernel)(params); });
+    Recording::launch([&table, kernel, params] {
+      led::Interruption interruption(&signal_raises);
+      InterruptibleParams own = params;
+      if (is_main_thread()) own.interruption = &interruption;
+      (table.*kernel)(own);
+      if (own.stops()) throw led::Interrupted();
+    });
   };
 }
 
@@ -191,6 +213,13 @@ py::class_<Call<Params>> define_params(py::module_& m, const char* name) {
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "Compiled attention kernels of led_kernels.";
+  main_thread = py::module_::import("threading").attr("main_thread")().attr("ident").cast<unsigned long>();
+  py::register_exception_translator([](std::exception_ptr thrown) {
+    try {
+      if (thrown) std::rethrow_exception(thrown);
+    } catch (const led::Interrupted&) {  // the signal's handler has set Python's error
+    }
+  });
 
   py::enum_<led::DType>(m, "DType")
       .value("float32", led::DType::kFloat32)

@@ -14,7 +14,7 @@ class BandedBackward {
   using G = Geometry<T>;
 
  public:
-  explicit BandedBackward(const AttentionParams& p)
+  explicit BandedBackward(const InterruptibleParams& p)
       : p_(p),
         width_(round_up(p.head_dim, G::kPanel)),
         chunks_(p, min_chunk(p), p.max_seqlen, G::kBlockM),
@@ -33,7 +33,7 @@ class BandedBackward {
       Arena arena(workspace.at(task_sizes.used() * task));
       return take_gradients(arena);
     };
-    parallel_tasks(tasks, p_.num_threads, [&](int64_t task, int thread) {
+    parallel_tasks(tasks, p_, [&](int64_t task, int thread) {
       Arena arena(scratch.at(thread_sizes.used() * thread));
       Buffers buffers = take(arena);
       const int64_t batch_head = task / chunks_.per_head, begin = task % chunks_.per_head * chunks_.rows;
@@ -41,7 +41,7 @@ class BandedBackward {
       run_chunk(buffers, gradients_of(task), seq, batch_head % p_.heads, begin,
                 smaller(begin + chunks_.rows, seq.rows));
     });
-    parallel_tasks(tasks, p_.num_threads, [&](int64_t task, int thread) {
+    parallel_tasks(tasks, p_, [&](int64_t task, int thread) {
       Arena arena(scratch.at(thread_sizes.used() * thread));
       reduce_chunk(take(arena), task, gradients_of);
     });
@@ -88,7 +88,7 @@ class BandedBackward {
         memset(x, 0, static_cast<size_t>(column_slots_ * width_) * sizeof(T));
       }
     }
-    for (int64_t row = begin; row < end; row += G::kBlockM) {
+    for (int64_t row = begin; row < end && !p_.stops(); row += G::kBlockM) {
       const int64_t tile_end = smaller(end, row + G::kBlockM);
       const LocalRows<T> local(seq, row, tile_end);
       if (local.any) {
@@ -215,7 +215,7 @@ class BandedBackward {
     return static_cast<uint32_t>(seq.batch * p_.heads + head);
   }
 
-  const AttentionParams& p_;
+  const InterruptibleParams& p_;
   int64_t width_;
   Chunks chunks_;
   int64_t key_slots_, column_slots_;

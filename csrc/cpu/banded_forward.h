@@ -12,7 +12,7 @@ class BandedForward {
   using G = Geometry<T>;
 
  public:
-  explicit BandedForward(const AttentionParams& p)
+  explicit BandedForward(const InterruptibleParams& p)
       : p_(p),
         width_(round_up(p.head_dim, G::kPanel)),
         chunks_(p, 512, 2048, G::kBlockM),  // at most 2048: a chunk's keys stay in cache
@@ -23,7 +23,7 @@ class BandedForward {
     Arena sizes(nullptr);
     take(sizes);
     Scratch scratch(sizes.used() * p_.num_threads);
-    parallel_tasks(p_.batch * p_.heads * chunks_.per_head, p_.num_threads, [&](int64_t task, int thread) {
+    parallel_tasks(p_.batch * p_.heads * chunks_.per_head, p_, [&](int64_t task, int thread) {
       Arena arena(scratch.at(sizes.used() * thread));
       Buffers buffers = take(arena);
       const int64_t batch_head = task / chunks_.per_head, begin = task % chunks_.per_head * chunks_.rows;
@@ -50,7 +50,7 @@ class BandedForward {
       pack_keys(buffers.keys, p_, seq, head, key_begin, band_.last_key(seq, end - 1) + 1);
       pack_columns(buffers.columns, p_, seq, head);
     }
-    for (int64_t row = begin; row < end; row += G::kBlockM) {
+    for (int64_t row = begin; row < end && !p_.stops(); row += G::kBlockM) {
       run_tile(buffers, seq, head, row, smaller(end, row + G::kBlockM), key_begin);
     }
   }
@@ -121,7 +121,7 @@ class BandedForward {
     return static_cast<uint32_t>(seq.batch * p_.heads + head);
   }
 
-  const AttentionParams& p_;
+  const InterruptibleParams& p_;
   int64_t width_;
   Chunks chunks_;
   BandGeometry<T> band_;

@@ -14,7 +14,7 @@ class GlobalBackward {
   using G = Geometry<T>;
 
  public:
-  explicit GlobalBackward(const AttentionParams& p)
+  explicit GlobalBackward(const InterruptibleParams& p)
       : p_(p),
         width_(round_up(p.head_dim, G::kPanel)),
         tiles_(ceil_div(p.mask.max_globals, G::kBlockM)),
@@ -28,14 +28,14 @@ class GlobalBackward {
     const int64_t dq_size = tiles_ * G::kBlockM * width_,
                   dq_bytes = dq_size * static_cast<int64_t>(sizeof(T));
     Scratch scratch(thread_sizes.used() * p_.num_threads), workspace(dq_bytes * tasks);
-    parallel_tasks(tasks, p_.num_threads, [&](int64_t task, int thread) {
+    parallel_tasks(tasks, p_, [&](int64_t task, int thread) {
       Arena arena(scratch.at(thread_sizes.used() * thread));
       Buffers buffers = take(arena);
       buffers.tile.dq = reinterpret_cast<T*>(workspace.at(dq_bytes * task));
       run_split(buffers, Sequence(p_, task / splits_.per_head / p_.heads), task / splits_.per_head % p_.heads,
                 task % splits_.per_head * splits_.keys);
     });
-    parallel_tasks(heads, p_.num_threads, [&](int64_t batch_head, int) {
+    parallel_tasks(heads, p_, [&](int64_t batch_head, int) {
       T* dq = reinterpret_cast<T*>(workspace.at(dq_bytes * batch_head * splits_.per_head));
       for (int64_t split = 1; split < splits_.per_head; ++split) {
         for (int64_t i = 0; i < dq_size; ++i) dq[i] += dq[split * dq_size + i];
@@ -88,7 +88,7 @@ class GlobalBackward {
       });
     }
     const int64_t end = smaller(begin + splits_.keys, seq.rows);
-    for (int64_t block = begin; block < end; block += G::kBlockN) {
+    for (int64_t block = begin; block < end && !p_.stops(); block += G::kBlockN) {
       const int64_t block_end = smaller<int64_t>(block + G::kBlockN, end);
       if (tiles > 0 && block < seq.len)
         run_block(buffers, seq, head, tiles, block, smaller(block_end, seq.len));
@@ -145,7 +145,7 @@ class GlobalBackward {
     }
   }
 
-  const AttentionParams& p_;
+  const InterruptibleParams& p_;
   int64_t width_, tiles_;
   KeySplits<T> splits_;
   DropoutRow<T> dropout_;

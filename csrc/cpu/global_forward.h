@@ -24,7 +24,7 @@ class GlobalForward {
   static constexpr int kTiles = 8;  // query tiles that share one packing of a key block
 
  public:
-  explicit GlobalForward(const AttentionParams& p)
+  explicit GlobalForward(const InterruptibleParams& p)
       : p_(p),
         width_(round_up(p.head_dim, G::kPanel)),
         tiles_(smaller<int64_t>(ceil_div(p.mask.max_globals, G::kBlockM), kTiles)),
@@ -43,13 +43,13 @@ class GlobalForward {
       Arena arena(partials.at(partial_sizes.used() * task));
       return take_tiles(arena);
     };
-    parallel_tasks(tasks, p_.num_threads, [&](int64_t task, int thread) {
+    parallel_tasks(tasks, p_, [&](int64_t task, int thread) {
       Arena arena(scratch.at(thread_sizes.used() * thread));
       PackedKeys<T> keys = take(arena);
       attend(tiles_of(task), keys, Output(*this, task / splits_.per_head),
              task % splits_.per_head * splits_.keys);
     });
-    parallel_tasks(outputs, p_.num_threads, [&](int64_t output, int) {
+    parallel_tasks(outputs, p_, [&](int64_t output, int) {
       const Output o(*this, output);
       for (int t = 0; t < tiles_; ++t) {
         ForwardTile<T> merged = tiles_of(output * splits_.per_head).tile[t];
@@ -97,7 +97,7 @@ class GlobalForward {
     }
     if (o.slot >= seq.num_globals) return;
     const int64_t end = smaller(begin + splits_.keys, seq.len);
-    for (int64_t block = begin; block < end; block += G::kBlockN) {
+    for (int64_t block = begin; block < end && !p_.stops(); block += G::kBlockN) {
       const int64_t keys = round_up(smaller<int64_t>(end - block, G::kBlockN), G::kPanel);
       const auto key_at = [&](int64_t i) { return block + i < end ? block + i : -1; };
       for (int64_t slot = 0; slot < keys; slot += G::kPanel) packed.pack_panel(p_, seq, o.head, slot, key_at);
@@ -125,7 +125,7 @@ class GlobalForward {
     });
   }
 
-  const AttentionParams& p_;
+  const InterruptibleParams& p_;
   int64_t width_, tiles_, slots_, slot_chunks_;
   KeySplits<T> splits_;
   DropoutRow<T> dropout_;

@@ -21,7 +21,7 @@ namespace led {
 namespace LED_ISA {
 
 // fp64 accumulates in fp64, everything else in fp32.
-template <template <class> class Kernel, class Params = AttentionParams>
+template <template <class> class Kernel, class Params = InterruptibleParams>
 void run(const Params& params) {
   if (params.dtype == DType::kFloat64) {
     Kernel<double>(params).run();

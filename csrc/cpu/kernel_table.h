@@ -3,16 +3,16 @@
 
 #include <vector>
 
-#include "../attention_params.h"
+#include "../interruption.h"
 
 namespace led {
 
 struct KernelTable {
   const char* isa;
-  void (*banded_forward)(const AttentionParams&);
-  void (*banded_backward)(const AttentionParams&);
-  void (*global_forward)(const AttentionParams&);
-  void (*global_backward)(const AttentionParams&);
+  void (*banded_forward)(const InterruptibleParams&);
+  void (*banded_backward)(const InterruptibleParams&);
+  void (*global_forward)(const InterruptibleParams&);
+  void (*global_backward)(const InterruptibleParams&);
   void (*decode_attention)(const DecodeParams&);
   void (*write_rows)(const WriteRowsParams&);
   void (*few_rows_linear)(const LinearParams&);

@@ -3,7 +3,7 @@
 
 #include <new>
 
-#include "../attention_params.h"
+#include "../interruption.h"
 #include "simd.h"
 
 namespace led {

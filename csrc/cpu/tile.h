@@ -239,6 +239,13 @@ inline void parallel_tasks(int64_t count, int num_threads, const Task& task) {
   for (int64_t i = 0; i < count; ++i) task(i, 0);
 #endif
 }
+// Those that have not begun when a call is interrupted are left out.
+template <class Task>
+inline void parallel_tasks(int64_t count, const InterruptibleParams& p, const Task& task) {
+  parallel_tasks(count, p.num_threads, [&](int64_t index, int thread) {
+    if (!p.stops()) task(index, thread);
+  });
+}
 
 }  // namespace LED_ISA
 }  // namespace led
