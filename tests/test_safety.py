@@ -2,11 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
@@ -257,21 +252,6 @@ def test_attention_under_tracing():
     torch.testing.assert_close(traced(masks[1], *qkv[1]), attend(masks[1], *qkv[1]))
     with pytest.raises((ValueError, RuntimeError)):
         traced(masks[1][:, :7], *qkv[1])
-
-
-def test_fuzz():
-    """Some hundred hostile calls in a process of their own, which must come to its end."""
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
-    run = subprocess.run(
-        [sys.executable, "-m", "tests.fuzz", "--cases", "600"],
-        cwd=Path(__file__).parents[1],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=240,
-    )
-    assert run.returncode == 0, run.stdout[-500:] + run.stderr[-3000:]
-    assert "600 cases" in run.stdout
 
 
 @torch.no_grad()

@@ -1,17 +1,9 @@
-"""Checkpoints of which one thing is wild, and a process that opens them under limits on memory and time.
-
-``python -m tests.model.hostile DIRECTORY STEP`` makes a small checkpoint in DIRECTORY, opens every STEP-th case of
-:func:`cases`, and prints a line of JSON for each that ended otherwise than by working or by one sentence.
-"""
+"""Checkpoints of which one thing is wild, opened by ``led summarize``."""
 
 from __future__ import annotations
 
 import json
-import resource
 import shutil
-import signal
-import sys
-import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -20,13 +12,15 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from led_model import LEDConfig, LEDForConditionalGeneration, LEDTokenizer
+from led_model import LEDConfig
+from led_model.cli import main
+from tests.hostile.documents import prepare
+from tests.hostile.processes import Trial, in_process
 from tests.model.small import small_config
 
-SECONDS, MEBIBYTES = 5, 1024  # seconds of the processor, so that a busy machine changes nothing
 DEEP = "[" * 100_000 + "]" * 100_000
 
-Case = tuple[str, Callable[[Path], None]]
+Damage = Callable[[Path], None]
 
 _WILD: list[Any] = [
     None, True, "four", "", -1, 0, 3, 1.5, -0.5, 1e308, float("nan"), float("inf"), 2**31, 2**63, 10**30,
@@ -34,19 +28,19 @@ _WILD: list[Any] = [
 ]  # fmt: skip
 
 
-def cases() -> list[Case]:
+def cases() -> list[tuple[str, Damage]]:
     """All of them, by name, each a function that damages the checkpoint in a directory."""
     return [*_configs(), *_generation_settings(), *_tokenizers(), *_indices(), *_weights(), *_json_files()]
 
 
-def _configs() -> Iterator[Case]:
+def _configs() -> Iterator[tuple[str, Damage]]:
     names = [*vars(LEDConfig(**small_config(0))), "model_type", "hidden_size"]
     for name in names:
         for value in _WILD:
             yield f"config.json {name}={_short(value)}", partial(_edit, "config.json", {name: value})
 
 
-def _generation_settings() -> Iterator[Case]:
+def _generation_settings() -> Iterator[tuple[str, Damage]]:
     names = [
         "num_beams", "max_length", "max_new_tokens", "min_length", "length_penalty", "early_stopping", "do_sample",
         "temperature", "top_k", "top_p", "repetition_penalty", "no_repeat_ngram_size", "bad_words_ids",
@@ -62,7 +56,7 @@ def _generation_settings() -> Iterator[Case]:
             )
 
 
-def _tokenizers() -> Iterator[Case]:
+def _tokenizers() -> Iterator[tuple[str, Damage]]:
     names = [
         "pad_token",
         "model_max_length",
@@ -107,7 +101,7 @@ def _tokenizers() -> Iterator[Case]:
             yield f"{name} {_short(content)}", partial(_write, name, content)
 
 
-def _indices() -> Iterator[Case]:
+def _indices() -> Iterator[tuple[str, Damage]]:
     for index in ("model.safetensors.index.json", "pytorch_model.bin.index.json"):
         for value in [
             *_WILD,
@@ -119,7 +113,7 @@ def _indices() -> Iterator[Case]:
             yield f"{index} weight_map={_short(value)}", partial(_index, index, value)
 
 
-def _weights() -> Iterator[Case]:
+def _weights() -> Iterator[tuple[str, Damage]]:
     edits: dict[str, Callable[[torch.Tensor], Any]] = {
         "int64": lambda t: t.long(),
         "int8": lambda t: t.to(torch.int8),
@@ -165,7 +159,7 @@ def _weights() -> Iterator[Case]:
             yield f"{name} of {size} bytes", partial(_cut, name, size)
 
 
-def _json_files() -> Iterator[Case]:
+def _json_files() -> Iterator[tuple[str, Damage]]:
     for name in (
         "config.json",
         "generation_config.json",
@@ -232,71 +226,28 @@ def _short(value: Any) -> str:
     return text if len(text) < 40 else f"{text[:30]}… ({len(text)})"
 
 
-def make_checkpoint(directory: Path) -> None:
-    """A model of two layers and a tokenizer of a few words."""
-    torch.manual_seed(0)
-    model = LEDForConditionalGeneration(LEDConfig(**small_config(0, vocab_size=300)))
-    model.save_pretrained(directory)
-    characters = ["<s>", "<pad>", "</s>", "<unk>", "<mask>", *(chr(code) for code in range(33, 127)), "Ġ"]
-    (directory / "vocab.json").write_text(json.dumps({token: i for i, token in enumerate(characters)}))
-    (directory / "merges.txt").write_text("#version: 0.2\n")
-
-
-def open_and_write(directory: Path) -> None:
-    tokenizer = LEDTokenizer.from_pretrained(directory)
-    model = LEDForConditionalGeneration.from_pretrained(directory)
-    ids = tokenizer("a few words", return_tensors="pt")["input_ids"]
-    tokenizer.batch_decode(model.generate(ids, max_new_tokens=2), skip_special_tokens=True)
-
-
-def verdict(directory: Path) -> str | None:
-    """What is wrong with the way in which opening the checkpoint ended; ``None``: nothing."""
-    began, before = time.process_time(), _peak_mebibytes()
+def run(damage: Damage, scratch: Path) -> tuple[str, str | None]:
+    """Opens a copy of the checkpoint ``model`` in ``scratch`` after ``damage`` to it, and writes a few tokens: how that
+    ended, and what is wrong with it."""
+    directory = scratch / "damaged"
+    shutil.copytree(scratch / "model", directory)
     try:
-        open_and_write(directory)
-    except (ValueError, OSError, ImportError) as error:
-        text = str(error)
-        if isinstance(error, UnicodeError) or "\n" in text or not 0 < len(text) < 2000:
-            return f"{type(error).__name__} with no sentence: {text[:300]!r}"
-    except BaseException as error:  # MemoryError, the alarm and panics of libraries too
-        return f"{type(error).__name__}: {str(error)[:300]}"
-    seconds, grown = time.process_time() - began, _peak_mebibytes() - before
-    if seconds > SECONDS or grown > MEBIBYTES:
-        return f"took {seconds:.1f} s and {grown} MiB"
-    return None
-
-
-def _peak_mebibytes() -> int:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
-
-
-def main(scratch: Path, step: int) -> None:
-    signal.signal(signal.SIGPROF, _too_long)
-    make_checkpoint(scratch / "good")
-    open_and_write(scratch / "good")
-    in_use = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-    resource.setrlimit(resource.RLIMIT_AS, (in_use + (2 * MEBIBYTES << 20), resource.RLIM_INFINITY))
-    chosen = cases()[::step]
-    for name, damage in chosen:
-        directory = scratch / "damaged"
-        shutil.copytree(scratch / "good", directory)
         damage(directory)
-        signal.setitimer(signal.ITIMER_PROF, 4 * SECONDS)
-        wrong = verdict(directory)
-        signal.setitimer(signal.ITIMER_PROF, 0)
+        command = [
+            "summarize",
+            str(scratch / "words.txt"),
+            "--model",
+            str(directory),
+            "--max-new-tokens",
+            "2",
+        ]
+        ended = in_process(lambda: main(command))
+        return f"status {ended.status}", ended.fault_of_command
+    finally:
         shutil.rmtree(directory)
-        if wrong:
-            print(json.dumps({"case": name, "wrong": wrong}), flush=True)
-    print(json.dumps({"tried": len(chosen)}), flush=True)
 
 
-class _TooLong(BaseException):
-    """No library may take it for one of its own errors."""
-
-
-def _too_long(signum: int, frame: object) -> None:
-    raise _TooLong(f"more than {4 * SECONDS} s")
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]), int(sys.argv[2]))
+def trials(scratch: Path) -> Iterator[Trial]:
+    prepare(scratch)
+    for name, damage in cases():
+        yield name, partial(run, damage, scratch)

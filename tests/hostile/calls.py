@@ -1,19 +1,11 @@
-"""Hostile calls of public functions, operators and the extension: each returns or raises, none ends the process.
-
-    python -m tests.fuzz --cases 2000 --seed 0
-
-Each case is named on stderr before it runs, so that one that ends the process is the last one named; ``--only N`` runs
-it alone.
-"""
+"""Hostile calls of public functions, operators and the extension: each returns or raises, none ends the process."""
 
 from __future__ import annotations
 
-import argparse
 import random
-import sys
-from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +21,7 @@ from led_kernels import (
 from led_kernels.decode import decode_attention, few_rows_add_norm, few_rows_linear, write_rows
 from led_kernels.dispatch import backend_module
 from tests.backends import backends_on
+from tests.hostile.processes import Trial, in_process
 
 REFUSALS = (ValueError, TypeError, IndexError, RuntimeError, OverflowError)
 NUMBERS = (-(2**63), -(2**31), -7, -1, 0, 1, 2, 3, 5, 8, 17, 100, 300, 2**24 + 1, 2**31 - 1, 2**40)
@@ -271,32 +264,33 @@ KINDS = {
 }
 
 
-def run(index: int, seed: int) -> tuple[str, str]:
-    """The kind of a case, and how it ended."""
-    rng = random.Random(f"{seed} {index}")
-    torch.manual_seed(index)
+def call(seed: str) -> int:
+    """Makes the call of that seed, prints of which kind it is and how it ended, and returns an exit status."""
+    rng = random.Random(seed)
+    torch.manual_seed(rng.randrange(2**32))
     kind = rng.choices(list(KINDS), weights=[5, 4, 4, 4])[0]
+    end = "returned"
     try:
         KINDS[kind](rng)
     except REFUSALS as error:
-        return kind, "refused" if str(error).strip() else "refused without a word"
-    return kind, "returned"
+        end = "refused" if str(error).strip() else "refused without a word"
+    print(kind, end)
+    return end == "refused without a word"
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--cases", type=int, default=2000)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--only", type=int, help="run this case alone")
-    args = parser.parse_args()
-    ends: Counter[tuple[str, str]] = Counter()
-    for index in range(args.cases) if args.only is None else [args.only]:
-        print(f"case {index} of seed {args.seed}", file=sys.stderr, flush=True)
-        ends[run(index, args.seed)] += 1
-    print(", ".join(f"{kind} {end}: {count}" for (kind, end), count in sorted(ends.items())))
-    print(f"{sum(ends.values())} cases")
-    return any(end == "refused without a word" for _, end in ends)
+def run(seed: str) -> tuple[str, str | None]:
+    """How it ended, and what is wrong with that."""
+    ended = in_process(lambda: call(seed))
+    fault = ended.fault
+    if fault is None and (ended.status or "Sanitizer" in ended.err or "runtime error:" in ended.err):
+        fault = f"status {ended.status}: {ended.err[-3000:]}"
+    return ended.out.strip(), fault
 
 
-if __name__ == "__main__":
-    sys.exit(main())
+def trials(cases: int, seed: int) -> Iterator[Trial]:
+    operator_call(
+        random.Random(0)
+    )  # torch imports much at the first call, which is not to happen in each process
+    for index in range(cases):
+        name = f"{seed} {index}"
+        yield name, partial(run, name)
