@@ -4,28 +4,30 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
+from typing import Any
 
 
 def at_least(smallest: int) -> Callable[[str], int]:
-    def parse(text: str) -> int:
-        value = int(text)
-        if value < smallest:
-            raise argparse.ArgumentTypeError(f"{value} is below {smallest}")
-        return value
-
-    parse.__name__ = "int"  # argparse names it in its message
-    return parse
+    return within(smallest, 2**31 - 1, int)
 
 
-def within(low: float, high: float, kind: type = float) -> Callable[[str], float]:
-    def parse(text: str) -> float:
+def within(low: float, high: float, kind: type = float) -> Callable[[str], Any]:
+    def parse(text: str) -> Any:
         value = kind(text)
+        if value < low and high == 2**31 - 1:
+            raise argparse.ArgumentTypeError(f"{text} is below {low}")
         if not low <= value <= high:  # nor is NaN
-            raise argparse.ArgumentTypeError(f"{text} is not between {low:g} and {high:g}")
+            raise argparse.ArgumentTypeError(f"{text} is not between {low} and {high}")
         return value
 
-    parse.__name__ = kind.__name__
+    parse.__name__ = kind.__name__  # argparse names it in its message
     return parse
+
+
+def not_empty(text: str) -> str:
+    if not text.strip():
+        raise argparse.ArgumentTypeError("the name is empty")
+    return text
 
 
 def not_blank(text: str) -> str:

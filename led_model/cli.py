@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 import re
 import sys
 import textwrap
@@ -11,7 +10,7 @@ from collections.abc import Sequence
 
 import torch
 
-from led_kernels import BackendUnavailable, __version__
+from led_kernels import __version__
 from led_model.arguments import (
     add_joining,
     add_long,
@@ -20,12 +19,14 @@ from led_model.arguments import (
     add_sampling,
     at_least,
     not_blank,
+    not_empty,
     within,
 )
 from led_model.commands import DEFAULT_NEW_TOKENS, DTYPES, run_on_documents
 from led_model.demo import DemoSettings, run_demo
 from led_model.dry_run import count_documents
 from led_model.info import run_info
+from led_model.process import open_missing_streams, status_of
 
 _ABOUT_DOCUMENTS = """
 Documents are .txt and .md files, one document each, and .jsonl files, one a line:
@@ -46,31 +47,11 @@ others are done; 130 interrupted.
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one command and returns its exit status; an expected failure is one sentence on stderr and 1."""
+    """Runs one command and returns its exit status."""
+    can_print = sys.stdout is not None
+    open_missing_streams()
     args = build_parser().parse_args(argv)
-    try:
-        status = args.run(args) or 0
-        sys.stdout.flush()
-    except (ValueError, OSError, ImportError, BackendUnavailable) as error:
-        if isinstance(error, BrokenPipeError):  # the reader of our output has gone
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            return 1
-        print(f"led {args.command}: {error}", file=sys.stderr)
-        return 1
-    except (RuntimeError, MemoryError) as error:
-        if not _is_out_of_memory(error):
-            raise
-        reason = str(error).strip().split("\n")[0]
-        print(
-            f"led {args.command}: memory ran out ({reason}); shorten the text or change --batch-size, --dtype or "
-            "--device.",
-            file=sys.stderr,
-        )
-        return 1
-    except KeyboardInterrupt:
-        print(f"led {args.command}: interrupted.", file=sys.stderr)
-        return 130
-    return status
+    return status_of(args, can_print)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -178,6 +159,7 @@ def _document_command(
     parser.add_argument(
         "--model",
         required=True,
+        type=not_empty,
         metavar="DIR_OR_ID",
         help="directory of a checkpoint with its tokenizer, or hub id",
     )
@@ -278,10 +260,6 @@ def _run_demo(args: argparse.Namespace) -> None:
     )
 
 
-def _is_out_of_memory(error: RuntimeError | MemoryError) -> bool:
-    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error)
-
-
 def _device(text: str) -> str:
     """A device that tensors can be on here."""
     try:
@@ -292,8 +270,10 @@ def _device(text: str) -> str:
         if kind == "meta":
             raise argparse.ArgumentTypeError("meta holds no numbers; give cpu or cuda")
         torch.empty(1, device=text)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
+    except (RuntimeError, AssertionError, NotImplementedError, ImportError) as error:
         known = "torch sees no GPU" if text.startswith("cuda") else f"torch has no {text!r} here"
         reason = re.split(r"\.\s|\n", str(error).strip())[0].rstrip(".")  # torch goes on for 60 lines
+        if "INTERNAL ASSERT" in reason:
+            reason = "its backend is not built in"
         raise argparse.ArgumentTypeError(f"{known} ({reason}); give cpu, or install a build for it") from None
     return text

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import codecs
+import os
 import sys
 import time
 from argparse import Namespace
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from itertools import chain, islice
@@ -16,7 +18,8 @@ from tqdm import tqdm
 
 from led_model.checkpoint import checkpoint_files
 from led_model.config import read_json
-from led_model.documents import Document, Source, Unreadable, find_sources
+from led_model.documents import Document, Source, Unreadable
+from led_model.finding import find_sources
 from led_model.fingerprint import fingerprint
 from led_model.heads import LEDForQuestionAnswering
 from led_model.joined import Joined
@@ -24,8 +27,8 @@ from led_model.model import LEDForConditionalGeneration
 from led_model.pieces import Piece
 from led_model.results import ResultFile, to_line
 from led_model.streaming import TextStreamer
-from led_model.tasks import Classifier, SpanFinder, Task, as_text, load_classifier
-from led_model.terminal import complain, no_bars, quiet, say, seconds
+from led_model.tasks import Classifier, Found, NotFinite, SpanFinder, Task, as_text, load_classifier
+from led_model.terminal import complain, no_bars, one_line, quiet, say, seconds
 from led_model.tokenizer import LEDTokenizer
 from led_model.writers import SAMPLING_FLAGS, Answerer, Summarizer
 
@@ -45,10 +48,11 @@ DONE, SOME_FAILED, INTERRUPTED = 0, 3, 130
 
 def run_on_documents(args: Namespace) -> int:
     """Runs ``args.command`` over all documents that ``args`` names; returns the exit status."""
-    if args.threads is not None:
-        torch.set_num_threads(args.threads)
     with ExitStack() as stack:
         stack.enter_context(quiet(args.quiet))
+        _set_threads(args.threads)
+        if args.revision is not None and os.path.isdir(args.model):
+            raise ValueError(f"--revision is for hub ids and {args.model} is a directory; leave it out.")
         sources, problems = find_documents(args)
         results = None
         if args.output is not None:
@@ -62,7 +66,7 @@ def run_on_documents(args: Namespace) -> int:
             run.work()
         except KeyboardInterrupt:
             run.bar.close()  # before anything is said
-            if results is None:
+            if results is None or results.count == 0:
                 raise
             complain(
                 f"interrupted; {args.output} holds {results.count:,} results. Give the same command again to go "
@@ -70,8 +74,13 @@ def run_on_documents(args: Namespace) -> int:
                 f"led {args.command}",
             )
             return INTERRUPTED
-        if results is not None and run.made:
-            results.check_that_it_is_there()
+        if results is not None and results.count:
+            results.check_that_it_is_ours()
+        if run.renamed:
+            say(
+                f"{run.renamed:,} of the results in {args.output} stand under names that their documents had before, "
+                "which have the same text."
+            )
         return SOME_FAILED if run.failed else DONE
 
 
@@ -96,15 +105,17 @@ class _Run:
     failed: int = 0
     made: int = 0
     earlier: int = 0  # made by an earlier run
-    total: int = field(init=False)
+    renamed: int = 0  # of these, of documents that had another name or id
+    total: int | None = field(init=False)  # documents; None: unknown until they are read
     bar: tqdm = field(init=False)
     format: str | None = field(init=False)  # that results are printed in; None: they are not
     streamer: TextStreamer | None = None  # that prints the only one while it is written
 
     def __post_init__(self) -> None:
         extents = [source.extent for source in self.sources]
-        self.total = sum(count for count, _ in extents)
-        self.is_alone = self.total + len(self.problems) == 1
+        counts = [count for count, _ in extents]
+        self.total = None if None in counts else sum(counts)
+        self.is_alone = self.total is not None and self.total + len(self.problems) == 1
         self.format = self.args.format
         if self.format is None and self.results is None:
             self.format = "text" if self.is_alone else "jsonl"
@@ -113,7 +124,7 @@ class _Run:
             bar_format="{desc} {percentage:3.0f}%|{bar}| {elapsed}, {remaining} left",
             desc=self._count(),
             leave=False,
-            disable=no_bars() if self.total > 1 else True,
+            disable=True if self.total == 1 else no_bars(),
         )
 
     def complain(self, problem: str) -> None:
@@ -134,24 +145,45 @@ class _Run:
             task.streamer = self.streamer = TextStreamer(task.reader.tokenizer, sys.stdout)
         self.bar.reset()  # loading tells nothing of how long the documents will take
         pieces = self._pieces(task, chain([first], documents))
-        found: list[dict[str, Any]] = []
+        found: list[Found | NotFinite] = []
         while batch := list(islice(pieces, self.args.batch_size)):
-            for piece, result in zip(batch, task.run(batch), strict=True):
+            for piece, result in zip(batch, self._results(task, batch), strict=True):
                 found.append(result)
                 if piece.index + 1 == piece.count:
-                    about = {"tokens": piece.tokens, "pieces": piece.count, "truncated": piece.is_truncated}
-                    self._deliver(piece.document, task.join(piece.document, found) | about)
+                    self._finish(task, piece, found)
                     found = []
                 self.bar.set_description_str(self._count(), refresh=False)
                 self.bar.update(piece.document.size / piece.count)
         self.bar.close()
-        done = f"{self.made:,} documents done, {self.failed:,} failed; " if self.total > 1 else ""
+        done = "" if self.total == 1 else f"{self.made:,} documents done, {self.failed:,} failed; "
         say(f"{done}loaded in {seconds(loading)}, {task.work}.")
+
+    def _results(self, task: Task, batch: Sequence[Piece]) -> Sequence[Found | NotFinite]:
+        """What was found in each piece: one whose numbers overflow takes no other with it."""
+        try:
+            return task.run(batch)
+        except NotFinite as error:
+            return [error] if len(batch) == 1 else [self._results(task, [piece])[0] for piece in batch]
+
+    def _finish(self, task: Task, last: Piece, found: Sequence[Found | NotFinite]) -> None:
+        """The result of a document of which all pieces are read, or why there is none."""
+        about = {"tokens": last.tokens, "pieces": last.count, "truncated": last.is_truncated}
+        try:
+            for result in found:
+                if isinstance(result, NotFinite):
+                    raise result
+            joined = task.join(last.document, found)
+        except NotFinite as error:
+            self.complain(f"{last.document.name}: {error}")
+            return
+        self._deliver(last.document, joined | about)
 
     def _documents(self) -> Iterator[Document]:
         """Those that can be read and are still to be done."""
         for source in self.sources:
+            is_counted = source.extent[0] is not None
             for document in source.read():
+                self.bar.total += 0 if is_counted else document.size
                 if isinstance(document, Unreadable):
                     self.complain(document.message)
                 elif (record := self._earlier_record(document)) is None:
@@ -159,7 +191,8 @@ class _Run:
                     continue
                 else:
                     self.earlier += 1
-                    self._print(document, record)
+                    self.renamed += _name(record) != _name({"id": document.id, "source": document.source})
+                    self._print(document, record | {"id": document.id, "source": document.source})
                 self.bar.total -= document.size
 
     def _pieces(self, task: Task, documents: Iterator[Document]) -> Iterator[Piece]:
@@ -190,17 +223,39 @@ class _Run:
     def _print(self, document: Document, record: dict[str, Any]) -> None:
         if self.format is None:
             return
-        text = as_text(record) if self.format == "text" else to_line(record)
+        encoding = sys.stdout.encoding or "utf-8"
+        text = as_text(record) if self.format == "text" else to_line(record, is_ascii(encoding))
         if self.streamer is not None:
             self.streamer.finish(text)
             return
         with self.bar.external_write_mode(file=sys.stdout):
             if self.format == "text" and not self.is_alone:
-                text = f"==> {document.name} <==\n{text}\n"
-            print(text, flush=True)
+                text = f"==> {one_line(document.name)} <==\n{text}\n"
+            print(text.encode(encoding, "backslashreplace").decode(encoding), flush=True)
 
     def _count(self) -> str:
-        return f"{self.made + self.earlier} of {self.total} documents"
+        of_all = "" if self.total is None else f" of {self.total}"
+        return f"{self.made + self.earlier}{of_all} documents"
+
+
+def is_ascii(encoding: str) -> bool:
+    """Whether what is printed may need other letters than the stream has."""
+    return not codecs.lookup(encoding).name.startswith("utf")
+
+
+def _set_threads(wanted: int | None) -> None:
+    if wanted is None:
+        return
+    there = os.cpu_count() or wanted
+    if wanted > there:
+        say(f"--threads is {wanted} and there are {there} processors, which are all used.")
+    torch.set_num_threads(min(wanted, there))
+
+
+def _name(record: dict[str, Any]) -> tuple[object, ...]:
+    """What a record calls its document, however the path of that is spelled."""
+    source = os.path.realpath(record["source"])
+    return source, source if record["id"] == record["source"] else record["id"]
 
 
 def made_by(args: Namespace) -> dict[str, Any]:
@@ -213,6 +268,8 @@ def made_by(args: Namespace) -> dict[str, Any]:
         name: getattr(args, name, None) for name in ("long", "global_tokens", "dtype", *GENERATION_FLAGS)
     }
     flags |= {name: True for name in ("load_in_4bit", "load_in_8bit") if getattr(args, name)}
+    if getattr(args, "seed", None) is not None:  # then chance falls by the batch
+        flags["batch_size"] = args.batch_size
     given = {f"--{name.replace('_', '-')}": value for name, value in flags.items() if value is not None}
     weights = fingerprint(args.model, args.revision)
     return {"command": args.command, "model": args.model, "model's fingerprint": weights, **given}

@@ -1,23 +1,32 @@
-"""Finds the documents that a command was given, and reads them one at a time."""
+"""Reads documents one at a time, however they come, and never more of one than a bound."""
 
 from __future__ import annotations
 
 import codecs
-import glob
 import hashlib
+import io
 import json
 import os
+import reprlib
+import select
+import stat
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
-from io import BytesIO
-from pathlib import Path
-from typing import BinaryIO
+from itertools import islice
+from typing import Any, BinaryIO
 
 BETWEEN_PARTS = "\n\n"
-SUFFIXES = (".txt", ".md", ".jsonl")
-MOST_BYTES = 2**28  # of a document, or of a file that can be read but once; far beyond what a model reads
+MOST_BYTES = 2**25  # of a document: a hundred books, of which Python and the tokenizer hold copies
+_COUNTED = 2**28  # bytes of a file up to which its lines are counted before they are read
+_SKIPPED = 4 * MOST_BYTES  # of a line that is too long, until the next is looked for no further
+_MOST_FAULTS, _MOST_BLANKS = (
+    20,
+    10_000,
+)  # lines at the beginning of a file: with no document among them it is none
+_PATIENCE = 3000  # milliseconds that a pipe is given to find a writer
 
 # What is no text by its first bytes, and what makes text of it.
 _OTHER_FORMATS = {
@@ -29,7 +38,13 @@ _OTHER_FORMATS = {
 }
 
 
-_TOO_MUCH = f"holds more than {MOST_BYTES >> 20} MiB of text; split it."
+# Byte order marks; that of UTF-32 begins as that of UTF-16.
+_ENCODINGS = {
+    codecs.BOM_UTF32_LE: "utf-32",
+    codecs.BOM_UTF32_BE: "utf-32",
+    codecs.BOM_UTF16_LE: "utf-16",
+    codecs.BOM_UTF16_BE: "utf-16",
+}
 
 
 @dataclass(frozen=True)
@@ -88,13 +103,18 @@ class Source:
         return "stdin" if self.path == "-" else os.fsencode(self.path).decode("utf-8", "replace")
 
     @cached_property
-    def extent(self) -> tuple[int, int]:
-        """How many documents there are, and their bytes."""
+    def extent(self) -> tuple[int | None, int]:
+        """How many documents there are, ``None`` where only reading will tell, and their bytes."""
         try:
+            if self.path == "-" or not os.path.isfile(self.path):
+                return (None if self.is_jsonl else 1), 0
+            size = os.path.getsize(self.path)
             if not self.is_jsonl:
-                return 1, len(self._stream) if self._is_stream else os.path.getsize(self.path)
-            with self._open() as file:
-                sizes = [len(line) for line in _lines_of(file) if line.strip()]
+                return 1, size
+            if size > _COUNTED:
+                return None, 0
+            with open(self.path, "rb") as file:
+                sizes = [len(line) for line, _ in _lines_of(file) if line.strip()]
             return len(sizes), sum(sizes)
         except OSError:  # read() says why
             return 1, 0
@@ -108,77 +128,97 @@ class Source:
                 else:
                     yield self._text(file.read(MOST_BYTES + 1))
         except OSError as error:
-            yield Unreadable(f"{self.name} cannot be read ({error.strerror}); check its permissions.", 0)
+            remedies = {PermissionError: "check its permissions", FileNotFoundError: "it is there no more"}
+            remedy = remedies.get(type(error), "give a text file")
+            yield Unreadable(f"{self.name} cannot be read ({error.strerror}); {remedy}.", 0)
+        except _NobodyWrites:
+            yield Unreadable(f"{self.name} is a pipe that nobody writes into; start its writer first.", 0)
 
-    @property
-    def _is_stream(self) -> bool:
-        return self.path == "-" or not os.path.isfile(self.path)
-
-    @cached_property
-    def _stream(self) -> bytes:
-        """What can be read but once: stdin, or a pipe that has a path."""
+    def _open(self) -> AbstractContextManager[BinaryIO]:
         if self.path == "-":
-            return sys.stdin.buffer.read(MOST_BYTES + 1)
-        with open(self.path, "rb") as file:
-            return file.read(MOST_BYTES + 1)
-
-    def _open(self) -> BinaryIO:
-        return BytesIO(self._stream) if self._is_stream else open(self.path, "rb")
+            return nullcontext(sys.stdin.buffer)
+        if stat.S_ISFIFO(os.stat(self.path).st_mode):
+            return io.BufferedReader(_Pipe(self.path))
+        return open(self.path, "rb")
 
     def _text(self, data: bytes) -> Document | Unreadable:
+        def unreadable(sentence: str) -> Unreadable:
+            return Unreadable(f"{self.name} {sentence}", len(data))
+
         if len(data) > MOST_BYTES:
-            return Unreadable(f"{self.name} {_TOO_MUCH}", len(data))
+            return unreadable(too_much())
         for beginning, sentence in _OTHER_FORMATS.items():
             if data.startswith(beginning):
-                return Unreadable(f"{self.name} {sentence}.", len(data))
+                return unreadable(f"{sentence}.")
+        encoding = next((name for mark, name in _ENCODINGS.items() if data.startswith(mark)), "utf-8-sig")
         try:
-            is_utf_16 = data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
-            text = data.decode("utf-16" if is_utf_16 else "utf-8-sig")
+            text = data.decode(encoding)
         except UnicodeDecodeError as error:
-            return Unreadable(
-                f"{self.name} is not UTF-8 at byte {error.start}; convert it, for instance with iconv.",
-                len(data),
-            )
+            name = encoding.upper().removesuffix("-SIG")
+            return unreadable(f"is not {name} at byte {error.start}; convert it, for instance with iconv.")
         if not text.strip():
-            return Unreadable(f"{self.name} holds no text; give one.", len(data))
+            return unreadable("holds no text; give one.")
+        if "\0" in text:
+            return unreadable(f"holds NUL at character {text.index(chr(0))} and is no text; convert it.")
         return Document(self.name, self.name, text, len(data))
 
     def _lines(self, file: BinaryIO) -> Iterator[Document | Unreadable]:
         line_of: dict[str, int] = {}  # where each id was
-        for number, line in enumerate(_lines_of(file), 1):
+        documents = faults = 0
+        number = 0
+        for number, (line, is_whole) in enumerate(_lines_of(file), 1):
+            if not documents and (faults == _MOST_FAULTS or number - faults > _MOST_BLANKS):
+                yield Unreadable(
+                    f"{self.name} holds no document in its first {number - 1:,} lines and is read no further; give "
+                    "JSON objects, one a line.",
+                    0,
+                )
+                return
             if not line.strip():
                 continue
-            where = f"{self.name} line {number}"
-            if len(line) > MOST_BYTES:
-                yield Unreadable(f"{where} {_TOO_MUCH}", len(line))
+            found = self._document(line, number, line_of)
+            documents += isinstance(found, Document)
+            faults += isinstance(found, Unreadable)
+            yield found
+            if not is_whole:
+                yield Unreadable(f"{self.name} line {number} goes on and on; what may follow is not read.", 0)
                 return
-            try:
-                document_id, parts, is_own = self._parse(line.removeprefix(b"\xef\xbb\xbf"), number)
-            except ValueError as error:
-                yield Unreadable(f"{where} {error}", len(line))
-                continue
-            first = line_of.setdefault(str(document_id), number)
-            if first != number:
-                yield Unreadable(
-                    f"{where} has the id of line {first}, {document_id!r}; give each document its own, or none.",
-                    len(line),
-                )
-                continue
-            yield Document.of_parts(document_id, self.name, parts, len(line), is_own)
+        if documents == faults == 0:
+            yield Unreadable(f"{self.name} holds no document; give JSON objects, one a line.", 0)
+
+    def _document(self, line: bytes, number: int, line_of: dict[str, int]) -> Document | Unreadable:
+        where = f"{self.name} line {number}"
+        if len(line) > MOST_BYTES:
+            return Unreadable(f"{where} {too_much()}", len(line))
+        try:
+            document_id, parts, is_own = self._parse(line.removeprefix(codecs.BOM_UTF8), number)
+        except ValueError as error:
+            return Unreadable(f"{where} {error}", len(line))
+        first = line_of.setdefault(str(document_id), number) if is_own else number
+        if first != number:
+            return Unreadable(
+                f"{where} has the id of line {first}, {_short(document_id)}; give each document its own, or none.",
+                len(line),
+            )
+        return Document.of_parts(document_id, self.name, parts, len(line), is_own)
 
     def _parse(self, line: bytes, number: int) -> tuple[str | int, list[str], bool]:
         try:
             record = json.loads(line.decode("utf-8"))
         except UnicodeDecodeError as error:
             raise ValueError(f"is not UTF-8 at byte {error.start}; convert the file.") from None
-        except (json.JSONDecodeError, RecursionError) as error:
+        except json.JSONDecodeError as error:
             raise ValueError(f"is not valid JSON ({error}); repair it.") from None
+        except RecursionError:
+            raise ValueError("is nested too deep; repair it.") from None
+        except ValueError:  # Python's, whose advice is for programmers
+            raise ValueError("holds a number of thousands of digits; repair it.") from None
         if not isinstance(record, dict):
             raise ValueError(
                 f"holds a {type(record).__name__}; give a JSON object with a {self.text_field!r}."
             )
         if self.text_field not in record:
-            known = ", ".join(map(repr, record)) or "nothing"
+            known = ", ".join(map(_short, islice(record, 8))) or "nothing"
             raise ValueError(f"has no {self.text_field!r} but {known}; name the text with --text-field.")
         text, document_id = record[self.text_field], record.get("id")
         is_own = document_id is not None
@@ -189,7 +229,7 @@ class Source:
             )
         document_id = document_id if is_own else number
         if isinstance(document_id, bool) or not isinstance(document_id, (str, int)):
-            raise ValueError(f"has the id {document_id!r}; give a string or an integer, or none.")
+            raise ValueError(f"has the id {_short(document_id)}; give a string or an integer, or none.")
         try:
             "".join([str(document_id), *parts]).encode()
         except UnicodeEncodeError:
@@ -197,77 +237,51 @@ class Source:
         return document_id, parts, is_own
 
 
-def _lines_of(file: BinaryIO) -> Iterator[bytes]:
-    """Lines, of which one that is too long is cut, and the last."""
+def _lines_of(file: BinaryIO) -> Iterator[tuple[bytes, bool]]:
+    """Lines, of which one that is too long is cut, and whether the next could be found after it."""
     while line := file.readline(MOST_BYTES + 1):
-        yield line
-        if len(line) > MOST_BYTES:
+        skipped, last = 0, line
+        while len(line) > MOST_BYTES and not last.endswith(b"\n") and skipped <= _SKIPPED:
+            last = file.readline(MOST_BYTES)
+            skipped += len(last)
+            if not last:
+                break
+        yield line, skipped <= _SKIPPED
+        if skipped > _SKIPPED:
             return
 
 
-def find_sources(
-    inputs: Iterable[str], *, jsonl: bool = False, text_field: str = "text", leave_out: str | None = None
-) -> tuple[list[Source], list[str]]:
-    """What files, directories (with all below them that is not hidden), globs and ``-`` name, each file once.
-
-    Args:
-        jsonl: stdin and files of any name are JSONL; otherwise those that end in .jsonl.
-        leave_out: a file, the command's own output, that directories and globs do not name.
-
-    Raises:
-        ValueError: when an input is that file.
-
-    Returns:
-        The sources in the order given, those of a directory or glob sorted, and one sentence about each input
-        that names none.
-    """
-    sources: dict[str, Source] = {}
-    problems = []
-    own = leave_out and os.path.realpath(leave_out)
-    for item in inputs:
-        if own and item != "-" and os.path.realpath(item) == own:
-            raise ValueError(
-                f"{item} is the --output, too, which would be read and written; give another file."
-            )
-        try:
-            paths = [path for path in _expand(item) if os.path.realpath(path) != own]
-            if not paths:
-                raise ValueError(f"{item} names nothing but the --output itself; give another.")
-        except ValueError as error:
-            problems.append(str(error))
-            continue
-        for path in paths:
-            is_jsonl = jsonl or path.lower().endswith(".jsonl")
-            key = path if path == "-" else os.path.realpath(path)
-            sources.setdefault(key, Source(path, is_jsonl, text_field))
-    return list(sources.values()), problems
+class _NobodyWrites(Exception):
+    pass
 
 
-def _expand(item: str) -> list[str]:
-    if item == "-":
-        return [item]
-    if os.path.isdir(item):
-        return _documents_below(item)
-    if os.path.exists(item):
-        return [os.path.normpath(item)]
-    if not glob.has_magic(item):
-        raise ValueError(f"{item} is not there; give a text file, a directory, or - for stdin.")
-    found = sorted(path for path in glob.glob(item, recursive=True) if os.path.isfile(path))
-    if not found:
-        raise ValueError(f"{item} matches no file; quote the pattern, and use ** for any depth.")
-    return list(map(os.path.normpath, found))
+class _Pipe(io.FileIO):
+    """A pipe with a name, or the shell's ``<(command)``: its first reading waits for a writer, but not without end."""
+
+    _is_new = True
+
+    def __init__(self, path: str) -> None:
+        super().__init__(os.open(path, os.O_RDONLY | os.O_NONBLOCK))  # blocking, this would wait for a writer
+
+    def readinto(self, buffer: Any) -> int | None:
+        if self._is_new:
+            self._is_new = False
+            poll = select.poll()
+            poll.register(self.fileno(), select.POLLIN)
+            is_written = bool(poll.poll(_PATIENCE))
+            count = super().readinto(buffer)  # None: there is a writer who has not written yet
+            if count == 0 and not is_written:
+                raise _NobodyWrites
+            os.set_blocking(self.fileno(), True)
+            if count is not None:
+                return count
+        return super().readinto(buffer)
 
 
-def _documents_below(directory: str) -> list[str]:
-    found = sorted(
-        os.path.normpath(path)
-        for path in Path(directory).rglob("*")
-        if path.suffix.lower() in SUFFIXES and path.is_file() and not _is_hidden(path.relative_to(directory))
-    )
-    if not found:
-        raise ValueError(f"{directory} holds no {', '.join(SUFFIXES)} file; give files, or a glob.")
-    return found
+def too_much() -> str:
+    """Of a text; a part of a sentence."""
+    return f"holds more than {MOST_BYTES >> 20} MiB of text; split it."
 
 
-def _is_hidden(path: Path) -> bool:
-    return any(part.startswith(".") for part in path.parts)
+def _short(value: object) -> str:
+    return reprlib.repr(value)

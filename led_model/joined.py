@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from led_model.documents import Document, Source, Unreadable
+from led_model.documents import MOST_BYTES, Document, Source, Unreadable, too_much
 
 
 @dataclass
@@ -16,7 +16,7 @@ class Joined:
 
     @property
     def extent(self) -> tuple[int, int]:
-        """How many documents there are, one, and their bytes."""
+        """How many documents there are, one, and its bytes as far as they are known."""
         return 1, sum(source.extent[1] for source in self.sources)
 
     def read(self) -> Iterator[Document | Unreadable]:
@@ -30,6 +30,9 @@ class Joined:
                 else:
                     parts += document.parts or [document.text]
                     size += document.size
+                if size > MOST_BYTES:
+                    yield Unreadable(f"what is joined {too_much()}", size)
+                    return
         if missing:
             yield Unreadable("nothing is joined, for a part is missing; repair it or leave it out.", size)
         elif parts:

@@ -6,22 +6,25 @@ document. An earlier record counts as done when the same would make it again.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import stat
 from collections import defaultdict
-from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 from led_model.documents import Document
+from led_model.finding import identity
+from led_model.terminal import say
 
 try:
     import fcntl
 except ImportError:  # Windows: two runs on one output are the user's to avoid
     fcntl = None
 
-_BEGINNING = b'{"led": "'  # of each record
+_BEGINNINGS = [b'{"led": "%b", "id": ' % command for command in (b"summarize", b"answer", b"classify")]
+_LONGEST_LINE = 2**24  # bytes; a record holds no text of its document
 _NOT_COMPARED = ("model",)  # how a model is spelled, as its fingerprint says what it is
 
 
@@ -29,7 +32,8 @@ class ResultFile:
     """Appends results, each on disk before the next, and knows those of earlier runs.
 
     Nothing in the file changes before the first result is there: then what a killed run left of a record is cut off,
-    or all earlier results if ``overwrite``. Only one process at a time has the file.
+    or all earlier results if ``overwrite``. Only one process at a time has the file, and what another one does to it
+    all the same is noticed before the next result.
 
     Args:
         path: made if it is not there.
@@ -55,20 +59,19 @@ class ResultFile:
         self._keep: int | None = 0 if overwrite else None  # bytes; None: all
         self._needs_newline = False
         self._is_new = not os.path.exists(path)
-        if not Path(path).resolve().parent.is_dir():
-            raise FileNotFoundError(f"the directory of --output {path} is not there; make it first.")
-        if path == "-" or (not self._is_new and not stat.S_ISREG(os.stat(path).st_mode)):
-            raise OSError(
-                f"--output {path} is no regular file; give one, or leave --output out for the terminal."
-            )
+        self._real_path = _checked(path, self._is_new)
         try:
             self._file = open(path, "a+b", buffering=0)  # noqa: SIM115
         except OSError as error:
             raise OSError(f"--output {path} cannot be written ({error.strerror}); give a file.") from None
         try:
+            if identity(self._file.fileno()) in (identity(1), identity(2)):
+                raise OSError(
+                    f"--output {path} is the file that this command prints into, too; redirect it to another."
+                )
             self._lock()
-            if not overwrite:
-                self._read_earlier()
+            self._size = os.fstat(self._file.fileno()).st_size  # as we know it
+            self._read_earlier(counts=not overwrite)
         except BaseException:
             self._close()
             raise
@@ -82,10 +85,15 @@ class ResultFile:
         self._close()
 
     def take(self, document: Document) -> dict[str, Any] | None:
-        """An earlier record of this document's text, if there is one; each record is taken by one document."""
+        """An earlier record of this document's text, if there is one; each record is taken by one document.
+
+        Raises:
+            OSError: when another program has changed the file.
+        """
         places = self._places.get(document.key)
         if not places:
             return None
+        self.check_that_it_is_ours()
         begin, size = places.pop(0)
         self._file.seek(begin)
         return json.loads(self._file.read(size))
@@ -99,21 +107,23 @@ class ResultFile:
         """Returns the record, when it is on disk.
 
         Raises:
-            OSError: when it is not: the disk is full, or the file was deleted or replaced.
+            OSError: when it is not: the disk is full, or the file was deleted, replaced or changed.
         """
-        self.check_that_it_is_there()
+        self.check_that_it_is_ours()
         record = {"led": self.made_by["command"], "id": document.id, "source": document.source} | result
         record |= {"document": document.key, "made_by": self.made_by}
         line = to_line(record).encode() + b"\n"
         try:
             if self._keep is not None:
                 self._file.truncate(self._keep)
-                self._keep = None
+                self._size, self._keep = self._keep, None
             if self._needs_newline:
                 line = b"\n" + line
                 self._needs_newline = False
             while line:
-                line = line[self._file.write(line) :]
+                written = self._file.write(line)
+                self._size += written
+                line = line[written:]
             os.fsync(self._file.fileno())
         except OSError as error:
             raise OSError(
@@ -123,17 +133,18 @@ class ResultFile:
         self.count += 1
         return record
 
-    def check_that_it_is_there(self) -> None:
-        """Raises OSError when the path does not lead to the file any more that results are appended to."""
-        own = os.fstat(self._file.fileno())
-        try:
-            present = os.stat(self.path)
-        except OSError:
-            present = None
-        if present is None or (own.st_dev, own.st_ino) != (present.st_dev, present.st_ino):
+    def check_that_it_is_ours(self) -> None:
+        """Raises OSError when the path does not lead any more to the file that results are appended to, or when that
+        holds less or more than what was appended."""
+        if identity(self._file.fileno()) != identity(self.path):
             raise OSError(
-                f"--output {self.path} was deleted or replaced during the run, and its results are gone; give the "
-                "same command again."
+                f"--output {self.path} was deleted, moved or replaced during the run, and is without its results; "
+                "give the same command again."
+            )
+        if os.fstat(self._file.fileno()).st_size != self._size:
+            raise OSError(
+                f"--output {self.path} was changed by another program during the run; see what it holds, and give "
+                "the same command again."
             )
 
     def _lock(self) -> None:
@@ -141,7 +152,12 @@ class ResultFile:
             return
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        except OSError as error:
+            if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
+                say(
+                    f"--output {self.path} cannot be locked ({error.strerror}); let no other run write into it."
+                )
+                return
             self._is_new = False  # that process has made it since, and it is not ours to take away
             raise OSError(
                 f"--output {self.path} is being written by another process; wait for it, or give another file."
@@ -151,28 +167,30 @@ class ResultFile:
         """A file that was made and got nothing goes again."""
         try:
             if self._is_new and self.count == 0 and os.fstat(self._file.fileno()).st_size == 0:
-                self.check_that_it_is_there()
-                os.unlink(self.path)
+                self.check_that_it_is_ours()
+                os.unlink(self._real_path)
         except OSError:
             pass
         self._file.close()
 
-    def _read_earlier(self) -> None:
+    def _read_earlier(self, counts: bool) -> None:
+        """Every line must be a result, also where all are to go: ``overwrite`` is no leave to lose anything else."""
         whole = 0  # bytes of complete lines
         with open(self.path, "rb") as file:  # with a buffer, unlike the one that is appended to
-            for number, line in enumerate(file, 1):
+            for number, line in enumerate(iter(lambda: file.readline(_LONGEST_LINE), b""), 1):
                 is_complete = line.endswith(b"\n")
                 record = _parse(line)
                 if record is None:
-                    if not is_complete and _begins_as_ours(line):
-                        self._keep = whole
+                    if not is_complete and _is_torn(line):
+                        self._keep = whole if counts else 0
                         return
                     raise ValueError(
                         f"--output {self.path} line {number} is no result of this program; give another file."
                     )
-                self._count(record, number, (whole, len(line)))
+                if counts:
+                    self._count(record, number, (whole, len(line)))
+                    self._needs_newline = not is_complete
                 whole += len(line)
-                self._needs_newline = not is_complete
 
     def _count(self, record: dict[str, Any], number: int, place: tuple[int, int]) -> None:
         """``place``: where its line begins, and how long that is, in bytes."""
@@ -194,26 +212,60 @@ class ResultFile:
             self._hash_of[record["source"], str(record["id"])] = record["document"]
 
 
-def to_line(record: dict[str, Any]) -> str:
-    return json.dumps(record, ensure_ascii=False)
+def to_line(record: dict[str, Any], is_ascii: bool = False) -> str:
+    return json.dumps(record, ensure_ascii=is_ascii)
+
+
+def _checked(path: str, is_new: bool) -> str:
+    """The path without links.
+
+    Raises:
+        OSError: when no results can be appended there.
+    """
+    if path == "-" or (not is_new and not stat.S_ISREG(os.stat(path).st_mode)):
+        raise OSError(
+            f"--output {path} is no regular file; give one, or leave --output out for the terminal."
+        )
+    if not path:
+        raise FileNotFoundError("--output has an empty name; give a file.")
+    real = os.path.realpath(path)
+    if not os.path.isdir(os.path.dirname(real)):
+        raise FileNotFoundError(f"the directory of --output {path} is not there; make it first.")
+    return real
 
 
 def _parse(line: bytes) -> dict[str, Any] | None:
     """A record of ours, else None."""
+    if not line.startswith(tuple(_BEGINNINGS)):
+        return None
     try:
         record = json.loads(line)
         is_ours = (
-            line.startswith(_BEGINNING)
-            and isinstance(record["made_by"], dict)
+            isinstance(record["made_by"], dict)
             and isinstance(record["document"], str)
             and isinstance(record["source"], str)
-            and "id" in record
-            and not {"summary", "answer", "label"}.isdisjoint(record)
+            and isinstance(record["id"], (str, int))
+            and _has_result(record)
         )
     except (ValueError, TypeError, KeyError, RecursionError):
         return None
     return record if is_ours else None
 
 
-def _begins_as_ours(line: bytes) -> bool:
-    return line.startswith(_BEGINNING) or _BEGINNING.startswith(line)
+def _has_result(record: dict[str, Any]) -> bool:
+    """Whether it can be printed."""
+    if "label" not in record:
+        return isinstance(record.get("summary", record.get("answer")), str)
+    numbers = record.get("probabilities", record["label"])
+    return isinstance(numbers, dict) and all(isinstance(number, (int, float)) for number in numbers.values())
+
+
+def _is_torn(line: bytes) -> bool:
+    """Whether it is the beginning of a record and nothing else, which no whole JSON object is."""
+    if not any(line.startswith(known) or known.startswith(line) for known in _BEGINNINGS):
+        return False
+    try:
+        json.loads(line)
+    except (ValueError, RecursionError):
+        return True
+    return False

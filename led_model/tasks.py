@@ -173,10 +173,14 @@ def check_weights(model: nn.Module) -> None:
             raise ValueError(f"the model's {name} holds NaN or infinity; give a sound checkpoint.")
 
 
+class NotFinite(ValueError):
+    """Of one document's numbers, which says nothing of others'."""
+
+
 def check_states(states: Tensor) -> None:
-    """Raises ValueError when what a model computed is not finite."""
+    """Raises NotFinite when what a model computed is not finite."""
     if not bool(states.isfinite().all()):
-        raise ValueError("the model's numbers overflowed; give --dtype float32 or bfloat16.")
+        raise NotFinite("the model's numbers overflowed; give --dtype float32 or bfloat16.")
 
 
 def best_span(start_logits: Tensor, end_logits: Tensor, longest: int) -> tuple[int, int, float]:

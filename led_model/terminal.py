@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 
 from torch import nn
 from tqdm import tqdm
 
+_LONGEST = 2000  # characters of a message
 _is_quiet = ContextVar("is_quiet", default=False)
 
 
@@ -75,4 +76,15 @@ def say(message: str, speaker: str = "led") -> None:
 
 def complain(message: str, speaker: str = "led") -> None:
     """A line on stderr about what failed, also where it is :func:`quiet`."""
-    tqdm.write(f"{speaker}: {message}", file=sys.stderr)
+    with suppress(OSError):  # that nobody can read it is no reason to stop the work
+        tqdm.write(f"{speaker}: {one_line(message)}", file=sys.stderr)
+
+
+def one_line(text: str) -> str:
+    """Names of files, and what checkpoints say, may hold anything: here it moves no cursor and fills no screen."""
+    if len(text) > _LONGEST:
+        text = f"{text[: _LONGEST - 300]} … {text[-300:]}"
+    return "".join(
+        character if character.isprintable() else character.encode("unicode_escape").decode()
+        for character in text
+    )

@@ -10,6 +10,7 @@ import os
 import resource
 import shutil
 import stat
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass, field
@@ -39,24 +40,33 @@ Prepare = Callable[[], object]  # in the directory of the case
 
 @dataclass(frozen=True)
 class Case:
-    """``led`` with ``arguments``, after ``files`` were written and ``prepare`` was called where it runs."""
+    """``led`` with ``arguments``, after ``files`` were written and ``prepare`` was called where it runs.
+
+    ``inside`` is called in its process. ``status`` -1: any that a sentence goes with.
+    """
 
     arguments: str
     status: int
     files: dict[str, str | bytes] = field(default_factory=dict)
     prepare: Prepare | None = None
+    inside: Prepare | None = None
     stdin: str | None = None  # a file
     changes: frozenset[str] = frozenset()
     extra: tuple[str, ...] = ()  # arguments that no shell would split
+    is_silent: bool = False  # for want of a stream that could be read
     says: str = ""
 
     @property
     def name(self) -> str:
-        how = getattr(self.prepare, "__name__", "")
+        how = " ".join(_name(call) for call in (self.prepare, self.inside) if call)
         content = "".join(f" {name}={value[:40]!r}" for name, value in self.files.items())
         where = f" < {self.stdin}" if self.stdin else ""
         extra = (ascii(argument)[:60] for argument in self.extra)
         return " ".join(filter(None, [self.arguments, *extra, how])) + content + where
+
+
+def _name(call: Prepare) -> str:
+    return f"{call.func.__name__}{call.args}" if isinstance(call, partial) else call.__name__
 
 
 def make_checkpoints(scratch: Path) -> None:
@@ -93,8 +103,7 @@ def _documents() -> Iterator[Case]:
         b"", b" \n\t ", b"\x00" * 100, b"%PDF-1.7 text", b"PK\x03\x04 text", b"\x1f\x8b text", b"{\\rtf1 text}",
         b"\xff\xfe\x00\xd8", b"\xe4\xf6\xfc", b"caf\xe9", b"text \x80", b"\xd0\xcf\x11\xe0 text", b"\xff\xfe",
     ):  # fmt: skip
-        status = DONE if content == b"\x00" * 100 else SOME_FAILED
-        yield Case(f"summarize a.txt {MODEL}", status, {"a.txt": content})
+        yield Case(f"summarize a.txt {MODEL}", SOME_FAILED, {"a.txt": content})
     for content in (
         "text".encode("utf-16"),
         b"\xef\xbb\xbftext",
@@ -115,11 +124,26 @@ def _documents() -> Iterator[Case]:
     for source in ("/dev/zero", "/dev/urandom", "/dev/full", "/proc/self/mem", "/proc/self/exe", "pipe"):
         status = SOME_FAILED
         yield Case(f"summarize {source} {MODEL}", status, prepare=_endless_pipe if source == "pipe" else None)
+        yield Case(f"summarize {source} {MODEL} --dry-run", status,
+                   prepare=_endless_pipe if source == "pipe" else None)  # fmt: skip
         yield Case(f"summarize {source} a.txt {MODEL}", status, {"a.txt": "text"}, says='"summary"',
                    prepare=_endless_pipe if source == "pipe" else None)  # fmt: skip
         if source != "pipe":
             yield Case(f"summarize - {MODEL}", status, stdin=source)
             yield Case(f"summarize --jsonl - {MODEL}", status, stdin=source)
+    for extra in ("", "--jsonl", "--output out.jsonl", "--dry-run"):
+        yield Case(f"summarize pipe a.txt {MODEL} {extra}", SOME_FAILED, {"a.txt": "text"}, _idle_pipe)
+    for beginning in ("", '{"text": "x"}\n'):
+        for line in ("\n", "y\n", '{"body": 1}\n'):
+            status = SOME_FAILED
+            yield Case(f"summarize many.jsonl {MODEL}", status, prepare=partial(_repeat, beginning, line))
+    for character in ("w", "w ", "é", "😀", "\\u00e9", "\\ud83d\\ude00"):
+        yield Case(
+            f"summarize long.jsonl {MODEL}", SOME_FAILED, prepare=partial(_long_line, character, 2**24)
+        )
+        yield Case(f"summarize long.jsonl {MODEL} --long truncate", DONE, says="summary",
+                   prepare=partial(_long_line, character, 2**22))  # fmt: skip
+    yield Case(f"summarize long.jsonl {MODEL}", SOME_FAILED, prepare=partial(_long_line, "[],", 2**23))
     yield Case(f"summarize /dev/null {MODEL}", SOME_FAILED)
     yield Case(f"summarize - {MODEL}", SOME_FAILED, stdin="/dev/null")
     yield Case(f"summarize nowhere.txt a.txt {MODEL}", SOME_FAILED, {"a.txt": "text"}, says='"summary"')
@@ -151,7 +175,7 @@ def _lines() -> Iterator[Case]:
         other = '{"id": "other", "text": "other"}'
         status = DONE if line == "" else SOME_FAILED
         yield Case(
-            f"summarize a.jsonl {MODEL}",
+            f"summarize a.jsonl {MODEL} --format jsonl",
             status,
             {"a.jsonl": f"{line}\n{other}".encode("latin-1")},
             says="other",
@@ -161,8 +185,10 @@ def _lines() -> Iterator[Case]:
             status,
             {"a.jsonl": f"{line}\n{other}".encode("latin-1")},
         )
-    for line in ('{"text": "x", "id": null}', '{"text": "x", "id": 10000000000000000000000}', '{"text": "x", "id": ""}',
-                 '{"text": "\\u0000", "id": "\\u0000"}', '{"text": "x", "text": "y"}', '{"text": "x", "id": NaN}'):  # fmt: skip
+    for line in (
+        '{"text": "x", "id": null}', '{"text": "x", "id": 10000000000000000000000}', '{"text": "x", "id": ""}',
+        '{"text": "\\u0000", "id": "\\u0000"}', '{"text": "x", "text": "y"}', '{"text": "x", "id": NaN}',
+    ):  # fmt: skip
         status = SOME_FAILED if "NaN" in line else DONE
         yield Case(f"summarize a.jsonl {MODEL}", status, {"a.jsonl": line})
     same = '{"id": "a", "text": "x"}\n{"id": "a", "text": "y"}'
@@ -195,6 +221,12 @@ def _outputs() -> Iterator[Case]:
         for source in ("a.jsonl", "*.jsonl", "."):
             for overwrite in ("", " --overwrite"):
                 yield Case(f"summarize {source} {MODEL} --output {output}{overwrite}", FAILED, same, _links)
+    yield Case(f"summarize a.txt {MODEL} --output out.jsonl --overwrite", FAILED, prepare=_hard_link,
+               files={"a.txt": "text"})  # fmt: skip
+    yield Case(f"summarize a.txt {MODEL} --output sparse.txt", FAILED, text, _sparse)
+    yield Case(f"summarize a.txt {MODEL} --output sparse.txt --overwrite", FAILED, text, _sparse)
+    yield Case(f"summarize a.txt {MODEL} --output link.txt", FAILED, text, _circular_link)
+    yield Case(f"summarize a.txt {MODEL} --output out.jsonl", FAILED, text, inside=_print_into_output)
     for output in (
         "/dev/full", "/dev/null", "/dev/stdout", "/dev/zero", "-", ".", "..", "pipe", "nowhere/out.jsonl", "a.txt/out",
         "/proc/self/mem", "/proc/version", "/", "dangling/out.jsonl",
@@ -208,7 +240,7 @@ def _outputs() -> Iterator[Case]:
     yield Case(
         f"summarize a.txt {MODEL} --output out.jsonl --overwrite", FAILED, text | {"out.jsonl": FOREIGN}
     )
-    yield Case(f"summarize a.txt {MODEL} --output out.jsonl", FAILED, text, _no_room, says="out.jsonl")
+    yield Case(f"summarize a.txt {MODEL} --output out.jsonl", FAILED, text, inside=_no_room, says="out.jsonl")
     yield Case(f"summarize a.txt {MODEL} --output out.jsonl", FAILED, text, _read_only)
     for model in ("classifier", "qa"):
         command = f"summarize a.txt --model ../{model} --output out.jsonl"
@@ -219,8 +251,8 @@ def _arguments() -> Iterator[Case]:
     text = {"a.txt": "text"}
     numbers = ("-1", "1.5", "1e308", "nan", "inf", "-inf", "four", "", " ", "٣", "0x10", "9" * 40, "9" * 5000)
     for flag in (
-        "--max-new-tokens", "--min-new-tokens", "--num-beams", "--length-penalty", "--no-repeat-ngram-size", "--threads",
-        "--batch-size", "--global-tokens", "--temperature", "--top-k", "--top-p", "--seed",
+        "--max-new-tokens", "--min-new-tokens", "--num-beams", "--length-penalty", "--no-repeat-ngram-size",
+        "--threads", "--batch-size", "--global-tokens", "--temperature", "--top-k", "--top-p", "--seed",
     ):  # fmt: skip
         for value in numbers:
             yield Case("summarize a.txt --model ../model", -1, text, extra=(f"{flag}={value}",))
@@ -246,6 +278,15 @@ def _arguments() -> Iterator[Case]:
     for question in ("", " ", "\0", "\udcff", "why? " * 200, "w" * 2**20, "</s>", "\n", "💥"):
         for model in ("model", "qa"):
             yield Case(f"answer a.txt --model ../{model}", -1, text, extra=("--question", question))
+    for close in (_no_stdin, _no_stdout, _no_stderr, _no_streams, _full_stdout, _full_stderr, _broken_stdout):
+        loses = close in (_no_stdout, _no_streams, _full_stdout, _broken_stdout)
+        silent = close in (_no_stderr, _no_streams, _full_stderr, _broken_stdout)
+        status = FAILED if loses else DONE
+        yield Case(f"summarize a.txt {MODEL}", status, text, inside=close, is_silent=silent)
+        yield Case(f"summarize a.txt {MODEL} --output out.jsonl", DONE, text, inside=close, is_silent=silent)
+        yield Case(f"summarize nowhere a.txt {MODEL} --output out.jsonl", SOME_FAILED, text, inside=close,
+                   is_silent=silent)  # fmt: skip
+    yield Case(f"summarize - a.txt {MODEL}", SOME_FAILED, text, inside=_no_stdin)
     yield Case("classify a.txt --model ../classifier", DONE, text)
     yield Case("classify a.txt --model ../model", FAILED, text)
     yield Case("answer --question x a.txt --model ../classifier", FAILED, text)
@@ -282,6 +323,62 @@ def _one_long_line() -> None:
 def _sparse() -> None:
     with open("sparse.txt", "wb") as file:
         file.truncate(10 * 2**30)
+
+
+def _repeat(beginning: str, line: str) -> None:
+    with open("many.jsonl", "w") as file:
+        file.write(beginning)
+        for _ in range(64):
+            file.write(line * (2**20 // len(line)))
+
+
+def _long_line(character: str, count: int) -> None:
+    is_list = character.startswith("[")
+    with open("long.jsonl", "wb") as file:
+        file.write(b'{"text": [' if is_list else b'{"text": "')
+        file.write(character.encode() * count)
+        file.write(b"1]}" if is_list else b'"}')
+
+
+def _hard_link() -> None:
+    Path("out.jsonl").hardlink_to("a.txt")
+
+
+def _print_into_output() -> None:
+    os.dup2(os.open("out.jsonl", os.O_WRONLY | os.O_CREAT), 1)
+
+
+def _no_stdin() -> None:
+    os.close(0)
+    sys.stdin = None
+
+
+def _no_stdout() -> None:
+    os.close(1)
+    sys.stdout = None
+
+
+def _no_stderr() -> None:
+    os.close(2)
+    sys.stderr = None
+
+
+def _no_streams() -> None:
+    _no_stdin(), _no_stdout(), _no_stderr()
+
+
+def _full_stdout() -> None:
+    os.dup2(os.open("/dev/full", os.O_WRONLY), 1)
+
+
+def _full_stderr() -> None:
+    os.dup2(os.open("/dev/full", os.O_WRONLY), 2)
+
+
+def _broken_stdout() -> None:
+    reading, writing = os.pipe()
+    os.close(reading)
+    os.dup2(writing, 1)
 
 
 def _endless_pipe() -> None:
@@ -349,18 +446,17 @@ def run(case: Case, scratch: Path) -> tuple[str, str | None]:
     try:
         for name, content in case.files.items():
             Path(name).write_bytes(content.encode() if isinstance(content, str) else content)
-        limits_itself = case.prepare is _no_room
-        if case.prepare and not limits_itself:
+        if case.prepare:
             case.prepare()
         contents = _contents()
 
         def command() -> int:
-            if limits_itself:
-                case.prepare()
+            if case.inside:
+                case.inside()
             return main([*case.arguments.split(), *case.extra])
 
         ended = in_process(command, None if case.stdin is None else Path(case.stdin))
-        fault = ended.fault_of_command
+        fault = ended.fault if case.is_silent else ended.fault_of_command
         after = _contents()
         lost = {name for name, content in contents.items() if after.get(name) != content} - case.changes
         if fault is None and case.status >= 0 and ended.status != case.status:

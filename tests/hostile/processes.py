@@ -1,7 +1,7 @@
 """Runs one case after another, each in a process of its own under limits on time and memory.
 
-The processes are forks of this one, so that what a case needs is imported once. Nothing may have started threads before:
-forks have one thread only.
+The processes are forks of this one, so that what a case needs is imported once. Nothing may have started threads
+before: forks have one thread only.
 """
 
 from __future__ import annotations

@@ -7,13 +7,15 @@ import json
 import os
 import re
 import threading
+import time
 from unittest.mock import Mock
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from led_model.documents import Document, Unreadable, find_sources
+from led_model.documents import Document, Unreadable
+from led_model.finding import find_sources
 from led_model.pieces import split
 from led_model.results import ResultFile
 
@@ -119,7 +121,7 @@ def test_a_pipe_is_read_once(tmp_path):
     )
     writer.start()
     [source], _ = find_sources([str(path)], jsonl=True)
-    assert source.extent[0] == 2
+    assert source.extent == (None, 0)
     assert [document.text for document in source.read()] == ["one", "two"]
     writer.join()
 
@@ -201,14 +203,70 @@ def test_other_files_are_left_alone(tmp_path, content, message):
     assert path.read_bytes() == content
 
 
-def test_overwrite_replaces_once_there_is_something_to_replace_by(tmp_path):
+@pytest.mark.parametrize("torn", [b"", line_of("three")[:40]], ids=["whole", "torn"])
+def test_overwrite_replaces_once_there_is_something_to_replace_by(tmp_path, torn):
     path = tmp_path / "out.jsonl"
-    path.write_bytes(b"anything")
+    earlier = line_of("one") + line_of("two", made_by={"--long": "chunk"}) + torn
+    path.write_bytes(earlier)
     with ResultFile(str(path), MADE_BY, overwrite=True) as results:
         assert not results.take(document(text="one"))
-        assert path.read_bytes() == b"anything"
+        assert path.read_bytes() == earlier
         results.append(document(text="one"), {"summary": "ü\n☕"})
     assert path.read_bytes() == line_of("one")
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"anything", line_of("one") + b"my notes\n", b'{"led": "blue", "on": true}', b'{"led": "summarize"}'],
+)
+def test_overwrite_is_no_leave_to_lose_what_is_not_ours(tmp_path, content):
+    path = tmp_path / "out.jsonl"
+    path.write_bytes(content)
+    for overwrite in (False, True):
+        with pytest.raises(ValueError, match="is no result of this program"):
+            ResultFile(str(path), MADE_BY, overwrite=overwrite)
+    assert path.read_bytes() == content
+
+
+def test_a_link_to_nothing_is_not_taken_away(tmp_path):
+    link = tmp_path / "out.jsonl"
+    link.symlink_to("there.jsonl")
+    with ResultFile(str(link), MADE_BY):
+        pass
+    assert link.is_symlink()
+    assert not link.exists()
+    with ResultFile(str(link), MADE_BY) as results:
+        results.append(document(text="one"), {"summary": "ü\n☕"})
+    assert (tmp_path / "there.jsonl").read_bytes() == line_of("one")
+
+
+@pytest.mark.parametrize(
+    "change", [lambda d: d[:-5], lambda d: d + b"{}\n", lambda d: b""], ids=["cut", "longer", "empty"]
+)
+def test_what_another_program_does_to_the_output_is_noticed(tmp_path, change):
+    path = tmp_path / "out.jsonl"
+    path.write_bytes(line_of("one") + line_of("two")[:30])  # of which the next result would cut off the rest
+    with ResultFile(str(path), MADE_BY) as results:
+        damaged = change(path.read_bytes())
+        path.write_bytes(damaged)
+        for use in (
+            lambda: results.append(document(text="three"), {"summary": ""}),
+            lambda: results.take(document(text="one")),
+            results.check_that_it_is_ours,
+        ):
+            with pytest.raises(OSError, match="was changed by another program during the run"):
+                use()
+    assert path.read_bytes() == damaged
+
+
+def test_an_output_that_cannot_be_locked_is_said_to_be(tmp_path, monkeypatch, capsys):
+    def no_locks(*_: object) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr("fcntl.flock", no_locks)
+    with ResultFile(str(tmp_path / "out.jsonl"), MADE_BY) as results:
+        results.append(document(text="one"), {"summary": ""})
+    assert "cannot be locked (No locks available); let no other run write into it" in capsys.readouterr().err
 
 
 def test_output_that_cannot_be_written(tmp_path, monkeypatch):
@@ -262,7 +320,7 @@ def test_an_output_that_goes_during_the_run(tmp_path, how):
         path.unlink()
         if how == "replaced":
             path.write_text("of another")
-        with pytest.raises(OSError, match="was deleted or replaced during the run"):
+        with pytest.raises(OSError, match="was deleted, moved or replaced during the run"):
             results.append(document(text="two"), {"summary": ""})
     assert path.exists() == (how == "replaced")
 
@@ -317,13 +375,131 @@ def test_byte_order_marks(tmp_path, encoding):
 
 def test_endless_inputs_are_read_to_a_bound(tmp_path, monkeypatch):
     monkeypatch.setattr("led_model.documents.MOST_BYTES", 2**16)
-    (tmp_path / "long.jsonl").write_text('{"text": "a"}\n{"text": "' + "b" * 2**17 + '"}\n{"text": "c"}\n')
-    for path, jsonl in (("/dev/zero", False), ("/dev/zero", True), (str(tmp_path / "long.jsonl"), True)):
-        ((source,), _) = find_sources([path], jsonl=jsonl)
-        assert source.extent[1] <= 2**18
-        *good, last = source.read()
-        assert [one.text for one in good] == (["a"] if path.endswith("jsonl") else [])
-        assert "MiB of text; split it" in last.message
+    monkeypatch.setattr("led_model.documents._SKIPPED", 2**18)
+    for jsonl in (False, True):
+        ((source,), _) = find_sources(["/dev/zero"], jsonl=jsonl)
+        first, *others = source.read()
+        assert "MiB of text; split it" in first.message
+        assert ["what may follow is not read" in one.message for one in others] == [True] * jsonl
+
+
+def test_a_line_that_is_too_long_takes_no_other_with_it(tmp_path, monkeypatch):
+    monkeypatch.setattr("led_model.documents.MOST_BYTES", 2**16)
+    path = tmp_path / "long.jsonl"
+    path.write_text('{"text": "a"}\n{"text": "' + "b" * 2**17 + '"}\n{"text": "c"}\n')
+    ((source,), _) = find_sources([str(path)])
+    assert source.extent[0] == 3
+    first, long, last = source.read()
+    assert (first.text, last.text) == ("a", "c")
+    assert "line 2 holds more than" in long.message
+
+
+@pytest.mark.parametrize(
+    ("line", "faults"),
+    [("no JSON\n", 20), ('{"body": "text"}\n', 20), ("\n", 0)],
+    ids=["text", "field", "blank"],
+)
+def test_a_file_of_no_documents_is_read_no_further(tmp_path, line, faults):
+    path = tmp_path / "no.jsonl"
+    path.write_text(line * 20_000 + '{"text": "a"}\n')
+    ((source,), _) = find_sources([str(path)])
+    *each, last = source.read()
+    assert len(each) == faults
+    assert "holds no document in its first" in last.message
+    path.write_text('{"text": "a"}\n' + line * 30 + '{"text": "b"}\n')
+    assert [one.text for one in source.read() if isinstance(one, Document)] == ["a", "b"]
+
+
+def test_lines_without_ids_do_not_clash_with_ids(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"id": 2, "text": "a"}\n{"text": "b"}\n')
+    ((source,), _) = find_sources([str(path)])
+    assert [one.text for one in source.read()] == ["a", "b"]
+
+
+def test_nul_is_no_text(tmp_path):
+    path = tmp_path / "a.txt"
+    for data in (b"\0" * 9, "text".encode("utf-16-le"), b"text\0"):
+        path.write_bytes(data)
+        ((source,), _) = find_sources([str(path)])
+        assert "holds NUL at character" in next(source.read()).message
+
+
+def test_a_pipe_that_nobody_writes_into_is_not_waited_for(tmp_path, monkeypatch):
+    monkeypatch.setattr("led_model.documents._PATIENCE", 50)
+    path = tmp_path / "pipe"
+    os.mkfifo(path)
+    ((source,), _) = find_sources([str(path)])
+    assert "is a pipe that nobody writes into" in next(source.read()).message
+
+
+def test_a_slow_writer_is_waited_for(tmp_path, monkeypatch):
+    monkeypatch.setattr("led_model.documents._PATIENCE", 50)
+    path = tmp_path / "pipe"
+    os.mkfifo(path)
+
+    def write() -> None:
+        with path.open("w") as pipe:
+            time.sleep(0.3)
+            pipe.write("a text")
+
+    writer = threading.Thread(target=write)
+    end = os.open(path, os.O_RDWR)  # so that there is a writer from the beginning
+    writer.start()
+    ((source,), _) = find_sources([str(path)])
+    reader = source.read()
+    threading.Timer(0.5, os.close, [end]).start()
+    assert next(reader).text == "a text"
+    writer.join()
+
+
+def test_links_are_followed_once(tree):
+    """Also where they lead back, which makes as many ways as there are links to the power of the depth."""
+    for name in ("one", "two", "three"):
+        os.symlink(".", f"docs/{name}")
+    os.symlink("sub", "docs/linked")
+    expected = ["docs/b.txt", "docs/sub/deep/d.txt"]
+    for item in ("docs/**/*.txt", "**/*.txt"):
+        sources, problems = find_sources([item])
+        assert sorted(os.path.realpath(source.path) for source in sources) == [
+            os.path.realpath(p) for p in expected
+        ]
+        assert not problems
+    sources, problems = find_sources(["docs"])
+    assert len(sources) == 4
+    assert not problems
+    os.link("docs/b.txt", "docs/hard.txt")
+    assert len(find_sources(["docs"])[0]) == 4
+
+
+def test_what_cannot_be_looked_into_is_said(tree, monkeypatch):
+    os.symlink("nowhere", "docs/gone.txt")
+    os.symlink("circle.txt", "docs/circle.txt")
+    listdir = os.listdir
+
+    def refusing(path: str) -> list[str]:
+        if str(path).endswith("sub"):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), path)
+        return listdir(path)
+
+    monkeypatch.setattr("os.listdir", refusing)
+    sources, problems = find_sources(["docs"])
+    assert [source.path for source in sources] == ["docs/a.MD", "docs/b.txt"]
+    assert any("docs/sub cannot be looked into (Permission denied)" in problem for problem in problems)
+    assert sum("leads to no file that can be reached" in problem for problem in problems) == 2
+
+
+def test_the_output_is_no_input_by_any_name(tree):
+    os.link("docs/b.txt", "hard.txt")
+    os.symlink("docs/b.txt", "soft.txt")
+    for name in ("hard.txt", "soft.txt", "./docs/b.txt"):
+        for item in ("docs/b.txt", "hard.txt", "soft.txt"):
+            with pytest.raises(ValueError, match="is the --output, too"):
+                find_sources([item], leave_out=name)
+        assert find_sources(["*.txt"], leave_out=name) == (
+            [],
+            ["*.txt names nothing but the --output itself; give another."],
+        )
 
 
 def words(text: str) -> list[tuple[int, int]]:

@@ -131,7 +131,7 @@ def test_a_missing_part_joins_nothing(save, capsys):
     flags = ["--join", "--model", save(), "--output", "out.jsonl"]
     assert led("summarize", "0.txt", "1.txt", "2.txt", *flags) == 3
     error = capsys.readouterr().err
-    assert "1.txt is not UTF-8" in error
+    assert "1.txt is not UTF-16" in error
     assert "nothing is joined, for a part is missing" in error
     assert led("summarize", "0.txt", "gone.txt", "2.txt", *flags) == 3
     assert "gone.txt is not there" in capsys.readouterr().err

@@ -159,4 +159,4 @@ def test_an_output_deleted_during_the_run_is_no_success(save, documents, capsys,
 
     monkeypatch.setattr(ResultFile, "append", deleting)
     assert summaries(save(), "docs/0.txt") == 1
-    assert "was deleted or replaced during the run" in capsys.readouterr().err
+    assert "was deleted, moved or replaced during the run" in capsys.readouterr().err
