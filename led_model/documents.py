@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import codecs
+import gc
 import hashlib
 import io
 import json
@@ -12,7 +13,7 @@ import select
 import stat
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import islice
@@ -20,12 +21,10 @@ from typing import Any, BinaryIO
 
 BETWEEN_PARTS = "\n\n"
 MOST_BYTES = 2**25  # of a document: a hundred books, of which Python and the tokenizer hold copies
-_COUNTED = 2**28  # bytes of a file up to which its lines are counted before they are read
+_COUNTED = 100_000  # lines; a file of more is read without having been counted
 _SKIPPED = 4 * MOST_BYTES  # of a line that is too long, until the next is looked for no further
-_MOST_FAULTS, _MOST_BLANKS = (
-    20,
-    10_000,
-)  # lines at the beginning of a file: with no document among them it is none
+# Lines without a document, one after another, from which on a file is taken for one of something else.
+_MOST_FAULTS_FIRST, _MOST_FAULTS, _MOST_BLANKS = 20, 100, 10_000
 _PATIENCE = 3000  # milliseconds that a pipe is given to find a writer
 
 # What is no text by its first bytes, and what makes text of it.
@@ -108,13 +107,15 @@ class Source:
         try:
             if self.path == "-" or not os.path.isfile(self.path):
                 return (None if self.is_jsonl else 1), 0
-            size = os.path.getsize(self.path)
             if not self.is_jsonl:
-                return 1, size
-            if size > _COUNTED:
-                return None, 0
+                return 1, os.path.getsize(self.path)
             with open(self.path, "rb") as file:
-                sizes = [len(line) for line, _ in _lines_of(file) if line.strip()]
+                lines = list(
+                    islice(((len(line), not line.strip()) for line, _ in _lines_of(file)), _COUNTED + 1)
+                )
+            if len(lines) > _COUNTED:
+                return None, 0
+            sizes = [size for size, is_blank in lines if not is_blank]
             return len(sizes), sum(sizes)
         except OSError:  # read() says why
             return 1, 0
@@ -164,24 +165,26 @@ class Source:
 
     def _lines(self, file: BinaryIO) -> Iterator[Document | Unreadable]:
         line_of: dict[str, int] = {}  # where each id was
-        documents = faults = 0
-        number = 0
+        documents = faults = blanks = 0  # the last two since the last document
         for number, (line, is_whole) in enumerate(_lines_of(file), 1):
-            if not documents and (faults == _MOST_FAULTS or number - faults > _MOST_BLANKS):
-                yield Unreadable(
-                    f"{self.name} holds no document in its first {number - 1:,} lines and is read no further; give "
-                    "JSON objects, one a line.",
-                    0,
-                )
-                return
-            if not line.strip():
-                continue
-            found = self._document(line, number, line_of)
-            documents += isinstance(found, Document)
-            faults += isinstance(found, Unreadable)
-            yield found
+            if line.strip():
+                found = self._document(line, number, line_of)
+                yield found
+                if isinstance(found, Document):
+                    documents, faults, blanks = documents + 1, 0, 0
+                else:
+                    faults += 1
+            else:
+                blanks += 1
             if not is_whole:
                 yield Unreadable(f"{self.name} line {number} goes on and on; what may follow is not read.", 0)
+                return
+            if faults == (_MOST_FAULTS if documents else _MOST_FAULTS_FIRST) or blanks > _MOST_BLANKS:
+                yield Unreadable(
+                    f"{self.name} holds no document in {faults + blanks:,} lines up to line {number:,} and is read "
+                    "no further; give JSON objects, one a line.",
+                    0,
+                )
                 return
         if documents == faults == 0:
             yield Unreadable(f"{self.name} holds no document; give JSON objects, one a line.", 0)
@@ -204,7 +207,8 @@ class Source:
 
     def _parse(self, line: bytes, number: int) -> tuple[str | int, list[str], bool]:
         try:
-            record = json.loads(line.decode("utf-8"))
+            with _uncollected():
+                record = json.loads(line.decode("utf-8"))
         except UnicodeDecodeError as error:
             raise ValueError(f"is not UTF-8 at byte {error.start}; convert the file.") from None
         except json.JSONDecodeError as error:
@@ -276,6 +280,18 @@ class _Pipe(io.FileIO):
             if count is not None:
                 return count
         return super().readinto(buffer)
+
+
+@contextmanager
+def _uncollected() -> Iterator[None]:
+    """Python's collector would look through a million lists again and again while they are made."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
 def too_much() -> str:

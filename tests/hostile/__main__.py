@@ -1,4 +1,4 @@
-"""``python -m tests.hostile KIND``: tries hostile checkpoints, documents or calls, and names those that end badly.
+"""``python -m tests.hostile KIND``: tries hostile checkpoints, documents, outputs or calls, and names what ends badly.
 
 Each runs in a process of its own and must end within 5 s of the processor and 1 GiB of memory, by working or in one
 sentence, without a traceback or a signal. The exit status is 0 when all do.
@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.hostile", description=__doc__.split("\n")[0])
-    parser.add_argument("kind", choices=("checkpoints", "documents", "calls"))
+    parser.add_argument("kind", choices=("checkpoints", "documents", "outputs", "calls"))
     parser.add_argument("--every", type=int, default=1, metavar="N", help="only every N-th case")
     parser.add_argument("--only", metavar="TEXT", help="only cases in whose name this is")
     parser.add_argument("--cases", type=int, default=2000, help="number of calls; default: 2000")
@@ -39,9 +39,10 @@ def main() -> int:
 
             trials = calls.trials(args.cases, args.seed)
         else:
-            from tests.hostile import checkpoints, documents
+            from tests.hostile import checkpoints, documents, outputs
 
-            trials = {"checkpoints": checkpoints, "documents": documents}[args.kind].trials(Path(scratch))
+            modules = {"checkpoints": checkpoints, "documents": documents, "outputs": outputs}
+            trials = modules[args.kind].trials(Path(scratch))
         for number, (name, run) in enumerate(trials):
             if number % args.every or (args.only and args.only not in name):
                 continue

@@ -62,20 +62,47 @@ class Ended:
         return None
 
 
-def in_process(case: Callable[[], int | None], stdin: Path | None = None) -> Ended:
+class Process:
     """Runs ``case``, whose result or ``SystemExit`` is the status."""
-    with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
-        before = _pages_in_use(os.getpid())
+
+    def __init__(self, case: Callable[[], int | None], stdin: Path | None = None) -> None:
+        self._before = _pages_in_use(os.getpid())
+        self._began = time.monotonic()
+        self._out, self._err = tempfile.TemporaryFile(), tempfile.TemporaryFile()  # noqa: SIM115
         sys.stdout.flush()
         sys.stderr.flush()
-        pid = os.fork()
-        if pid == 0:
-            _run_child(case, stdin, out, err)
-        status, usage, over = _wait(pid, before)
-        if over:
-            print(f"{over:.1f} s of patience are over", file=sys.stderr)
-        grown = usage.ru_maxrss // 1024 - _mebibytes(before)
-        return Ended(status, _text(out), _text(err), usage.ru_utime + usage.ru_stime, grown)
+        self.pid = os.fork()
+        if self.pid == 0:
+            _run_child(case, stdin, self._out, self._err)
+
+    def end(self, number: int) -> None:
+        os.kill(self.pid, number)
+
+    def wait(self) -> Ended:
+        """Its end, which is a violent one beyond the limits."""
+        while True:
+            done, status, usage = os.wait4(self.pid, os.WNOHANG)
+            if done:
+                break
+            too_large = _mebibytes(_pages_in_use(self.pid) - self._before) > MEBIBYTES
+            too_slow = (
+                time.monotonic() - self._began > _PATIENCE or _processor_seconds(self.pid) > 2 * SECONDS
+            )
+            if too_large or too_slow:
+                self.end(signal.SIGKILL)
+            time.sleep(0.005)
+        with self._out, self._err:
+            return Ended(
+                os.waitstatus_to_exitcode(status),
+                _text(self._out),
+                _text(self._err),
+                usage.ru_utime + usage.ru_stime,
+                usage.ru_maxrss // 1024 - _mebibytes(self._before),
+            )
+
+
+def in_process(case: Callable[[], int | None], stdin: Path | None = None) -> Ended:
+    return Process(case, stdin).wait()
 
 
 def _run_child(case: Callable[[], int | None], stdin: Path | None, out: IO[bytes], err: IO[bytes]) -> None:
@@ -96,20 +123,6 @@ def _run_child(case: Callable[[], int | None], stdin: Path | None, out: IO[bytes
             except (OSError, ValueError):
                 status = status or 120  # as Python itself
         os._exit(status)
-
-
-def _wait(pid: int, before: int) -> tuple[int, resource.struct_rusage, float]:
-    """Status and usage, and for how long the process had waited when it was ended for that."""
-    began = time.monotonic()
-    while True:
-        done, status, usage = os.wait4(pid, os.WNOHANG)
-        waited = time.monotonic() - began
-        if done:
-            return os.waitstatus_to_exitcode(status), usage, waited if waited > _PATIENCE else 0
-        too_large = _mebibytes(_pages_in_use(pid) - before) > MEBIBYTES
-        if too_large or waited > _PATIENCE or _processor_seconds(pid) > 2 * SECONDS:
-            os.kill(pid, signal.SIGKILL)
-        time.sleep(0.005)
 
 
 def _pages_in_use(pid: int) -> int:
