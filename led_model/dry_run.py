@@ -33,13 +33,13 @@ def count_documents(args: Namespace) -> int:
             try:
                 if isinstance(document, Unreadable):
                     raise ValueError(document.message)
-                tokens, pieces = _measure(reader, document)
+                tokens, pieces = _measure(reader, document, args.long)
             except ValueError as error:
                 complain(str(error), f"led {args.command}")
                 failed += 1
                 continue
             lengths.append(tokens)
-            if pieces > 1:
+            if tokens > reader.limit:
                 fate = {
                     "error": "would be left out",
                     "truncate": f"the first {reader.limit:,} would be read",
@@ -68,9 +68,11 @@ def _reader(args: Namespace) -> Reader:
     )
 
 
-def _measure(reader: Reader, document: Document) -> tuple[int, int]:
-    """Tokens of a document, special ones included, and the pieces that it would be read in."""
+def _measure(reader: Reader, document: Document, long: str) -> tuple[int, int]:
+    """Tokens of a document, special ones included, and the pieces that it would be read in, if it is cut in such."""
+    if long in ("error", "truncate"):
+        return reader.count(document), 1
     with quiet():  # how it would be cut is said here
         pieces = reader.pieces(document)
-    around = len(pieces[0].input_ids) - len(pieces[0].offsets)  # question and special tokens, in each piece
-    return around + sum(len(piece.offsets) for piece in pieces), len(pieces)
+    around = len(pieces[0].prefix) + len(pieces[0].suffix)
+    return around + sum(len(piece.ids) for piece in pieces), len(pieces)

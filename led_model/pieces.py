@@ -25,19 +25,30 @@ _BOUNDARIES = [re.compile(p) for p in (r"\n\s*\n", r"[.!?][\"'”’)\]]*\s+", r
 class Piece:
     """A part of a document as the model reads it.
 
-    ``input_ids`` with special tokens; the first ``num_globals`` are global; ``first`` is where the document's
-    own tokens begin, each with its characters in ``offsets``. It is number ``index`` of ``count``.
+    ``ids`` are the document's own, each with its characters in ``offsets``; what stands around them is in
+    ``input_ids``, whose first ``num_globals`` are global. It is number ``index`` of ``count``.
     """
 
     document: Document
-    input_ids: list[int]
+    ids: np.ndarray  # int32 [tokens]
+    offsets: np.ndarray  # int32 [tokens, 2]
+    prefix: list[int]
+    suffix: list[int]
     num_globals: int
-    first: int
-    offsets: np.ndarray  # int64 [tokens, 2]
     index: int
     count: int
     tokens: int  # of the document, as far as it was read
     is_truncated: bool
+
+    @property
+    def input_ids(self) -> list[int]:
+        """Made when they are asked for, as a list takes several times the memory."""
+        return [*self.prefix, *self.ids.tolist(), *self.suffix]
+
+    @property
+    def first(self) -> int:
+        """Where the document's own tokens begin in ``input_ids``."""
+        return len(self.prefix)
 
 
 @dataclass
@@ -85,6 +96,10 @@ class Reader:
         special = len(self._prefix) + len(self._suffix)
         enough = None if self.long == "chunk" else self._room + 1
         ids, offsets, is_all = self._tokens(document, enough)
+        if len(ids) == 0:
+            raise ValueError(
+                f"{document.name} holds no character that the tokenizer knows; give another text."
+            )
         spans, is_truncated = [(0, len(ids))], False
         if len(ids) > self._room:
             total = f"{len(ids) + special:,}" if is_all else f"more than {self.limit:,}"
@@ -102,10 +117,11 @@ class Reader:
         return [
             Piece(
                 document,
-                [*self._prefix, *ids[start:stop].tolist(), *self._suffix],
-                self.global_tokens,
-                len(self._prefix),
+                ids[start:stop],
                 offsets[start:stop],
+                self._prefix,
+                self._suffix,
+                self.global_tokens,
                 index,
                 len(spans),
                 spans[-1][1],
@@ -114,12 +130,17 @@ class Reader:
             for index, (start, stop) in enumerate(spans)
         ]
 
+    def count(self, document: Document) -> int:
+        """Tokens of the whole document, special ones included, without holding them."""
+        own = sum(len(ids) for ids, _, _ in self._windows(document))
+        return len(self._prefix) + own + len(self._suffix)
+
     def _tokens(self, document: Document, enough: int | None) -> tuple[np.ndarray, np.ndarray, bool]:
-        """A document's ids, int64 ``[tokens]``, and their characters, int64 ``[tokens, 2]``: at least ``enough`` of
+        """A document's ids, int32 ``[tokens]``, and their characters, int32 ``[tokens, 2]``: at least ``enough`` of
         them, if there are, and whether they are all."""
-        ids, offsets, count, is_all = [np.empty(0, np.int64)], [np.empty((0, 2), np.int64)], 0, True
+        ids, offsets, count, is_all = [np.empty(0, np.int32)], [np.empty((0, 2), np.int32)], 0, True
         for own_ids, own_offsets, is_last in self._windows(document):
-            ids.append(np.array(own_ids, np.int64))
+            ids.append(np.array(own_ids, np.int32))
             offsets.append(own_offsets)
             count += len(own_ids)
             if enough is not None and count >= enough:
@@ -137,12 +158,12 @@ class Reader:
         first = 0  # character of the part in the whole text
         for part in parts:
             if first:
-                yield [separator], np.array([[first - len(BETWEEN_PARTS), first]]), False
+                yield [separator], np.array([[first - len(BETWEEN_PARTS), first]], np.int32), False
             begin = 0
             while begin < len(part):
                 end = _end_of_window(part, begin)
                 encoded = self._encode(part[begin:end])
-                offsets = np.array(encoded.offset_mapping, np.int64).reshape(-1, 2) + (first + begin)
+                offsets = np.array(encoded.offset_mapping, np.int32).reshape(-1, 2) + np.int32(first + begin)
                 yield encoded.input_ids, offsets, first + end == len(document.text)
                 begin = end
             first += len(part) + len(BETWEEN_PARTS)

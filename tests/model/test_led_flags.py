@@ -154,19 +154,23 @@ def test_smaller_weights_need_a_package(save, capsys, monkeypatch):
     assert error.count("\n") == 1
 
 
-def test_threads(save, monkeypatch):
+@pytest.mark.parametrize(("there", "taken"), [(64, 3), (2, 2)])
+def test_threads(save, monkeypatch, capsys, there, taken):
+    """As many as are wanted, and there."""
     before = torch.get_num_threads()
     seen = []
+    monkeypatch.setattr("os.cpu_count", lambda: there)
     monkeypatch.setattr(
         "led_model.model.LEDModel.encode", lambda *_, **__: seen.append(torch.get_num_threads()) or 1 / 0
     )
     directory = save()
     try:
         with pytest.raises(ZeroDivisionError):
-            led("summarize", "a.txt", "--model", directory, "--threads", before + 1)
+            led("summarize", "a.txt", "--model", directory, "--threads", 3)
     finally:
         torch.set_num_threads(before)
-    assert seen == [before + 1]
+    assert seen == [taken]
+    assert ("--threads is 3 and there are 2 processors" in capsys.readouterr().err) == (taken < 3)
 
 
 def test_quiet(save, capsys, monkeypatch):

@@ -10,6 +10,8 @@ import sys
 import time
 from pathlib import Path
 
+from safetensors.torch import load_file, save_file
+
 from led_model.results import ResultFile
 from tests.model.commands import PARAGRAPHS, TEXT, TEXTS, inputs, led, records
 
@@ -160,3 +162,34 @@ def test_an_output_deleted_during_the_run_is_no_success(save, documents, capsys,
     monkeypatch.setattr(ResultFile, "append", deleting)
     assert summaries(save(), "docs/0.txt") == 1
     assert "was deleted, moved or replaced during the run" in capsys.readouterr().err
+
+
+def test_a_moved_document_is_printed_under_its_name_and_said_to_be(save, documents, capsys):
+    directory = save()
+    assert summaries(directory, "docs/0.txt", "docs/1.txt") == 0
+    Path("docs/0.txt").rename("docs/z.txt")
+    capsys.readouterr()
+    assert summaries(directory, "docs/1.txt", "docs/z.txt", "--format", "jsonl") == 0
+    printed = capsys.readouterr()
+    assert [json.loads(line)["source"] for line in printed.out.splitlines()] == ["docs/1.txt", "docs/z.txt"]
+    assert "1 of the results in out.jsonl stand under names that their documents had before" in printed.err
+    assert len(records()) == 2
+
+
+def test_chance_falls_by_the_batch(save, documents, capsys):
+    directory = save()
+    flags = ["docs", "--do-sample", "--seed", 1]
+    assert summaries(directory, *flags, "--batch-size", 2) == 0
+    assert summaries(directory, *flags) == 1
+    assert "was made with --batch-size 2 and this run has 1" in capsys.readouterr().err
+
+
+def test_one_document_that_overflows_takes_no_other_with_it(save, documents, capsys):
+    directory = save()
+    weights = load_file(directory / "model.safetensors")
+    weights["led.shared.weight"][json.loads((directory / "vocab.json").read_text())["Z"]] = 1e30
+    save_file(weights, directory / "model.safetensors")
+    Path("docs/1.txt").write_text("Z")
+    assert summaries(directory, "docs", "--batch-size", 3) == 3
+    assert "docs/1.txt: the model's numbers overflowed" in capsys.readouterr().err
+    assert len(records()) == 3
