@@ -43,7 +43,9 @@ def not_blank(text: str) -> str:
 def add_output(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output", metavar="FILE.jsonl", help="append results here, and resume from here")
     parser.add_argument(
-        "--overwrite", action="store_true", help="let the first result replace all that --output holds"
+        "--overwrite",
+        action="store_true",
+        help="let the first result replace those that --output holds, of this command or another",
     )
     parser.add_argument(
         "--format",

@@ -36,9 +36,10 @@ and the text a list of strings, the parts of one document.
 With --output each result is on disk before the next document begins. After an
 interruption the same command goes on where it stopped: it leaves out documents
 whose text the file has a result for. Results of another model or other settings
-are never mixed in: --overwrite begins anew. Without --output a single document's
-result is printed as text, on a terminal while it is written unless by beams, and
-those of several as JSONL; --format says otherwise.
+are never mixed in: --overwrite begins anew. A file that holds anything else is
+refused. Without --output a single document's result is printed as text, on a
+terminal while it is written unless by beams, and those of several as JSONL;
+--format says otherwise.
 
 exit status: 0 all documents are done; 1 the command could not run, 2 its arguments
 are wrong; 3 some documents could not be read, each is named on stderr, and all the
