@@ -25,7 +25,7 @@ root=$(cd "$(dirname "$0")/.." && pwd)
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 
-cp -r "$root/led_kernels" "$root/tests" "$root/csrc" "$root/setup.py" "$root/pyproject.toml" "$work"
+cp -r "$root/led_kernels" "$root/led_model" "$root/tests" "$root/csrc" "$root/setup.py" "$root/pyproject.toml" "$work"
 rm -f "$work"/led_kernels/_C*.so "$work"/led_kernels/_build_error.txt
 cd "$work"
 # setuptools reads the version from led_kernels, but nothing else of the project's metadata is needed

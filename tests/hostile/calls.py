@@ -21,6 +21,7 @@ from led_kernels import (
 from led_kernels.decode import decode_attention, few_rows_add_norm, few_rows_linear, write_rows
 from led_kernels.dispatch import backend_module
 from tests.backends import backends_on
+from tests.hostile.model_calls import model_call
 from tests.hostile.processes import Trial, in_process
 
 REFUSALS = (ValueError, TypeError, IndexError, RuntimeError, OverflowError)
@@ -261,6 +262,7 @@ KINDS = {
     "operator": operator_call,
     "decoding": decoding_call,
     "extension": extension_call,
+    "model": lambda rng: model_call(rng, hostile),
 }
 
 
@@ -268,7 +270,7 @@ def call(seed: str) -> int:
     """Makes the call of that seed, prints of which kind it is and how it ended, and returns an exit status."""
     rng = random.Random(seed)
     torch.manual_seed(rng.randrange(2**32))
-    kind = rng.choices(list(KINDS), weights=[5, 4, 4, 4])[0]
+    kind = rng.choices(list(KINDS), weights=[5, 4, 4, 4, 5])[0]
     end = "returned"
     try:
         KINDS[kind](rng)
