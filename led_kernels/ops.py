@@ -14,6 +14,9 @@ from functools import wraps
 
 import torch
 from torch import Tensor
+from torch._library.autograd import make_autograd_impl
+from torch._library.custom_ops import CustomOpDef
+from torch.autograd import forward_ad
 
 from led_kernels.call_checks import check_lse, check_rows, check_seed, check_slots, check_window, lse_dtype
 from led_kernels.dispatch import backend_module
@@ -241,10 +244,31 @@ def _transformable(forward_op: Callable, backward_op: Callable) -> Callable:
     return call
 
 
+def _refuse_tangents(op: CustomOpDef) -> None:
+    """Makes an operator raise for tensors with tangents, which a registration by torch.library drops.
+
+    Here and not in :func:`_transformable`, for a compiled program calls the operator alone. Kernels for the keys of
+    devices go before the one for all, which is the registration's.
+    """
+    reverse_mode = make_autograd_impl(op._opoverload, op)
+
+    def run(keyset, *args):
+        if forward_ad._current_level >= 0 and any(
+            isinstance(x, Tensor) and forward_ad.unpack_dual(x).tangent is not None for x in args
+        ):
+            raise NotImplementedError(_NO_FORWARD_MODE)
+        return reverse_mode(keyset, *args)
+
+    for key in ("AutogradCPU", "AutogradCUDA", "AutogradMeta"):
+        op._lib.impl(op._name, run, key, with_keyset=True)
+
+
 for _forward, _backward in ((banded_forward, banded_backward), (global_forward, global_backward)):
     _forward.register_autograd(_backward_through(_backward), setup_context=_save)
     _backward.register_fake(_fake_backward)
     _backward.register_autograd(_refuse_double_backward)
+    for _op in (_forward, _backward):
+        _refuse_tangents(_op)
 
 banded = _transformable(banded_forward, banded_backward)
 global_ = _transformable(global_forward, global_backward)
