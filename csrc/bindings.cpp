@@ -70,6 +70,7 @@ class Recording {
   }
   void enter() { current = this; }
   void exit() { current = nullptr; }
+  bool is_current() const { return current == this; }
   void replay() const {
     for (const auto& call : calls_) call();
   }
@@ -342,6 +343,7 @@ PYBIND11_MODULE(_C, m) {
       .def(py::init<>())
       .def("__enter__", &Recording::enter)
       .def("__exit__", [](Recording& recording, const py::args&) { recording.exit(); })
+      .def_property_readonly("is_current", &Recording::is_current)
       .def("replay", &Recording::replay, py::call_guard<py::gil_scoped_release>());
 #if defined(LED_KERNELS_WITH_CUDA)
   define_cuda(m);

@@ -50,6 +50,9 @@ inline int64_t itemsize(DType dtype) {
 inline void check_memory(const char* name, const void* data, int64_t bytes, double count, int64_t itemsize) {
   if (count <= 0) return;
   require(data != nullptr, std::string(name) + " was not set.");
+  require(reinterpret_cast<uintptr_t>(data) % static_cast<uintptr_t>(itemsize) == 0,
+          std::string(name) +
+              " lies at an address that is no multiple of its element size; call .clone() on it.");
   require(count * static_cast<double>(itemsize) <= static_cast<double>(bytes),
           std::string(name) + " is smaller than the call's sizes, strides and dtype say.");
 }
@@ -123,11 +126,14 @@ inline void check_call(const Call<AttentionParams>& p, bool is_global, bool is_b
 
 // The values of a mask that lies where the host can read it.
 inline void check_mask_values(const Call<AttentionParams>& p) {
+  int64_t end = 0;  // of the sequences before, of which two that overlap would both write a row
   for (int64_t b = 0; b < p.batch; ++b) {
     const int64_t start = p.mask.seq_start[b], len = p.mask.seq_len[b], count = p.mask.num_globals[b];
     require(len >= 0 && len <= p.max_seqlen, "seq_len of the mask is not 0 to max_seqlen.");
     require(start >= 0 && start + len <= p.mask_rows && (p.mask.packed || start == 0),
             "seq_start of the mask lies outside its rows.");
+    require(!p.mask.packed || start >= end, "seq_start of the mask lies in the sequence before.");
+    end = start + len;
     require(count >= 0 && count <= p.mask.max_globals, "num_globals of the mask is not 0 to max_globals.");
     const int32_t* index = p.mask.global_index + b * p.mask.max_globals;
     for (int64_t slot = 0; slot < count; ++slot) {

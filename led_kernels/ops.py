@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import wraps
+from inspect import signature
 
 import torch
 from torch import Tensor
@@ -18,7 +19,15 @@ from torch._library.autograd import make_autograd_impl
 from torch._library.custom_ops import CustomOpDef
 from torch.autograd import forward_ad
 
-from led_kernels.call_checks import check_lse, check_rows, check_seed, check_slots, check_window, lse_dtype
+from led_kernels.call_checks import (
+    check_lse,
+    check_rows,
+    check_seed,
+    check_slots,
+    check_storage,
+    check_window,
+    lse_dtype,
+)
 from led_kernels.dispatch import backend_module
 from led_kernels.eager import is_transformed
 from led_kernels.mask import LongformerMask
@@ -33,19 +42,28 @@ _NO_DOUBLE_BACKWARD = (
 )
 
 
-def _without_autocast(function: Callable) -> Callable:
-    """api.py has cast the inputs; from there on autocast must not round what a backend computes in torch operations."""
+def _operator(function: Callable) -> Callable:
+    """``function`` as the body of an operator, without autocast and on memory that is there.
+
+    api.py has cast the inputs; from there on autocast must not round what a backend computes in torch operations. The
+    compiled backends compare the memory of each tensor with what they read; torch and Triton do not.
+    """
+    names = tuple(signature(function).parameters)
 
     @wraps(function)
-    def run(q: Tensor, *args):
-        with torch.autocast(q.device.type, enabled=False):
-            return function(q, *args)
+    def run(*args):
+        if args[-1] not in ("cpu", "cuda"):
+            for name, x in zip(names, args, strict=True):
+                if isinstance(x, Tensor):
+                    check_storage(name, x)
+        with torch.autocast(args[0].device.type, enabled=False):
+            return function(*args)
 
     return run
 
 
 @torch.library.custom_op("led_kernels::banded_forward", mutates_args=())
-@_without_autocast
+@_operator
 def banded_forward(
     q: Tensor,
     k: Tensor,
@@ -74,7 +92,7 @@ def banded_forward(
 
 
 @torch.library.custom_op("led_kernels::banded_backward", mutates_args=())
-@_without_autocast
+@_operator
 def banded_backward(
     d_out: Tensor,
     d_lse: Tensor | None,
@@ -108,7 +126,7 @@ def banded_backward(
 
 
 @torch.library.custom_op("led_kernels::global_forward", mutates_args=())
-@_without_autocast
+@_operator
 def global_forward(
     q_global: Tensor,
     k_global: Tensor,
@@ -135,7 +153,7 @@ def global_forward(
 
 
 @torch.library.custom_op("led_kernels::global_backward", mutates_args=())
-@_without_autocast
+@_operator
 def global_backward(
     d_out: Tensor,
     d_lse: Tensor | None,

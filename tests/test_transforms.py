@@ -80,7 +80,6 @@ class TestFunctionTransforms:
         with pytest.raises(NotImplementedError, match=r"double backward .* is not supported"):
             torch.func.grad(lambda x: torch.func.grad(loss)(x).sum())(q)
 
-
     @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
     def test_tangents_do_not_pass_through_a_compiled_program(self, op, backend):
         """In which an operator would be a constant."""

@@ -17,6 +17,8 @@ from led_kernels.backends._extension import (
     _C,
     attention_params,
     banded_lse_shape,
+    contiguous,
+    contiguous_rows,
     element_type,
     global_lse_shape,
     memory,
@@ -38,9 +40,10 @@ def banded_forward(
     seed: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """Banded attention -> out like q, lse ``[batch, heads, seqlen]`` (packed ``[heads, total_rows]``)."""
+    q, k, v = _readable(q, k, v)
     params = _params(q, k, v, mask, softmax_scale, dropout_p, seed)
     params.window_left, params.window_right = window_left, window_right
-    return run_forward(_kernel(_C.cpu_banded_forward), params, q, banded_lse_shape(q))
+    return run_forward(_kernel(_C.cpu_banded_forward), params, q, banded_lse_shape(q), mask)
 
 
 def global_forward(
@@ -53,8 +56,9 @@ def global_forward(
     seed: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """Global attention -> out ``[batch, max_globals, heads, head_dim]``, lse ``[batch, heads, max_globals]``."""
+    q_global, k_global, v_global = _readable(q_global, k_global, v_global)
     params = _params(q_global, k_global, v_global, mask, softmax_scale, dropout_p, seed)
-    return run_forward(_kernel(_C.cpu_global_forward), params, q_global, global_lse_shape(q_global))
+    return run_forward(_kernel(_C.cpu_global_forward), params, q_global, global_lse_shape(q_global), mask)
 
 
 def banded_backward(
@@ -73,9 +77,10 @@ def banded_backward(
     seed: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of :func:`banded_forward`."""
+    q, k, v = _readable(q, k, v)
     params = _params(q, k, v, mask, softmax_scale, dropout_p, seed)
     params.window_left, params.window_right = window_left, window_right
-    return run_backward(_kernel(_C.cpu_banded_backward), params, d_out, d_lse, q, k, v, out, lse)
+    return run_backward(_kernel(_C.cpu_banded_backward), params, d_out, d_lse, q, k, v, out, lse, mask)
 
 
 def global_backward(
@@ -92,9 +97,10 @@ def global_backward(
     seed: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of :func:`global_forward`."""
+    q_global, k_global, v_global = _readable(q_global, k_global, v_global)
     params = _params(q_global, k_global, v_global, mask, softmax_scale, dropout_p, seed)
     kernel = _kernel(_C.cpu_global_backward)
-    return run_backward(kernel, params, d_out, d_lse, q_global, k_global, v_global, out, lse)
+    return run_backward(kernel, params, d_out, d_lse, q_global, k_global, v_global, out, lse, mask)
 
 
 Recording = _C.Recording
@@ -106,10 +112,10 @@ def write_rows(cache: Tensor, position: Tensor, rows: Tensor) -> None:
     batch, heads, n, head_dim = rows.shape
     _check("cache", cache, (batch, heads, cache.shape[2], head_dim), rows)
     _check("position", position, (n,), rows, torch.int64)
-    rows = _contiguous_rows(rows)
+    rows = contiguous_rows("rows", rows)
     if cache.stride(-1) != 1 and head_dim > 1:
         raise ValueError("cache has a non-contiguous last dimension; allocate it contiguous.")
-    position = position.contiguous()
+    position = contiguous("position", position)
     _C.cpu_write_rows(
         element_type(cache.dtype),
         rows.shape,
@@ -127,10 +133,11 @@ def few_rows_linear(x: Tensor, weight: Tensor, bias: Tensor | None, gelu: bool) 
     _check("x", x, (*x.shape[:-1], in_features), weight)
     if bias is not None:
         _check("bias", bias, (out_features,), weight)
-        bias = bias.contiguous()
-    x = x.contiguous()
-    if weight.stride(1) != 1 or weight.stride(0) < in_features:
-        weight = weight.contiguous()
+        bias = contiguous("bias", bias)
+    x = contiguous("x", x)
+    weight = contiguous_rows("weight", weight)
+    if weight.stride(0) < in_features:
+        weight = contiguous("weight", weight)
     y = x.new_empty((*x.shape[:-1], out_features))
     _C.cpu_few_rows_linear(
         element_type(x.dtype),
@@ -155,8 +162,8 @@ def few_rows_add_norm(residual: Tensor, block: Tensor, weight: Tensor, bias: Ten
         ("bias", bias, residual.shape[-1:]),
     ):
         _check(name, x, shape, residual)
-    residual, block = residual.contiguous(), block.contiguous()
-    weight, bias = weight.contiguous(), bias.contiguous()
+    residual, block = contiguous("residual", residual), contiguous("block", block)
+    weight, bias = contiguous("weight", weight), contiguous("bias", bias)
     y = torch.empty_like(residual)
     _C.cpu_few_rows_add_norm(
         element_type(residual.dtype),
@@ -194,13 +201,13 @@ def decode_attention(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None) ->
     params.max_seqlen = k.shape[2]
     params.softmax_scale = head_dim**-0.5
     params.num_threads = torch.get_num_threads()
-    q, k, v = _contiguous_rows(q), _contiguous_rows(k), _contiguous_rows(v)
+    q, k, v = contiguous_rows("q", q), contiguous_rows("k", k), contiguous_rows("v", v)
     params.set_q(_heads(q))
     params.set_k(_heads(k))
     params.set_v(_heads(v))
     params.set_out(_heads(out))
     if visible is not None:
-        visible = visible.contiguous()
+        visible = contiguous("visible", visible)
         masks, _, rows, keys = visible.shape
         params.set_visible(
             memory(visible),
@@ -220,10 +227,6 @@ def _check(
         raise ValueError(
             f"{name} is {tuple(x.shape)} of {x.dtype} on {x.device}; give {tuple(shape)} of {dtype} on the CPU."
         )
-
-
-def _contiguous_rows(x: Tensor) -> Tensor:
-    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def _heads(x: Tensor) -> tuple[int, int, int, int, int]:
@@ -251,6 +254,10 @@ def instruction_set() -> str:
 
 def _kernel(function: Callable) -> Callable[[_C.AttentionParams], None]:
     return lambda params: function(params, instruction_set())
+
+
+def _readable(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    return contiguous_rows("q", q), contiguous_rows("k", k), contiguous_rows("v", v)
 
 
 def _params(
