@@ -8,15 +8,19 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode, _pop_mode
 
 from led_kernels.dispatch import backend_module, choose_backend
 from led_kernels.eager import is_eager
 from led_kernels.projection import is_plain_linear, runs_its_own_code
+
+if TYPE_CHECKING:
+    from led_kernels._C import Recording
 
 _FEW = 16  # rows, from which on torch is as fast
 _MAX_HEAD_DIM = 256
@@ -87,7 +91,7 @@ class CapturedCalls:
     reads what is there now, and overwrites ``result``.
     """
 
-    def __init__(self, result: Tensor, recording: object, kept: list[Tensor]) -> None:
+    def __init__(self, result: Tensor, recording: Recording, kept: list[Tensor]) -> None:
         self.result = result
         self._recording = recording
         self._kept = kept  # the memory that the calls point to
@@ -97,12 +101,16 @@ class CapturedCalls:
         """Runs ``function``; ``None`` when anything but kernels and views computes in it, which no replay would do."""
         if not _cpu_is_chosen(torch.float32):
             return None
-        mode, recording = _KernelsAlone(), backend_module("cpu").Recording()
+        recording = backend_module("cpu").Recording()
+        mode = _KernelsAlone(recording)
         try:
             with mode, recording:
                 result = function()
         except _OtherOperation:
             return None
+        finally:
+            if _get_current_dispatch_mode() is mode:  # Ctrl-C came while it was entered or left
+                _pop_mode()
         return cls(result, recording, mode.kept)
 
     def replay(self) -> None:
@@ -114,15 +122,22 @@ class _OtherOperation(Exception):
 
 
 class _KernelsAlone(TorchDispatchMode):
-    """Lets views and allocations pass, which it keeps, and refuses every other operation of torch."""
+    """Lets views and allocations pass, which it keeps, and refuses every other operation of torch.
+
+    While ``recording`` is the current one and no longer: Ctrl-C can leave a mode in place, whose entry and exit are
+    Python, but not a recording, whose are not.
+    """
 
     _ALLOCATIONS = (torch.ops.aten.new_empty.default, torch.ops.aten.empty_like.default)
 
-    def __init__(self) -> None:
+    def __init__(self, recording: Recording) -> None:
         super().__init__()
+        self._recording = recording
         self.kept: list[Tensor] = []
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if not self._recording.is_current:
+            return function(*args, **kwargs or {})
         if function in self._ALLOCATIONS:
             tensor = function(*args, **kwargs or {})
             self.kept.append(tensor)
