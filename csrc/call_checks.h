@@ -29,6 +29,11 @@ struct Call : Params {
   int64_t mask_rows = 0;  // of each batch entry, or of all sequences when packed
 };
 
+// Elements whose address is no multiple of their size: a caller may copy them and call again.
+struct Misaligned : std::invalid_argument {
+  using std::invalid_argument::invalid_argument;
+};
+
 inline void require(bool good, const std::string& message) {
   if (!good) throw std::invalid_argument(message);
 }
@@ -50,11 +55,11 @@ inline int64_t itemsize(DType dtype) {
 inline void check_memory(const char* name, const void* data, int64_t bytes, double count, int64_t itemsize) {
   if (count <= 0) return;
   require(data != nullptr, std::string(name) + " was not set.");
-  require(reinterpret_cast<uintptr_t>(data) % static_cast<uintptr_t>(itemsize) == 0,
-          std::string(name) +
-              " lies at an address that is no multiple of its element size; call .clone() on it.");
   require(count * static_cast<double>(itemsize) <= static_cast<double>(bytes),
           std::string(name) + " is smaller than the call's sizes, strides and dtype say.");
+  if (reinterpret_cast<uintptr_t>(data) % static_cast<uintptr_t>(itemsize) != 0)
+    throw Misaligned(std::string(name) +
+                     " lies at an address that is no multiple of its element size; call .clone() on it.");
 }
 
 inline void check_rows(const char* name, const RowsRef& x, int64_t bytes, DType dtype, int64_t batch,

@@ -100,11 +100,14 @@ def test_few_rows_of_tensors_at_odd_addresses():
     q, k, v = torch.randn(3, 1, 2, 3, 8).unbind()
     odd = decode_attention(misaligned(q), misaligned(k), misaligned(v))
     assert torch.equal(odd, decode_attention(q, k, v))
-    position = misaligned(torch.tensor([2]))
-    write_rows(k, position, misaligned(q[:, :, :1]))
-    assert torch.equal(k[:, :, 2], q[:, :, 0])
-    with pytest.raises(ValueError, match="cache lies at an address"):
-        write_rows(misaligned(k), position, q[:, :, :1])
+    position, rows = torch.tensor([2]), q[:, :, :1]
+    for given in (
+        (misaligned(k), position, rows),
+        (k, misaligned(position), rows),
+        (k, position, misaligned(rows)),
+    ):
+        with pytest.raises(ValueError, match=r"lies at an address .* call \.clone\(\)"):
+            write_rows(*given)
 
 
 def operators(backend: str, mask: LongformerMask, rows: int) -> dict[str, Tensor]:

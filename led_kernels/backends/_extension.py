@@ -70,10 +70,10 @@ def run_forward(
     params: _C.AttentionParams,
     q: Tensor,
     lse_shape: tuple[int, ...],
-    mask: LongformerMask,
+    has_gaps: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """Allocates out and lse, and runs a forward kernel."""
-    out, lse = new_results(q, lse_shape, mask)
+    """Allocates out and lse, with ``has_gaps`` filled for rows that the kernel leaves, and runs a forward kernel."""
+    out, lse = new_results(q, lse_shape, has_gaps)
     params.set_out(_rows(out))
     params.set_lse(_lse(lse))
     kernel(params)
@@ -90,16 +90,18 @@ def run_backward(
     v: Tensor,
     out: Tensor,
     lse: Tensor,
-    mask: LongformerMask,
+    has_gaps: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Allocates dq, dk and dv, and runs a backward kernel."""
-    d_out, lse = contiguous_rows("d_out", d_out), contiguous("lse", lse)
-    grads = new_gradients((q, k, v), mask)
+    """Allocates dq, dk and dv, with ``has_gaps`` as zeros, and runs a backward kernel."""
+    if d_out.stride(-1) != 1 and d_out.shape[-1] > 1:
+        d_out = copied("d_out", d_out)
+    lse = lse if lse.is_contiguous() else copied("lse", lse)
+    grads = new_gradients((q, k, v), has_gaps)
     params.set_out(_rows(out))
     params.set_lse(_lse(lse))
     params.set_d_out(_rows(d_out))
     if d_lse is not None:
-        d_lse = contiguous("d_lse", d_lse)
+        d_lse = d_lse if d_lse.is_contiguous() else copied("d_lse", d_lse)
         params.set_d_lse(_lse(d_lse))
     for set_grad, grad in zip((params.set_dq, params.set_dk, params.set_dv), grads, strict=True):
         set_grad(_rows(grad))
@@ -113,22 +115,9 @@ def memory(x: Tensor) -> tuple[int, int]:
     return x.data_ptr(), x.untyped_storage().nbytes() - x.storage_offset() * x.itemsize
 
 
-def contiguous(name: str, x: Tensor) -> Tensor:
-    """``x`` as a kernel without strides reads it: a copy unless it is contiguous and aligned."""
-    return x if x.is_contiguous() and _is_aligned(x) else _copied(name, x)
-
-
-def contiguous_rows(name: str, x: Tensor) -> Tensor:
-    """``x`` as a kernel reads it: a copy unless its last dimension is contiguous and its elements are aligned."""
-    return x if (x.stride(-1) == 1 or x.shape[-1] == 1) and _is_aligned(x) else _copied(name, x)
-
-
-def _is_aligned(x: Tensor) -> bool:
-    return x.data_ptr() % x.itemsize == 0
-
-
-def _copied(name: str, x: Tensor) -> Tensor:
-    check_storage(name, x)  # torch copies without a look
+def copied(name: str, x: Tensor) -> Tensor:
+    """A contiguous copy, where torch would not look at how large the storage is."""
+    check_storage(name, x)
     return x.clone(memory_format=torch.contiguous_format)
 
 

@@ -1,4 +1,4 @@
-"""Memory for what the kernels write. A row of packed tensors that belongs to no sequence is written by none of them."""
+"""Memory for what kernels write; those of GPUs leave out the rows of packed tensors that belong to no sequence."""
 
 from __future__ import annotations
 
@@ -6,13 +6,12 @@ import torch
 from torch import Tensor
 
 from led_kernels.call_checks import lse_dtype
-from led_kernels.mask import LongformerMask
 
 
-def new_results(q: Tensor, lse_shape: tuple[int, ...], mask: LongformerMask) -> tuple[Tensor, Tensor]:
-    """out like q, and lse; of a packed mask, which may leave rows to no sequence, zeros and +inf."""
+def new_results(q: Tensor, lse_shape: tuple[int, ...], has_gaps: bool) -> tuple[Tensor, Tensor]:
+    """out like q, and lse; zeros and +inf if there may be rows of no sequence."""
     dtype, device = lse_dtype(q.dtype), q.device
-    if mask.is_packed:
+    if has_gaps:
         out = torch.zeros(q.shape, dtype=q.dtype, device=device)
         return out, torch.full(lse_shape, float("inf"), dtype=dtype, device=device)
     return torch.empty(q.shape, dtype=q.dtype, device=device), torch.empty(
@@ -20,7 +19,7 @@ def new_results(q: Tensor, lse_shape: tuple[int, ...], mask: LongformerMask) -> 
     )
 
 
-def new_gradients(inputs: tuple[Tensor, ...], mask: LongformerMask) -> tuple[Tensor, ...]:
-    """One like each input; of a packed mask zeros."""
-    new = torch.zeros if mask.is_packed else torch.empty
+def new_gradients(inputs: tuple[Tensor, ...], has_gaps: bool) -> tuple[Tensor, ...]:
+    """One like each input; zeros if there may be rows of no sequence."""
+    new = torch.zeros if has_gaps else torch.empty
     return tuple(new(x.shape, dtype=x.dtype, device=x.device) for x in inputs)

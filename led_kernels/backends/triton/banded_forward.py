@@ -246,7 +246,7 @@ def launch_banded_forward(
 ) -> tuple[Tensor, Tensor]:
     """-> out like q, lse fp32 ``[batch, heads, seqlen]`` (packed ``[heads, total_rows]``); softmax_scale > 0."""
     *lead, rows, heads, head_dim = q.shape
-    out, lse = new_results(q, (*lead, heads, rows), mask)
+    out, lse = new_results(q, (*lead, heads, rows), mask.is_packed)
     config = configs.choose("banded_forward", q.dtype, head_dim, dropout_p)
     k_desc, v_desc = (
         descriptor(x, config.block_n) if configs.loads_by_descriptor() else None for x in (k, v)

@@ -332,7 +332,7 @@ def launch_global_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """-> dq like q_global, zeros in unused slots; dk, dv like k_global, zeros on padding rows; softmax_scale > 0."""
     batch, max_globals, heads, head_dim = q_global.shape
-    dq, dk, dv = new_gradients((q_global, k_global, v_global), mask)
+    dq, dk, dv = new_gradients((q_global, k_global, v_global), mask.is_packed)
     if max_globals == 0:
         return dq, dk.zero_(), dv.zero_()
     kernel = "global_dq" if max_globals <= 16 else "global_dq_many"
