@@ -100,7 +100,7 @@ def test_few_rows_of_tensors_at_odd_addresses():
     q, k, v = torch.randn(3, 1, 2, 3, 8).unbind()
     odd = decode_attention(misaligned(q), misaligned(k), misaligned(v))
     assert torch.equal(odd, decode_attention(q, k, v))
-    position, rows = torch.tensor([2]), q[:, :, :1]
+    position, rows = torch.tensor([2]), q[:, :, :1].clone()
     for given in (
         (misaligned(k), position, rows),
         (k, misaligned(position), rows),
