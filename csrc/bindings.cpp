@@ -11,6 +11,7 @@
 
 #include "call_checks.h"
 #include "cpu/kernel_table.h"
+#include "cpu/packed_gaps.h"
 #if defined(LED_KERNELS_WITH_CUDA)
   #include "cuda/kernels.h"
 #endif
@@ -70,6 +71,7 @@ class Recording {
   }
   void enter() { current = this; }
   void exit() { current = nullptr; }
+  bool is_current() const { return current == this; }
   void replay() const {
     for (const auto& call : calls_) call();
   }
@@ -112,7 +114,10 @@ auto cpu_launcher(void (*KernelTable::*kernel)(const InterruptibleParams&), Kind
     led::check_mask_values(call);
     InterruptibleParams params{call};
     if (params.mask.packed) params.max_seqlen = std::min(params.max_seqlen, call.mask_rows);
-    Recording::launch([&table, kernel, params] {
+    const int64_t gap_rows = params.mask.packed ? call.mask_rows : 0;
+    Recording::launch([&table, kernel, params, gap_rows, kind] {
+      if (gap_rows > 0)
+        led::clear_gaps(params, gap_rows, led::itemsize(params.dtype), kind.is_global, kind.is_backward);
       led::Interruption interruption(&signal_raises);
       InterruptibleParams own = params;
       if (is_main_thread()) own.interruption = &interruption;
@@ -220,6 +225,8 @@ PYBIND11_MODULE(_C, m) {
     } catch (const led::Interrupted&) {  // the signal's handler has set Python's error
     }
   });
+
+  py::register_exception<led::Misaligned>(m, "Misaligned", PyExc_ValueError);
 
   py::enum_<led::DType>(m, "DType")
       .value("float32", led::DType::kFloat32)
@@ -342,6 +349,7 @@ PYBIND11_MODULE(_C, m) {
       .def(py::init<>())
       .def("__enter__", &Recording::enter)
       .def("__exit__", [](Recording& recording, const py::args&) { recording.exit(); })
+      .def_property_readonly("is_current", &Recording::is_current)
       .def("replay", &Recording::replay, py::call_guard<py::gil_scoped_release>());
 #if defined(LED_KERNELS_WITH_CUDA)
   define_cuda(m);

@@ -29,6 +29,11 @@ struct Call : Params {
   int64_t mask_rows = 0;  // of each batch entry, or of all sequences when packed
 };
 
+// Elements whose address is no multiple of their size: a caller may copy them and call again.
+struct Misaligned : std::invalid_argument {
+  using std::invalid_argument::invalid_argument;
+};
+
 inline void require(bool good, const std::string& message) {
   if (!good) throw std::invalid_argument(message);
 }
@@ -52,6 +57,9 @@ inline void check_memory(const char* name, const void* data, int64_t bytes, doub
   require(data != nullptr, std::string(name) + " was not set.");
   require(count * static_cast<double>(itemsize) <= static_cast<double>(bytes),
           std::string(name) + " is smaller than the call's sizes, strides and dtype say.");
+  if (reinterpret_cast<uintptr_t>(data) % static_cast<uintptr_t>(itemsize) != 0)
+    throw Misaligned(std::string(name) +
+                     " lies at an address that is no multiple of its element size; call .clone() on it.");
 }
 
 inline void check_rows(const char* name, const RowsRef& x, int64_t bytes, DType dtype, int64_t batch,
@@ -123,11 +131,14 @@ inline void check_call(const Call<AttentionParams>& p, bool is_global, bool is_b
 
 // The values of a mask that lies where the host can read it.
 inline void check_mask_values(const Call<AttentionParams>& p) {
+  int64_t end = 0;  // of the sequences before, of which two that overlap would both write a row
   for (int64_t b = 0; b < p.batch; ++b) {
     const int64_t start = p.mask.seq_start[b], len = p.mask.seq_len[b], count = p.mask.num_globals[b];
     require(len >= 0 && len <= p.max_seqlen, "seq_len of the mask is not 0 to max_seqlen.");
     require(start >= 0 && start + len <= p.mask_rows && (p.mask.packed || start == 0),
             "seq_start of the mask lies outside its rows.");
+    require(!p.mask.packed || start >= end, "seq_start of the mask lies in the sequence before.");
+    end = start + len;
     require(count >= 0 && count <= p.mask.max_globals, "num_globals of the mask is not 0 to max_globals.");
     const int32_t* index = p.mask.global_index + b * p.mask.max_globals;
     for (int64_t slot = 0; slot < count; ++slot) {

@@ -99,6 +99,21 @@ def check_seed(seed: Tensor | None, dropout_p: float, q: Tensor) -> None:
         )
 
 
+def check_storage(name: str, x: Tensor) -> None:
+    """That the memory of ``x`` is as large as its shape and strides say; its storage may have been resized since.
+
+    Raises:
+        ValueError: when it is smaller.
+    """
+    last = sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True))
+    needed = (x.storage_offset() + last + 1) * x.itemsize if x.numel() else 0
+    if (held := x.untyped_storage().nbytes()) < needed:
+        raise ValueError(
+            f"{name} needs {needed} bytes of its storage, which holds {held}: it was shrunk; resize it back, or give "
+            "another tensor."
+        )
+
+
 def _check_kind(name: str, x: Tensor, dtype: torch.dtype, device: torch.device) -> None:
     if x.dtype != dtype or x.device != device:
         raise ValueError(

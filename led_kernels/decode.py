@@ -8,15 +8,20 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.autograd.graph import increment_version
+from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode, _pop_mode
 
 from led_kernels.dispatch import backend_module, choose_backend
-from led_kernels.eager import is_eager
+from led_kernels.eager import is_plain_on_cpu, is_plain_surroundings
 from led_kernels.projection import is_plain_linear, runs_its_own_code
+
+if TYPE_CHECKING:
+    from led_kernels._C import Recording
 
 _FEW = 16  # rows, from which on torch is as fast
 _MAX_HEAD_DIM = 256
@@ -72,9 +77,13 @@ def write_rows(cache: Tensor, position: Tensor, rows: Tensor) -> None:
 
     Raises:
         IndexError: for a position that the cache does not have.
+        RuntimeError: for a cache that torch does not write either: of inference mode outside of it, or expanded.
     """
     if _serves(rows, 3) and _fits_cache(cache, position, rows):
         backend_module("cpu").write_rows(cache, position, rows)
+        increment_version(cache)  # for autograd, which may have saved it
+        if type(mode := _get_current_dispatch_mode()) is _KernelsAlone:
+            mode.written.append(cache)
     else:
         cache.index_copy_(2, position, rows.to(cache.dtype))  # under autocast the rows are narrower
 
@@ -87,26 +96,35 @@ class CapturedCalls:
     reads what is there now, and overwrites ``result``.
     """
 
-    def __init__(self, result: Tensor, recording: object, kept: list[Tensor]) -> None:
+    def __init__(
+        self, result: Tensor, recording: Recording, kept: list[Tensor], written: list[Tensor]
+    ) -> None:
         self.result = result
         self._recording = recording
         self._kept = kept  # the memory that the calls point to
+        self._written = written  # of a caller, for autograd to know
 
     @classmethod
     def of(cls, function: Callable[[], Tensor]) -> CapturedCalls | None:
-        """Runs ``function``; ``None`` when anything but kernels and views computes in it, which no replay would do."""
-        if not _cpu_is_chosen(torch.float32):
+        """Runs ``function``; ``None`` when anything but kernels and views computes in it, or a mode of the caller's
+        looks on, which no replay would do."""
+        if not _cpu_is_chosen(torch.float32) or not is_plain_surroundings():
             return None
-        mode, recording = _KernelsAlone(), backend_module("cpu").Recording()
+        recording = backend_module("cpu").Recording()
+        mode = _KernelsAlone(recording)
         try:
             with mode, recording:
                 result = function()
         except _OtherOperation:
             return None
-        return cls(result, recording, mode.kept)
+        finally:
+            if _get_current_dispatch_mode() is mode:  # Ctrl-C came while it was entered or left
+                _pop_mode()
+        return cls(result, recording, mode.kept, [result, *mode.written])
 
     def replay(self) -> None:
         self._recording.replay()
+        increment_version(self._written)
 
 
 class _OtherOperation(Exception):
@@ -114,15 +132,23 @@ class _OtherOperation(Exception):
 
 
 class _KernelsAlone(TorchDispatchMode):
-    """Lets views and allocations pass, which it keeps, and refuses every other operation of torch."""
+    """Lets views and allocations pass, which it keeps, and refuses every other operation of torch.
+
+    While ``recording`` is the current one and no longer: Ctrl-C can leave a mode in place, whose entry and exit are
+    Python, but not a recording, whose are not.
+    """
 
     _ALLOCATIONS = (torch.ops.aten.new_empty.default, torch.ops.aten.empty_like.default)
 
-    def __init__(self) -> None:
+    def __init__(self, recording: Recording) -> None:
         super().__init__()
+        self._recording = recording
         self.kept: list[Tensor] = []
+        self.written: list[Tensor] = []
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if not self._recording.is_current:
+            return function(*args, **kwargs or {})
         if function in self._ALLOCATIONS:
             tensor = function(*args, **kwargs or {})
             self.kept.append(tensor)
@@ -136,8 +162,8 @@ def _serves(x: Tensor, dims: int) -> bool:
     """Whether the kernels serve tensors like ``x``, of ``dims`` dimensions at least, here and now."""
     return (
         not torch.is_grad_enabled()
-        and is_eager(x, under=_KernelsAlone)
-        and x.device.type == "cpu"
+        and is_plain_surroundings(under=_KernelsAlone)
+        and is_plain_on_cpu(x)
         and x.dim() >= dims
         and not torch.is_autocast_enabled("cpu")
         and _cpu_is_chosen(x.dtype)
@@ -145,9 +171,14 @@ def _serves(x: Tensor, dims: int) -> bool:
 
 
 def _fits_linear(module: nn.Linear, x: Tensor) -> bool:
-    features = module.weight.shape[1]
+    weight, bias = module.weight, module.bias
+    features = x.shape[-1]
     return (
-        x.shape[-1] == features and 0 < x.numel() <= _FEW * features and _alike(x, module.weight, module.bias)
+        weight.dim() == 2
+        and weight.shape[1] == features
+        and (bias is None or bias.shape == weight.shape[:1])
+        and 0 < x.numel() <= _FEW * features
+        and _alike(x, weight, bias)
     )
 
 
@@ -157,7 +188,7 @@ def _fits_norm(norm: nn.Module, residual: Tensor, block: Tensor) -> bool:
         and runs_its_own_code(norm)
         and norm.bias is not None
         and residual.shape == block.shape
-        and residual.shape[-1:] == norm.weight.shape
+        and residual.shape[-1:] == norm.weight.shape == norm.bias.shape == norm.normalized_shape
         and 0 < residual.numel() <= _FEW * residual.shape[-1]
         and _alike(residual, block, norm.weight, norm.bias)
     )
@@ -178,7 +209,7 @@ def _fits_attention(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None) -> 
             visible is None
             or (
                 visible.dtype == torch.bool
-                and visible.device == q.device
+                and is_plain_on_cpu(visible)
                 and visible.dim() == 4
                 and visible.shape[0] in (1, batch)
                 and visible.shape[1] == 1
@@ -200,18 +231,26 @@ def _fits_cache(cache: Tensor, position: Tensor, rows: Tensor) -> bool:
         and rows.numel() > 0
         and position.shape == (n,)
         and position.dtype == torch.int64
-        and position.device == rows.device
+        and is_plain_on_cpu(position)
         and _alike(rows, cache)
+        and _may_be_written(cache, rows)
+    )
+
+
+def _may_be_written(cache: Tensor, rows: Tensor) -> bool:
+    """Whether torch would write ``rows`` to it in place, too."""
+    return (
+        (torch.is_inference_mode_enabled() or not cache.is_inference())
+        and not any(
+            stride == 0 and size > 1 for stride, size in zip(cache.stride(), cache.shape, strict=True)
+        )
+        and cache.untyped_storage()._cdata != rows.untyped_storage()._cdata  # which might overlap
     )
 
 
 def _alike(x: Tensor, *others: Tensor | None) -> bool:
-    """Plain tensors of one dtype and device."""
-    return all(
-        other is None
-        or (other.dtype == x.dtype and other.device == x.device and type(other) in (Tensor, nn.Parameter))
-        for other in others
-    )
+    """Plain tensors on the CPU, of one dtype."""
+    return all(other is None or (other.dtype == x.dtype and is_plain_on_cpu(other)) for other in others)
 
 
 @functools.cache

@@ -11,11 +11,23 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import wraps
+from inspect import signature
 
 import torch
 from torch import Tensor
+from torch._library.autograd import make_autograd_impl
+from torch._library.custom_ops import CustomOpDef
+from torch.autograd import forward_ad
 
-from led_kernels.call_checks import check_lse, check_rows, check_seed, check_slots, check_window, lse_dtype
+from led_kernels.call_checks import (
+    check_lse,
+    check_rows,
+    check_seed,
+    check_slots,
+    check_storage,
+    check_window,
+    lse_dtype,
+)
 from led_kernels.dispatch import backend_module
 from led_kernels.eager import is_transformed
 from led_kernels.mask import LongformerMask
@@ -30,19 +42,28 @@ _NO_DOUBLE_BACKWARD = (
 )
 
 
-def _without_autocast(function: Callable) -> Callable:
-    """api.py has cast the inputs; from there on autocast must not round what a backend computes in torch operations."""
+def _operator(function: Callable) -> Callable:
+    """``function`` as the body of an operator, without autocast and on memory that is there.
+
+    api.py has cast the inputs; from there on autocast must not round what a backend computes in torch operations. The
+    compiled backends compare the memory of each tensor with what they read; torch and Triton do not.
+    """
+    names = tuple(signature(function).parameters)
 
     @wraps(function)
-    def run(q: Tensor, *args):
-        with torch.autocast(q.device.type, enabled=False):
-            return function(q, *args)
+    def run(*args):
+        if args[-1] not in ("cpu", "cuda"):
+            for name, x in zip(names, args, strict=True):
+                if isinstance(x, Tensor):
+                    check_storage(name, x)
+        with torch.autocast(args[0].device.type, enabled=False):
+            return function(*args)
 
     return run
 
 
 @torch.library.custom_op("led_kernels::banded_forward", mutates_args=())
-@_without_autocast
+@_operator
 def banded_forward(
     q: Tensor,
     k: Tensor,
@@ -71,7 +92,7 @@ def banded_forward(
 
 
 @torch.library.custom_op("led_kernels::banded_backward", mutates_args=())
-@_without_autocast
+@_operator
 def banded_backward(
     d_out: Tensor,
     d_lse: Tensor | None,
@@ -105,7 +126,7 @@ def banded_backward(
 
 
 @torch.library.custom_op("led_kernels::global_forward", mutates_args=())
-@_without_autocast
+@_operator
 def global_forward(
     q_global: Tensor,
     k_global: Tensor,
@@ -132,7 +153,7 @@ def global_forward(
 
 
 @torch.library.custom_op("led_kernels::global_backward", mutates_args=())
-@_without_autocast
+@_operator
 def global_backward(
     d_out: Tensor,
     d_lse: Tensor | None,
@@ -241,10 +262,31 @@ def _transformable(forward_op: Callable, backward_op: Callable) -> Callable:
     return call
 
 
+def _refuse_tangents(op: CustomOpDef) -> None:
+    """Makes an operator raise for tensors with tangents, which a registration by torch.library drops.
+
+    Here and not in :func:`_transformable`, for a compiled program calls the operator alone. Kernels for the keys of
+    devices go before the one for all, which is the registration's.
+    """
+    reverse_mode = make_autograd_impl(op._opoverload, op)
+
+    def run(keyset, *args):
+        if forward_ad._current_level >= 0 and any(
+            isinstance(x, Tensor) and forward_ad.unpack_dual(x).tangent is not None for x in args
+        ):
+            raise NotImplementedError(_NO_FORWARD_MODE)
+        return reverse_mode(keyset, *args)
+
+    for key in ("AutogradCPU", "AutogradCUDA", "AutogradMeta"):
+        op._lib.impl(op._name, run, key, with_keyset=True)
+
+
 for _forward, _backward in ((banded_forward, banded_backward), (global_forward, global_backward)):
     _forward.register_autograd(_backward_through(_backward), setup_context=_save)
     _backward.register_fake(_fake_backward)
     _backward.register_autograd(_refuse_double_backward)
+    for _op in (_forward, _backward):
+        _refuse_tangents(_op)
 
 banded = _transformable(banded_forward, banded_backward)
 global_ = _transformable(global_forward, global_backward)

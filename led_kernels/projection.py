@@ -17,6 +17,10 @@ from led_kernels.api import (
 )
 from led_kernels.mask import LongformerMask
 
+# As torch has them: what a caller puts in their place later is seen.
+_FORWARDS = {kind: kind.forward for kind in (nn.Linear, nn.LayerNorm)}
+_CALL = (nn.Module.__call__, nn.Module._call_impl)
+
 
 def encoder_self_attention(
     hidden: Tensor,
@@ -112,9 +116,13 @@ def is_plain_linear(module: nn.Module) -> bool:
 
 
 def runs_its_own_code(module: nn.Module) -> bool:
-    """Whether calling a module with a weight runs its class's forward alone, on a parameter that is a plain tensor."""
+    """Whether calling an ``nn.Linear`` or ``nn.LayerNorm`` runs torch's code alone, on a parameter that is a plain
+    tensor; False for other modules."""
+    kind = type(module)
     return (
-        getattr(module.forward, "__func__", None) is type(module).forward
+        kind in _FORWARDS
+        and getattr(module.forward, "__func__", None) is _FORWARDS[kind]
+        and (kind.__call__, kind._call_impl) == _CALL
         and type(module.weight) is nn.Parameter
         and not module._forward_hooks
         and not module._forward_pre_hooks

@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from led_kernels import decode
 from led_kernels.decode import CapturedCalls, decode_attention, few_rows_add_norm, few_rows_linear, write_rows
@@ -229,6 +230,46 @@ def test_what_no_replay_would_do_is_not_captured(function):
     assert CapturedCalls.of(lambda: function(torch.randn(2, 8))) is None
     x = torch.randn(2, 8)
     assert CapturedCalls.of(lambda: function(x)) is None
+
+
+@needs_extension
+@torch.no_grad()
+@pytest.mark.parametrize("when", ["__enter__", "__exit__"])
+def test_ctrl_c_does_not_leave_a_capture_behind(calls, monkeypatch, when):
+    """It may come when a mode has just been entered, or is about to be left."""
+
+    class Interrupted(decode._KernelsAlone):
+        def __enter__(self):
+            super().__enter__()
+            if when == "__enter__":
+                raise KeyboardInterrupt
+            return self
+
+        def __exit__(self, *error):
+            if when == "__exit__":
+                raise KeyboardInterrupt
+            super().__exit__(*error)
+
+    module, x = nn.Linear(8, 8), torch.randn(2, 8)
+    monkeypatch.setattr(decode, "_KernelsAlone", Interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        CapturedCalls.of(lambda: few_rows_linear(module, x))
+    monkeypatch.undo()
+    assert torch.equal(x + x, 2 * x)
+    assert _get_current_dispatch_mode() is None
+    assert CapturedCalls.of(lambda: few_rows_linear(module, x)) is not None
+
+
+@needs_extension
+@torch.no_grad()
+def test_a_mode_without_its_recording_steps_aside():
+    recording = backend_module("cpu").Recording()
+    x = torch.ones(2)
+    with decode._KernelsAlone(recording):
+        assert torch.equal(x + x, 2 * x)
+        with recording, pytest.raises(decode._OtherOperation):
+            x + x
+        assert torch.equal(x + x, 2 * x)
 
 
 def test_torch_serves_the_rest(calls, monkeypatch):

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -76,6 +79,40 @@ class TestFunctionTransforms:
             loss(forward_ad.make_dual(q, q))
         with pytest.raises(NotImplementedError, match=r"double backward .* is not supported"):
             torch.func.grad(lambda x: torch.func.grad(loss)(x).sum())(q)
+
+    @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+    def test_tangents_do_not_pass_through_a_compiled_program(self, op, backend):
+        """In which an operator would be a constant."""
+
+        def loss(x: Tensor) -> Tensor:
+            return attend(op, x).square().sum()
+
+        def tangent(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+            with forward_ad.dual_level():
+                return forward_ad.unpack_dual(function(forward_ad.make_dual(x, torch.ones_like(x)))).tangent
+
+        compiled = partial(torch.compile, backend=backend)
+        q = queries()
+        for call in (
+            compiled(lambda x: torch.func.jvp(loss, (x,), (x,))[1]),
+            lambda x: torch.func.jvp(compiled(loss), (x,), (x,))[1],
+            lambda x: tangent(compiled(loss), x),
+            compiled(partial(tangent, loss)),
+        ):
+            torch.compiler.reset()
+            with pytest.raises(NotImplementedError, match="forward-mode"):
+                call(q)
+
+
+@pytest.mark.parametrize("requires_grad", [False, True])
+def test_operators_refuse_tangents(requires_grad):
+    settings = (*MASK.tensors(), None, 6, 1, 1, 0.5, 0.0, "torch")
+    with forward_ad.dual_level():
+        q = forward_ad.make_dual(queries().requires_grad_(requires_grad), queries())
+        with pytest.raises(NotImplementedError, match="forward-mode"):
+            torch.ops.led_kernels.banded_forward(q, K, V, *settings)
+        with pytest.raises(NotImplementedError, match="forward-mode"):
+            torch.ops.led_kernels.banded_backward(q, None, K, K, V, K, torch.zeros(1, 2, 6), *settings)
 
 
 class Attention(nn.Module):

@@ -9,7 +9,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from led_kernels.call_checks import lse_dtype
+from led_kernels.backends._results import new_gradients, new_results
+from led_kernels.call_checks import check_storage
 from led_kernels.extras import REINSTALL
 from led_kernels.mask import LongformerMask
 
@@ -69,10 +70,10 @@ def run_forward(
     params: _C.AttentionParams,
     q: Tensor,
     lse_shape: tuple[int, ...],
+    has_gaps: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """Allocates out and lse, and runs a forward kernel."""
-    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    lse = torch.empty(lse_shape, dtype=lse_dtype(q.dtype), device=q.device)
+    """Allocates out and lse, with ``has_gaps`` filled for rows that the kernel leaves, and runs a forward kernel."""
+    out, lse = new_results(q, lse_shape, has_gaps)
     params.set_out(_rows(out))
     params.set_lse(_lse(lse))
     kernel(params)
@@ -89,16 +90,18 @@ def run_backward(
     v: Tensor,
     out: Tensor,
     lse: Tensor,
+    has_gaps: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Allocates dq, dk and dv, and runs a backward kernel."""
-    d_out = d_out if d_out.stride(-1) == 1 or d_out.shape[-1] == 1 else d_out.contiguous()
-    lse = lse.contiguous()
-    grads = tuple(torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
+    """Allocates dq, dk and dv, with ``has_gaps`` as zeros, and runs a backward kernel."""
+    if d_out.stride(-1) != 1 and d_out.shape[-1] > 1:
+        d_out = copied("d_out", d_out)
+    lse = lse if lse.is_contiguous() else copied("lse", lse)
+    grads = new_gradients((q, k, v), has_gaps)
     params.set_out(_rows(out))
     params.set_lse(_lse(lse))
     params.set_d_out(_rows(d_out))
     if d_lse is not None:
-        d_lse = d_lse.contiguous()
+        d_lse = d_lse if d_lse.is_contiguous() else copied("d_lse", d_lse)
         params.set_d_lse(_lse(d_lse))
     for set_grad, grad in zip((params.set_dq, params.set_dk, params.set_dv), grads, strict=True):
         set_grad(_rows(grad))
@@ -107,10 +110,15 @@ def run_backward(
 
 
 def memory(x: Tensor) -> tuple[int, int]:
-    """Address of the first element, and how many bytes lie from there on."""
-    if x.is_contiguous():
-        return x.data_ptr(), x.nbytes
+    """Address of the first element, and how many bytes lie from there on: not x.nbytes, for its storage may have been
+    shrunk since."""
     return x.data_ptr(), x.untyped_storage().nbytes() - x.storage_offset() * x.itemsize
+
+
+def copied(name: str, x: Tensor) -> Tensor:
+    """A contiguous copy, where torch would not look at how large the storage is."""
+    check_storage(name, x)
+    return x.clone(memory_format=torch.contiguous_format)
 
 
 def _rows(x: Tensor) -> tuple[int, int, int, int, int]:

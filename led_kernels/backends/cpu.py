@@ -17,6 +17,7 @@ from led_kernels.backends._extension import (
     _C,
     attention_params,
     banded_lse_shape,
+    copied,
     element_type,
     global_lse_shape,
     memory,
@@ -26,6 +27,24 @@ from led_kernels.backends._extension import (
 from led_kernels.mask import LongformerMask
 
 
+def _copies_misaligned(function: Callable) -> Callable:
+    """``function``, called again with copies of the tensors whose elements do not lie at multiples of their size."""
+
+    @functools.wraps(function)
+    def run(*args):
+        try:
+            return function(*args)
+        except _C.Misaligned:
+            return function(*(copied("a misaligned tensor", x) if _is_misaligned(x) else x for x in args))
+
+    return run
+
+
+def _is_misaligned(x: object) -> bool:
+    return isinstance(x, Tensor) and x.data_ptr() % x.itemsize != 0
+
+
+@_copies_misaligned
 def banded_forward(
     q: Tensor,
     k: Tensor,
@@ -43,6 +62,7 @@ def banded_forward(
     return run_forward(_kernel(_C.cpu_banded_forward), params, q, banded_lse_shape(q))
 
 
+@_copies_misaligned
 def global_forward(
     q_global: Tensor,
     k_global: Tensor,
@@ -57,6 +77,7 @@ def global_forward(
     return run_forward(_kernel(_C.cpu_global_forward), params, q_global, global_lse_shape(q_global))
 
 
+@_copies_misaligned
 def banded_backward(
     d_out: Tensor,
     d_lse: Tensor | None,
@@ -78,6 +99,7 @@ def banded_backward(
     return run_backward(_kernel(_C.cpu_banded_backward), params, d_out, d_lse, q, k, v, out, lse)
 
 
+@_copies_misaligned
 def global_backward(
     d_out: Tensor,
     d_lse: Tensor | None,
@@ -106,10 +128,10 @@ def write_rows(cache: Tensor, position: Tensor, rows: Tensor) -> None:
     batch, heads, n, head_dim = rows.shape
     _check("cache", cache, (batch, heads, cache.shape[2], head_dim), rows)
     _check("position", position, (n,), rows, torch.int64)
-    rows = _contiguous_rows(rows)
+    rows = _contiguous_rows("rows", rows)
     if cache.stride(-1) != 1 and head_dim > 1:
         raise ValueError("cache has a non-contiguous last dimension; allocate it contiguous.")
-    position = position.contiguous()
+    position = _contiguous("position", position)
     _C.cpu_write_rows(
         element_type(cache.dtype),
         rows.shape,
@@ -121,16 +143,17 @@ def write_rows(cache: Tensor, position: Tensor, rows: Tensor) -> None:
     )
 
 
+@_copies_misaligned
 def few_rows_linear(x: Tensor, weight: Tensor, bias: Tensor | None, gelu: bool) -> Tensor:
     """``x`` ``[..., in_features]`` by ``weight`` ``[out_features, in_features]`` -> ``[..., out_features]``."""
     out_features, in_features = weight.shape
     _check("x", x, (*x.shape[:-1], in_features), weight)
     if bias is not None:
         _check("bias", bias, (out_features,), weight)
-        bias = bias.contiguous()
-    x = x.contiguous()
+        bias = bias if bias.is_contiguous() else copied("bias", bias)
+    x = x if x.is_contiguous() else copied("x", x)
     if weight.stride(1) != 1 or weight.stride(0) < in_features:
-        weight = weight.contiguous()
+        weight = _contiguous("weight", weight)
     y = x.new_empty((*x.shape[:-1], out_features))
     _C.cpu_few_rows_linear(
         element_type(x.dtype),
@@ -147,6 +170,7 @@ def few_rows_linear(x: Tensor, weight: Tensor, bias: Tensor | None, gelu: bool) 
     return y
 
 
+@_copies_misaligned
 def few_rows_add_norm(residual: Tensor, block: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
     """Layer norm of ``residual + block``, both ``[..., features]`` -> like them."""
     for name, x, shape in (
@@ -155,8 +179,8 @@ def few_rows_add_norm(residual: Tensor, block: Tensor, weight: Tensor, bias: Ten
         ("bias", bias, residual.shape[-1:]),
     ):
         _check(name, x, shape, residual)
-    residual, block = residual.contiguous(), block.contiguous()
-    weight, bias = weight.contiguous(), bias.contiguous()
+    residual, block = _contiguous("residual", residual), _contiguous("block", block)
+    weight, bias = _contiguous("weight", weight), _contiguous("bias", bias)
     y = torch.empty_like(residual)
     _C.cpu_few_rows_add_norm(
         element_type(residual.dtype),
@@ -173,6 +197,7 @@ def few_rows_add_norm(residual: Tensor, block: Tensor, weight: Tensor, bias: Ten
     return y
 
 
+@_copies_misaligned
 def decode_attention(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None) -> Tensor:
     """``q`` ``[batch, heads, queries, head_dim]`` over ``k, v`` ``[batch, heads, keys, head_dim]`` -> like ``q``,
     as a view of ``[batch, queries, heads, head_dim]``.
@@ -194,13 +219,13 @@ def decode_attention(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None) ->
     params.max_seqlen = k.shape[2]
     params.softmax_scale = head_dim**-0.5
     params.num_threads = torch.get_num_threads()
-    q, k, v = _contiguous_rows(q), _contiguous_rows(k), _contiguous_rows(v)
+    q, k, v = _contiguous_rows("q", q), _contiguous_rows("k", k), _contiguous_rows("v", v)
     params.set_q(_heads(q))
     params.set_k(_heads(k))
     params.set_v(_heads(v))
     params.set_out(_heads(out))
     if visible is not None:
-        visible = visible.contiguous()
+        visible = _contiguous("visible", visible)
         masks, _, rows, keys = visible.shape
         params.set_visible(
             memory(visible),
@@ -222,8 +247,12 @@ def _check(
         )
 
 
-def _contiguous_rows(x: Tensor) -> Tensor:
-    return x if x.stride(-1) == 1 else x.contiguous()
+def _contiguous(name: str, x: Tensor) -> Tensor:
+    return x if x.is_contiguous() else copied(name, x)
+
+
+def _contiguous_rows(name: str, x: Tensor) -> Tensor:
+    return x if x.stride(-1) == 1 else copied(name, x)
 
 
 def _heads(x: Tensor) -> tuple[int, int, int, int, int]:

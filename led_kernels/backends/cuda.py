@@ -48,7 +48,7 @@ def banded_forward(
     q, _, scale = positive_scale(q, softmax_scale)
     params = _params(q, k, v, mask, scale, dropout_p, seed)
     params.window_left, params.window_right = window_left, window_right
-    return run_forward(_kernel("banded_forward", q.device), params, q, banded_lse_shape(q))
+    return run_forward(_kernel("banded_forward", q.device), params, q, banded_lse_shape(q), mask.is_packed)
 
 
 def global_forward(
@@ -64,7 +64,7 @@ def global_forward(
     q_global, _, scale = positive_scale(q_global, softmax_scale)
     params = _params(q_global, k_global, v_global, mask, scale, dropout_p, seed)
     kernel = _kernel("global_forward", q_global.device)
-    return run_forward(kernel, params, q_global, global_lse_shape(q_global))
+    return run_forward(kernel, params, q_global, global_lse_shape(q_global), mask.is_packed)
 
 
 def banded_backward(
@@ -87,7 +87,7 @@ def banded_backward(
     params = _params(q, k, v, mask, scale, dropout_p, seed)
     params.window_left, params.window_right = window_left, window_right
     kernel = _kernel("banded_backward", q.device)
-    dq, dk, dv = run_backward(kernel, params, d_out, d_lse, q, k, v, out, lse)
+    dq, dk, dv = run_backward(kernel, params, d_out, d_lse, q, k, v, out, lse, mask.is_packed)
     return (dq if sign == 1 else dq * sign), dk, dv
 
 
@@ -108,7 +108,9 @@ def global_backward(
     q_global, sign, scale = positive_scale(q_global, softmax_scale)
     params = _params(q_global, k_global, v_global, mask, scale, dropout_p, seed)
     kernel = _kernel("global_backward", q_global.device)
-    dq, dk, dv = run_backward(kernel, params, d_out, d_lse, q_global, k_global, v_global, out, lse)
+    dq, dk, dv = run_backward(
+        kernel, params, d_out, d_lse, q_global, k_global, v_global, out, lse, mask.is_packed
+    )
     return (dq if sign == 1 else dq * sign), dk, dv
 
 

@@ -18,6 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from led_kernels.backends._results import new_gradients
 from led_kernels.backends.triton import configs
 from led_kernels.backends.triton.launch import (
     block_arguments,
@@ -488,7 +489,7 @@ def launch_banded_backward(
     d_out = d_out if d_out.stride(-1) == 1 else d_out.contiguous()
     lse = lse.contiguous()
     d_lse = None if d_lse is None else d_lse.contiguous()
-    dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
+    dq, dk, dv = new_gradients((q, k, v), mask.is_packed)
     arguments = {
         **sequence_arguments(mask, q=q, k=k, v=v, out=out, d_out=d_out, dq=dq, dk=dk, dv=dv),
         **lse_arguments(lse=lse, d_lse=d_lse, delta=torch.empty_like(lse)),

@@ -15,11 +15,11 @@ lse then misses the error bound where they are nearly equal (1.0e-3 instead of 1
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from led_kernels.backends._results import new_results
 from led_kernels.backends.triton import configs
 from led_kernels.backends.triton.launch import (
     block_arguments,
@@ -246,8 +246,7 @@ def launch_banded_forward(
 ) -> tuple[Tensor, Tensor]:
     """-> out like q, lse fp32 ``[batch, heads, seqlen]`` (packed ``[heads, total_rows]``); softmax_scale > 0."""
     *lead, rows, heads, head_dim = q.shape
-    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    lse = torch.empty((*lead, heads, rows), dtype=torch.float32, device=q.device)
+    out, lse = new_results(q, (*lead, heads, rows), mask.is_packed)
     config = configs.choose("banded_forward", q.dtype, head_dim, dropout_p)
     k_desc, v_desc = (
         descriptor(x, config.block_n) if configs.loads_by_descriptor() else None for x in (k, v)

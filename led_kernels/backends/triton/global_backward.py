@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from led_kernels.backends._results import new_gradients
 from led_kernels.backends.triton import configs
 from led_kernels.backends.triton.launch import (
     block_arguments,
@@ -331,9 +332,7 @@ def launch_global_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """-> dq like q_global, zeros in unused slots; dk, dv like k_global, zeros on padding rows; softmax_scale > 0."""
     batch, max_globals, heads, head_dim = q_global.shape
-    dq, dk, dv = (
-        torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q_global, k_global, v_global)
-    )
+    dq, dk, dv = new_gradients((q_global, k_global, v_global), mask.is_packed)
     if max_globals == 0:
         return dq, dk.zero_(), dv.zero_()
     kernel = "global_dq" if max_globals <= 16 else "global_dq_many"

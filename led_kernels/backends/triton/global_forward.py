@@ -19,6 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from led_kernels.backends._results import new_results
 from led_kernels.backends.triton import configs
 from led_kernels.backends.triton.launch import (
     MAX_SPLITS,
@@ -200,8 +201,7 @@ def launch_global_forward(
         "partial_out_ptr": torch.empty((batch, heads, num_splits, max_globals, head_dim), **new),
         "partial_lse_ptr": torch.empty((batch, heads, num_splits, max_globals), **new),
     }
-    out = torch.empty(q_global.shape, dtype=q_global.dtype, device=q_global.device)
-    lse = torch.empty((batch, heads, max_globals), **new)
+    out, lse = new_results(q_global, (batch, heads, max_globals), mask.is_packed)
     _global_forward_kernel[(num_tiles * num_splits, heads, batch)](
         **sequence_arguments(mask, q=q_global, k=k_global, v=v_global),
         **partials,
