@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from led_model.checkpoint import Model, load_pretrained, save_pretrained
+from led_model.checks import check_id_shape
 from led_model.config import LEDConfig
 from led_model.hub import HUB_OPTIONS
 from led_model.quantization import choose_quantizer
@@ -189,8 +190,13 @@ class LEDPreTrainedModel(nn.Module):
         self.tie_weights()
         return base.shared
 
-    def shift_right(self, ids: Tensor) -> Tensor:
-        """Decoder input for teacher forcing: start token, then all but the last id; -100 becomes padding."""
+    def shift_right(self, ids: Tensor, name: str = "ids") -> Tensor:
+        """Decoder input for teacher forcing: start token, then all but the last id; -100 becomes padding.
+
+        Raises:
+            ValueError: with the ``name`` of what are no ids ``[batch, length]``.
+        """
+        check_id_shape(name, ids)
         start = torch.full_like(ids[:, :1], self.config.decoder_start_token_id)
         shifted = torch.cat([start, ids[:, :-1]], dim=1)
         if self.config.pad_token_id is None:
