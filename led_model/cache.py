@@ -87,10 +87,10 @@ class StaticKVCache:
             )
 
     def is_empty_at(self, position: int) -> bool:
-        """Whether nothing was ever written at ``position``, as far as the first layer knows."""
+        """Whether no layer has written anything at ``position``."""
         slots = self.slots_of(self.slots[position : position + 1])
-        return not any(bool(x[:1].index_select(3, slots).any()) for x in (self.keys, self.values)) and bool(
-            self.keys.shape[0]
+        return bool(len(self.keys)) and not any(
+            bool(x.index_select(3, slots).any()) for x in (self.keys, self.values)
         )
 
     def write(self, layer: int, slots: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:

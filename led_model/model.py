@@ -13,9 +13,10 @@ from torch.utils.checkpoint import checkpoint
 
 from led_kernels import LongformerMask
 from led_kernels.decode import few_rows_linear
-from led_model.attention import padding_scores
+from led_model.attention import CrossAttention, DecoderSelfAttention, padding_scores
 from led_model.attention_weights import cross_attentions, decoder_attentions, encoder_attentions
 from led_model.cache import StaticKVCache
+from led_model.captured import remember_code
 from led_model.checks import check_inputs, check_mask, check_states, check_targets, embed
 from led_model.config import LEDConfig
 from led_model.decoder_checks import check_decoder_call
@@ -351,3 +352,16 @@ class LEDForConditionalGeneration(LEDPreTrainedModel):
 
 def _embedding(config: LEDConfig) -> nn.Embedding:
     return nn.Embedding(config.vocab_size, config.d_model, config.pad_token_id)
+
+
+remember_code(
+    LEDForConditionalGeneration,
+    LEDDecoder,
+    DecoderLayer,
+    DecoderSelfAttention,
+    CrossAttention,
+    nn.ModuleList,
+    nn.Embedding,
+    nn.Linear,
+    nn.LayerNorm,
+)
