@@ -222,5 +222,6 @@ def what(value: Any) -> str:
         if value.is_nested:
             return "is a nested tensor"
         kind = "" if value.layout == torch.strided else f"{value.layout} and "
-        return f"is {kind}{value.dtype} of shape {tuple(value.shape)} on {value.device}"
+        place = "" if value.device.type == "cpu" else f" on {value.device}"
+        return f"is {kind}{value.dtype} of shape {tuple(value.shape)}{place}"
     return f"is a {type(value).__name__}" + (f" of {len(value)}" if isinstance(value, (list, tuple)) else "")
