@@ -177,9 +177,10 @@ class LEDModel(LEDPreTrainedModel):
     def __init__(self, config: LEDConfig) -> None:
         super().__init__(config)
         self.shared = _embedding(config)
-        tied = config.tie_word_embeddings
-        self.encoder = LEDEncoder(config, self.shared if tied else _embedding(config))
-        self.decoder = LEDDecoder(config, self.shared if tied else _embedding(config))
+        # a module each: what replaces weights by name for a call (functional_call) cannot put one back that has two
+        tied = self.shared.weight if config.tie_word_embeddings else None
+        self.encoder = LEDEncoder(config, _embedding(config, tied))
+        self.decoder = LEDDecoder(config, _embedding(config, tied))
         self.init_weights(self)
 
     def encode(
@@ -350,8 +351,12 @@ class LEDForConditionalGeneration(LEDPreTrainedModel):
     generate = generate
 
 
-def _embedding(config: LEDConfig) -> nn.Embedding:
-    return nn.Embedding(config.vocab_size, config.d_model, config.pad_token_id)
+def _embedding(config: LEDConfig, weight: nn.Parameter | None = None) -> nn.Embedding:
+    """A new table, or one that reads ``weight``."""
+    table = nn.Embedding(config.vocab_size, config.d_model, config.pad_token_id, _weight=weight)
+    if weight is not None:
+        table.weight = weight
+    return table
 
 
 remember_code(
