@@ -11,6 +11,7 @@ from led_kernels.decode import decode_attention, few_rows_linear
 from led_kernels.projection import encoder_self_attention
 from led_model.cache import StaticKVCache
 from led_model.config import LEDConfig
+from led_model.precision import autocast_dtype
 
 
 class EncoderSelfAttention(nn.Module):
@@ -58,9 +59,7 @@ def padding_scores(attention_mask: Tensor, dtype: torch.dtype) -> Tensor:
 
     Finite, also in what autocast makes of ``dtype``, so that a document of only padding gives no NaN.
     """
-    device_type = attention_mask.device.type
-    if torch.is_autocast_enabled(device_type):
-        dtype = torch.get_autocast_dtype(device_type)
+    dtype = autocast_dtype(attention_mask.device) or dtype
     scores = torch.where(attention_mask != 0, 0.0, torch.finfo(dtype).min)
     return scores.to(dtype)[:, None, None, :]
 

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from led_model.text_checks import check_lengths, columns_of
+
 PADDING = ("longest", "max_length", "do_not_pad")
 
 
@@ -35,9 +37,8 @@ def pad_encoded(
     padding_side: str = "right",
 ) -> BatchEncoding:
     """See ``LEDTokenizer.pad``."""
-    if not isinstance(encoded, Mapping):
-        encoded = {name: [row[name] for row in encoded] for name in (encoded[0] if encoded else ())}
-    columns = {name: _as_lists(values) for name, values in encoded.items()}
+    check_lengths(max_length, pad_to_multiple_of)
+    columns = {name: _as_lists(values) for name, values in columns_of(encoded).items()}
     if "input_ids" not in columns:
         raise ValueError("encoded has no input_ids; give what the tokenizer returned.")
     single = any(isinstance(row, int) for row in columns["input_ids"][:1])
@@ -75,7 +76,7 @@ def pad_encoded(
 
 def strategy_name(name: str, value: bool | str, known: tuple[str, ...]) -> str:
     """``True`` is the first that is ``known``, ``False`` the last."""
-    strategy = {True: known[0], False: known[-1]}.get(value, value)
+    strategy = known[0 if value else -1] if isinstance(value, bool) else value
     if strategy not in known:
         raise ValueError(f"{name} is {value!r}; give True, False or one of {', '.join(known)}.")
     return strategy

@@ -7,6 +7,10 @@ from torch import Tensor, nn
 
 from led_kernels.decode import write_rows
 from led_model.config import LEDConfig
+from led_model.precision import autocast_dtype
+from led_model.schema import check_values, whole
+
+_SIZES = {"batch": whole(0), "max_length": whole(1), "beams": whole(1)}
 
 
 class StaticKVCache:
@@ -27,6 +31,7 @@ class StaticKVCache:
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
     ) -> None:
+        check_values({"batch": batch, "max_length": max_length}, _SIZES)
         heads = config.decoder_attention_heads
         shape = (config.decoder_layers, batch, heads, max_length, config.d_model // heads)
         self.keys = torch.zeros(shape, dtype=dtype, device=device)
@@ -45,12 +50,14 @@ class StaticKVCache:
         """How many positions ``target`` tokens of a step stand at."""
         return target
 
-    def check(self, batch: int, padding_mask: Tensor | None, decoder: nn.Module) -> None:
-        """Whether this is a cache of ``batch`` documents for the layers of ``decoder``, and the mask fits it.
+    def check(self, hidden: Tensor, padding_mask: Tensor | None, decoder: nn.Module) -> None:
+        """Whether this is a cache of what ``hidden``, ``[batch, target, d_model]``, is in the layers of ``decoder``,
+        and the mask fits it.
 
         Raises:
             ValueError: naming ``cache`` or ``attention_mask``.
         """
+        batch = hidden.shape[0]
         layers, rows, heads, _, head_dim = self.keys.shape
         wanted = (len(decoder.layers), batch, decoder.embed_positions.weight.shape[1])
         if (layers, rows, heads * head_dim) != wanted:
@@ -58,16 +65,33 @@ class StaticKVCache:
                 f"cache has {layers} layers, {rows} rows and width {heads * head_dim}; give one built for "
                 f"{wanted[0]} layers, {batch} rows and width {wanted[2]}."
             )
+        dtype, device = decoder.embed_positions.weight.dtype, hidden.device
+        mixed = autocast_dtype(device) is not None
+        if self.keys.device != device or (self.keys.dtype != dtype and not mixed):
+            raise ValueError(
+                f"cache is {self.keys.dtype} on {self.keys.device}; give one built with dtype={dtype} and "
+                f"device={str(device)!r}, as the model is."
+            )
         if padding_mask is not None and (
             not isinstance(padding_mask, Tensor)
             or padding_mask.dim() != 2
             or padding_mask.shape[0] != batch
             or padding_mask.shape[1] > self.max_length
+            or padding_mask.device != device
         ):
             given = getattr(padding_mask, "shape", type(padding_mask).__name__)
+            place = getattr(padding_mask, "device", "no device")
             raise ValueError(
-                f"attention_mask is {given}; give [batch, slots], here [{batch}, at most {self.max_length}]."
+                f"attention_mask is {given} on {place}; give [batch, slots], here [{batch}, at most "
+                f"{self.max_length}] on {device}."
             )
+
+    def is_empty_at(self, position: int) -> bool:
+        """Whether no layer has written anything at ``position``."""
+        slots = self.slots_of(self.slots[position : position + 1])
+        return bool(len(self.keys)) and not any(
+            bool(x.index_select(3, slots).any()) for x in (self.keys, self.values)
+        )
 
     def write(self, layer: int, slots: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """Writes ``[batch, heads, n, head_dim]`` at :meth:`slots_of` their positions; returns the full buffers."""
@@ -116,6 +140,7 @@ class BeamKVCache(StaticKVCache):
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
     ) -> None:
+        check_values({"beams": beams, "max_length": max_length}, _SIZES)
         super().__init__(config, batch, max_length * beams, dtype=dtype, device=device)
         self.slots = torch.arange(max_length, device=device)  # positions: each is one slot per beam
         self.beams = torch.arange(beams, device=device)
@@ -124,6 +149,14 @@ class BeamKVCache(StaticKVCache):
     def positions_of(self, target: int) -> int:
         """One: the tokens of a step are those of the beams at one position."""
         return 1
+
+    def check(self, hidden: Tensor, padding_mask: Tensor | None, decoder: nn.Module) -> None:
+        super().check(hidden, padding_mask, decoder)
+        if hidden.shape[1] != len(self.beams):
+            raise ValueError(
+                f"cache has {len(self.beams)} beams and the decoder's input {hidden.shape[1]} tokens a document; give "
+                "one token for each beam."
+            )
 
     def slots_of(self, position: Tensor) -> Tensor:
         """The slots of all beams at ``position``, int64 ``[1]``: int64 ``[beams]``."""

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from led_kernels.eager import is_eager
+from led_model.precision import autocast_dtype
 
-if TYPE_CHECKING:
-    from led_model.cache import StaticKVCache
+_ID_DTYPES = (torch.int64, torch.int32)  # what a lookup takes
 
 
 def embed(
@@ -39,36 +39,61 @@ def check_inputs(
     position of its own, ``embed_positions``.
 
     Raises:
-        ValueError: for both or neither given, another shape, ids outside the vocabulary, or more tokens than
-            positions; with the argument's name.
+        ValueError: for both or neither given, another shape, dtype or device, no tokens, ids outside the vocabulary,
+            or more tokens than positions; with the argument's name.
     """
     if (ids is None) == (embeds is None):
         both = "missing" if ids is None else "given"
         raise ValueError(f"{ids_name} and {embeds_name} are both {both}; give one of them.")
-    positions, d_model = (
-        stack.embed_positions.weight.shape
-    )  # what the table has now, not what it was built with
+    positions = stack.embed_positions.weight.shape[0]  # as it is now, not as it was built
+    name, given = (embeds_name, embeds) if ids is None else (ids_name, ids)
     if ids is not None:
         check_ids(ids_name, ids, stack.embed_tokens)
-    elif not isinstance(embeds, Tensor) or embeds.dim() != 3 or embeds.shape[2] != d_model:
-        raise ValueError(f"{embeds_name} {_is(embeds)}; give [batch, length, d_model = {d_model}].")
-    name, given = (embeds_name, embeds) if ids is None else (ids_name, ids)
+    else:
+        check_states(embeds_name, embeds, stack.embed_positions)
+    check_some(name, given)
     if one_position_each and given.shape[1] > positions:
         raise ValueError(
             f"{name} has {given.shape[1]} tokens but the position table holds {positions}; cut or split the text."
         )
 
 
-def check_ids(name: str, ids: Any, tokens: nn.Embedding) -> None:
-    """Integer ``[batch, length]`` inside the vocabulary of the table ``tokens``.
+def check_states(name: str, states: Any, table: nn.Embedding) -> None:
+    """``[batch, length, d_model]`` for a model whose embeddings are ``table``: floating point where the table is, no
+    wider than it unless autocast makes it fit.
 
     Raises:
         ValueError: naming the argument.
     """
-    if not isinstance(ids, Tensor) or ids.dim() != 2 or ids.is_floating_point() or ids.dtype == torch.bool:
-        raise ValueError(f"{name} {_is(ids)}; give integer ids as a tensor [batch, length].")
+    d_model, dtype = table.weight.shape[1], table.weight.dtype
+    if not is_dense(states) or states.dim() != 3 or states.shape[2] != d_model:
+        raise ValueError(f"{name} {what(states)}; give [batch, length, d_model = {d_model}].")
+    _check_place(name, states, table)
+    fits = torch.promote_types(states.dtype, dtype) == dtype or autocast_dtype(states.device) is not None
+    if not states.is_floating_point() or not fits:
+        raise ValueError(f"{name} is {states.dtype} and the model {dtype}; convert one of them.")
+
+
+def check_some(name: str, given: Tensor) -> None:
+    """``[batch, length]`` is not of length 0.
+
+    Raises:
+        ValueError: naming the argument.
+    """
+    if given.shape[1] == 0:
+        raise ValueError(f"{name} has no tokens, its shape is {tuple(given.shape)}; give one at least.")
+
+
+def check_ids(name: str, ids: Any, tokens: nn.Embedding) -> None:
+    """int64 or int32 ``[batch, length]`` inside the vocabulary of the table ``tokens``, and where that is.
+
+    Raises:
+        ValueError: naming the argument.
+    """
+    check_id_shape(name, ids)
+    _check_place(name, ids, tokens)
     size = tokens.weight.shape[0]
-    wrong = _outside(ids, size)
+    wrong = outside(ids, 0, size - 1)
     if wrong is not None:
         raise ValueError(
             f"{name} holds id {wrong}, outside the vocabulary of {size}; "
@@ -76,102 +101,127 @@ def check_ids(name: str, ids: Any, tokens: nn.Embedding) -> None:
         )
 
 
-def check_mask(name: str, mask: Any, shape: Sequence[int], of: str) -> None:
-    """``mask`` is ``None`` or has the shape ``[batch, length]`` of the argument ``of``.
+def check_id_shape(name: str, ids: Any) -> None:
+    """int64 or int32 ``[batch, length]``, whatever it holds.
+
+    Raises:
+        ValueError: naming the argument.
+    """
+    if not is_dense(ids) or ids.dim() != 2 or ids.dtype not in _ID_DTYPES:
+        raise ValueError(f"{name} {what(ids)}; give int64 or int32 ids as a tensor [batch, length].")
+
+
+def check_mask(name: str, mask: Any, given: Tensor, of: str) -> None:
+    """``mask`` is ``None`` or numbers of the shape ``[batch, length]`` of ``given``, the argument ``of``, beside it.
 
     Raises:
         ValueError: naming both.
     """
-    if mask is not None and (not isinstance(mask, Tensor) or mask.shape != torch.Size(shape)):
-        raise ValueError(f"{name} {_is(mask)}; give a tensor {tuple(shape)}, as {of} has.")
+    if mask is None:
+        return
+    shape = given.shape[:2]
+    if not is_dense(mask) or mask.shape != shape or mask.is_complex():
+        raise ValueError(f"{name} {what(mask)}; give a tensor {tuple(shape)}, as {of} has.")
+    if mask.device != given.device:
+        raise ValueError(f"{name} is on {mask.device} and {of} on {given.device}; move both to one device.")
+
+
+def check_flags(name: str, mask: Tensor | None) -> None:
+    """Nothing but 0 and 1 is in ``mask``, where looking costs no wait for a device.
+
+    Raises:
+        ValueError: naming the argument.
+    """
+    if mask is None or mask.dtype == torch.bool or not may_look(mask):
+        return
+    if not bool(((mask == 0) | (mask == 1)).all()):
+        raise ValueError(f"{name} holds other values than 0 for padding and 1 for tokens; use these only.")
+
+
+def check_targets(
+    name: str, targets: Any, shapes: Sequence[tuple[int, ...]], logits: Tensor, size: int | None = None
+) -> None:
+    """int64 or int32 of one of the ``shapes``, beside the ``logits`` of which they say the right one; with ``size``
+    each in ``[0, size)``, or -100 where no loss is wanted.
+
+    Raises:
+        ValueError: naming the argument.
+    """
+    check_scores(name, targets, shapes, logits)
+    if targets.dtype not in _ID_DTYPES:
+        raise ValueError(f"{name} {what(targets)}; give int64 or int32 numbers.")
+    if size is None or not may_look(targets):
+        return
+    wrong = outside(targets.masked_fill(targets == -100, 0), 0, size - 1)
+    if wrong is not None:
+        raise ValueError(f"{name} holds {wrong}; give 0 to {size - 1}, or -100 where no loss is wanted.")
+
+
+def check_scores(name: str, targets: Any, shapes: Sequence[tuple[int, ...]], logits: Tensor) -> None:
+    """Numbers of one of the ``shapes``, beside the ``logits`` that they are compared with.
+
+    Raises:
+        ValueError: naming the argument.
+    """
+    wanted = " or ".join(map(str, shapes))
+    if not is_dense(targets) or tuple(targets.shape) not in shapes or targets.is_complex():
+        raise ValueError(f"{name} {what(targets)}; give a tensor {wanted}.")
+    if targets.device != logits.device:
+        raise ValueError(
+            f"{name} is on {targets.device} and the logits on {logits.device}; move one of them."
+        )
 
 
 def check_encoded(encoded: Any, input_ids: Tensor, table: nn.Embedding) -> None:
     """The encoder's output for ``input_ids``, for a model whose embeddings are ``table``.
 
     Raises:
-        ValueError: for another shape or dtype, or a document too many.
+        ValueError: for another shape, dtype or device, or a document too many.
     """
     shape = (*input_ids.shape, table.weight.shape[1])
-    if not isinstance(encoded, Tensor) or encoded.shape != shape:
+    if not is_dense(encoded) or encoded.shape != shape:
         raise ValueError(
-            f"encoded {_is(encoded)}; give [batch, source, d_model] = {shape}, the encoder's output for input_ids."
+            f"encoded {what(encoded)}; give [batch, source, d_model] = {shape}, the encoder's output for input_ids."
         )
-    mixed = torch.is_autocast_enabled(encoded.device.type)
+    _check_place("encoded", encoded, table)
+    mixed = autocast_dtype(encoded.device) is not None
     if not encoded.is_floating_point() or (encoded.dtype != table.weight.dtype and not mixed):
         raise ValueError(
             f"encoded is {encoded.dtype} and the model {table.weight.dtype}; convert one of them."
         )
 
 
-def check_decoder_call(
-    hidden: Tensor,
-    cross_keys_values: Any,
-    cross_mask: Any,
-    attention_mask: Any,
-    cache: StaticKVCache | None,
-    position: Any,
-    stack: nn.Module,
-) -> None:
-    """Holds the decoder's arguments against its embedded tokens ``hidden`` ``[batch, target, d_model]``.
-
-    Raises:
-        ValueError: naming the one that is of another batch, length or width.
-    """
-    batch, target, d_model = hidden.shape
-    if not isinstance(cross_keys_values, Sequence) or len(cross_keys_values) != len(stack.layers):
-        raise ValueError(
-            f"cross_keys_values {_is(cross_keys_values)}; give what cross_keys_values(encoded) returns, "
-            f"one pair for each of {len(stack.layers)} layers."
-        )
-    heads = stack.layers[0].encoder_attn.num_heads if len(stack.layers) else 0
-    source = None
-    for pair in cross_keys_values:
-        for tensor in pair:
-            if source is None and isinstance(tensor, Tensor) and tensor.dim() == 4:
-                source = tensor.shape[2]
-            expected = (batch, heads, source, d_model // heads)
-            if not isinstance(tensor, Tensor) or tensor.shape != expected:
-                raise ValueError(
-                    f"cross_keys_values holds what {_is(tensor)}; give [batch, heads, source, head_dim] = "
-                    f"{expected}, made from the encoder's output for the same documents."
-                )
-    if cross_mask is not None and (
-        not isinstance(cross_mask, Tensor) or cross_mask.shape != (batch, 1, 1, source)
-    ):
-        raise ValueError(
-            f"cross_mask {_is(cross_mask)}; give [batch, 1, 1, source] = {(batch, 1, 1, source)}."
-        )
-    places = stack.embed_positions.weight.shape[0]
-    if cache is None:
-        check_mask("attention_mask", attention_mask, (batch, target), "the decoder's input")
-        count = target
-    else:
-        cache.check(batch, attention_mask, stack)
-        places, count = min(places, cache.max_length), cache.positions_of(target)
-    if position is None:
-        if cache is not None:
-            raise ValueError(
-                "position is missing; give int64 [target], where in the cache the tokens belong."
-            )
+def _check_place(name: str, tensor: Tensor, module: nn.Module) -> None:
+    """On the device of the module's weight, unless hooks move one of them there."""
+    device = module.weight.device
+    if tensor.device == device or "forward" in vars(module) or module._forward_pre_hooks:
         return
-    if not isinstance(position, Tensor) or position.dtype != torch.int64 or position.shape != (count,):
-        raise ValueError(f"position {_is(position)}; give int64 [{count}], the places of the tokens.")
-    wrong = _outside(position, places)
-    if wrong is not None:
-        raise ValueError(f"position holds {wrong}; give 0 to {places - 1}, the places that there are.")
+    raise ValueError(f"{name} is on {tensor.device} and the model on {device}; move one of them.")
 
 
-def _outside(values: Tensor, size: int) -> int | None:
-    """A value that is not in ``[0, size)``. On a GPU that would cost a sync, and there the lookup asserts by itself."""
-    if values.device.type != "cpu" or not values.numel() or not is_eager(values):
+def is_dense(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.layout == torch.strided and not value.is_nested
+
+
+def may_look(values: Tensor) -> bool:
+    """Whether looking at ``values`` waits for no device and ties no program to them."""
+    return values.device.type == "cpu" and is_eager(values)
+
+
+def outside(values: Tensor, low: int, high: int) -> int | None:
+    """A value that is not from ``low`` to ``high``. On a GPU that would cost a sync, and there lookups assert."""
+    if not values.numel() or not may_look(values):
         return None
-    low, high = (int(x) for x in values.aminmax())
-    return low if low < 0 else high if high >= size else None
+    smallest, largest = (int(x) for x in values.aminmax())
+    return smallest if smallest < low else largest if largest > high else None
 
 
-def _is(value: Any) -> str:
+def what(value: Any) -> str:
     """What an argument is, to be said of it: its dtype and shape, or the type of what is no tensor."""
     if isinstance(value, Tensor):
-        return f"is {value.dtype} of shape {tuple(value.shape)}"
+        if value.is_nested:
+            return "is a nested tensor"
+        kind = "" if value.layout == torch.strided else f"{value.layout} and "
+        place = "" if value.device.type == "cpu" else f" on {value.device}"
+        return f"is {kind}{value.dtype} of shape {tuple(value.shape)}{place}"
     return f"is a {type(value).__name__}" + (f" of {len(value)}" if isinstance(value, (list, tuple)) else "")

@@ -13,7 +13,7 @@ from torch import Tensor
 from led_kernels.decode import CapturedCalls, few_rows_linear
 from led_model.attention import padding_scores
 from led_model.cache import BeamKVCache, StaticKVCache
-from led_model.captured import Watched, runs_only_layers
+from led_model.captured import Watched, is_plain_here, runs_imported, runs_only_layers
 from led_model.generation_config import GenerationConfig
 from led_model.logits import Processor, build_processors
 
@@ -64,21 +64,7 @@ class DecoderStep:
         """int64 ``[batch, rows]``, the tokens at position ``step``, to ``[batch * rows, vocab_size]``."""
         # a view at another address would be another graph
         position = self.cache.slots[step : step + 1].clone()
-        parts = (self.model.led.decoder, self.model.lm_head)
-        if self.captured is not None and self.watched.changed(parts):
-            self.captured, self.may_capture = None, True
-        if self.may_capture:
-            self.may_capture = False  # if it fails, it always will
-            if runs_only_layers(parts):
-                self.inputs = self._inputs(tokens, position)
-                self.captured = CapturedCalls.of(self._layers_and_head)
-            if self.captured is not None:
-                self.watched = Watched(parts)
-        elif self.captured is not None:
-            for fixed, new in zip(self.inputs, self._inputs(tokens, position), strict=True):
-                fixed.copy_(new)
-            self.captured.replay()
-        if self.captured is not None:
+        if self._replays(tokens, position):
             return self.captured.result + self.model.final_logits_bias
         return self.run(
             self.model,
@@ -89,6 +75,49 @@ class DecoderStep:
             self.cache,
             position,
         )
+
+    def _replays(self, tokens: Tensor, position: Tensor) -> bool:
+        """Makes the captured calls for these tokens, or captures them; false where torch has to run the step."""
+        if not (self.may_capture or self.captured) or not is_plain_here():
+            return False
+        if not runs_imported(self.model, "logits"):
+            return False
+        parts = (self.model.led.decoder, self.model.lm_head)
+        if self.captured is not None and self.watched.changed(parts):
+            self.captured, self.may_capture = None, True
+            self._check_model()
+        if self.captured is not None:
+            for fixed, new in zip(self.inputs, self._inputs(tokens, position), strict=True):
+                fixed.copy_(new)
+            self.captured.replay()
+            return True
+        self.may_capture = False  # if it fails, it always will
+        if runs_only_layers(parts):
+            self.inputs = self._inputs(tokens, position)
+            self.captured = CapturedCalls.of(self._layers_and_head)
+        if self.captured is not None:
+            self.watched = Watched(parts)
+        return self.captured is not None
+
+    def _check_model(self) -> None:
+        """A model that a caller's function has changed must still go with the caches.
+
+        Raises:
+            ValueError: when it has other layers or another dtype, or weights without memory.
+        """
+        decoder = self.model.led.decoder
+        layers, dtype = len(decoder.layers), decoder.embed_positions.weight.dtype
+        began = len(self.cross_keys_values), self.cache.keys.dtype
+        if (layers, dtype) != began:
+            raise ValueError(
+                f"the model has {layers} decoder layers in {dtype} and began to generate with {began[0]} in "
+                f"{began[1]}; change it between two calls of generate."
+            )
+        for name, weight in self.model.named_parameters():
+            if weight.untyped_storage().nbytes() < max(1, weight.numel()) * weight.element_size():
+                raise ValueError(
+                    f"{name} has lost its memory while the model generates; let it be until the end."
+                )
 
     def _inputs(self, tokens: Tensor, position: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """What of a step is not captured: embedded tokens, what they see of the cache, where it is written."""

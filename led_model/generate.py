@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from led_kernels import LongformerMask
 from led_model.beam_search import beam_search
-from led_model.checks import check_encoded, check_ids, check_mask
+from led_model.checks import check_encoded, check_flags, check_ids, check_mask, check_some
 from led_model.decoding import Search
 from led_model.generation_config import GenerationConfig
 from led_model.sampling import sample
@@ -89,10 +90,13 @@ def generate(
     generation.check(model.config.vocab_size)
     check_values({"use_cache": use_cache}, {"use_cache": FLAG})
     check_ids("input_ids", input_ids, model.led.encoder.embed_tokens)
-    check_mask("attention_mask", attention_mask, input_ids.shape, "input_ids")
-    check_mask("global_attention_mask", global_attention_mask, input_ids.shape, "input_ids")
+    check_some("input_ids", input_ids)
+    check_mask("attention_mask", attention_mask, input_ids, "input_ids")
+    check_mask("global_attention_mask", global_attention_mask, input_ids, "input_ids")
     if encoded is not None:
         check_encoded(encoded, input_ids, model.led.encoder.embed_tokens)
+        if attention_mask is not None:  # the encoder, which looks at its values, is not run
+            LongformerMask.from_padding(attention_mask, global_attention_mask)
     if streamer is not None:
         on_token = _both(on_token, _put_of(streamer, generation))
     prompt, prompt_mask = _prompt(
@@ -167,7 +171,8 @@ def _prompt(
             "[batch, prompt]."
         )
     mask = decoder_attention_mask
-    check_mask("decoder_attention_mask", mask, decoder_input_ids.shape, "decoder_input_ids")
+    check_mask("decoder_attention_mask", mask, decoder_input_ids, "decoder_input_ids")
+    check_flags("decoder_attention_mask", mask)
     prompt = decoder_input_ids.to(torch.int64)
     if prompt.shape[1] == 0 or (prompt[:, :1] != starts).all():
         prompt = torch.cat([starts, prompt], dim=1)

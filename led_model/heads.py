@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from led_model.checks import check_id_shape, check_scores, check_targets
 from led_model.config import LEDConfig
 from led_model.model import LEDModel
 from led_model.outputs import Seq2SeqQuestionAnsweringModelOutput, Seq2SeqSequenceClassifierOutput
@@ -40,9 +41,8 @@ class LEDForQuestionAnswering(LEDPreTrainedModel):
         start_logits, end_logits = self.qa_outputs(output.last_hidden_state).unbind(-1)
         loss = None
         if start_positions is not None and end_positions is not None:
-            loss = (
-                _position_loss(start_logits, start_positions) + _position_loss(end_logits, end_positions)
-            ) / 2
+            starts = _position_loss("start_positions", start_logits, start_positions)
+            loss = (starts + _position_loss("end_positions", end_logits, end_positions)) / 2
         return Seq2SeqQuestionAnsweringModelOutput(
             loss=loss,
             start_logits=start_logits.contiguous(),
@@ -97,8 +97,14 @@ class LEDForSequenceClassification(LEDPreTrainedModel):
                 cross-entropy; ``[batch, num_labels]``).
 
         Raises:
-            ValueError: when rows have no eos token, or different numbers of them.
+            ValueError: when rows have no eos token, or different numbers of them, and for labels of another shape or
+                kind.
         """
+        check_id_shape("input_ids", input_ids)
+        if self.config.eos_token_id is None:
+            raise ValueError(
+                "eos_token_id of the config is None; set it, for the class is read at the last one."
+            )
         output = self.led(input_ids, attention_mask, **inputs)
         logits = self.classification_head(self._at_last_eos(input_ids, output.last_hidden_state))
         loss = None if labels is None else self._loss(logits, labels)
@@ -110,6 +116,8 @@ class LEDForSequenceClassification(LEDPreTrainedModel):
                 f"the decoder has {hidden.shape[1]} tokens and input_ids {input_ids.shape[1]}; give as many, "
                 "for the class is read where input_ids ends."
             )
+        if len(hidden) == 0:  # a batch of no documents
+            return hidden[:, -1]
         eos = self.config.eos_token_id
         is_eos = torch.isin(input_ids, torch.tensor(eos, device=input_ids.device))
         counts = is_eos.sum(1)
@@ -122,24 +130,28 @@ class LEDForSequenceClassification(LEDPreTrainedModel):
         return hidden[torch.arange(len(hidden), device=hidden.device), last]
 
     def _loss(self, logits: Tensor, labels: Tensor) -> Tensor:
-        kind = self.config.problem_type
+        kind, (batch, num_labels) = self.config.problem_type, logits.shape
         if kind is None:
-            kind = (
-                "multi_label_classification" if labels.is_floating_point() else "single_label_classification"
+            numbers = isinstance(labels, Tensor) and labels.is_floating_point()
+            kind = "multi_label_classification" if numbers else "single_label_classification"
+            kind = "regression" if num_labels == 1 else kind
+        if kind == "single_label_classification":
+            check_targets("labels", labels, [(batch,), (batch, 1)], logits, num_labels)
+            return F.cross_entropy(logits, labels.flatten().long())
+        if kind not in ("regression", "multi_label_classification"):
+            raise ValueError(
+                f"problem_type is {kind!r}; give 'regression', 'single_label_classification' or "
+                "'multi_label_classification'."
             )
-            kind = "regression" if self.config.num_labels == 1 else kind
+        is_flat = kind == "regression" and num_labels == 1
+        check_scores("labels", labels, [(batch,)] * is_flat + [(batch, num_labels)], logits)
+        labels = labels if labels.is_floating_point() else labels.to(logits.dtype)
         if kind == "regression":
             return F.mse_loss(logits.view_as(labels), labels)
-        if kind == "single_label_classification":
-            return F.cross_entropy(logits, labels.flatten())
-        if kind == "multi_label_classification":
-            return F.binary_cross_entropy_with_logits(logits, labels)
-        raise ValueError(
-            f"problem_type is {kind!r}; give 'regression', 'single_label_classification' or "
-            "'multi_label_classification'."
-        )
+        return F.binary_cross_entropy_with_logits(logits, labels)
 
 
-def _position_loss(logits: Tensor, positions: Tensor) -> Tensor:
-    past_end = logits.shape[1]
-    return F.cross_entropy(logits, positions.flatten().clamp(0, past_end), ignore_index=past_end)
+def _position_loss(name: str, logits: Tensor, positions: Tensor) -> Tensor:
+    batch, past_end = logits.shape
+    check_targets(name, positions, [(batch,), (batch, 1)], logits)
+    return F.cross_entropy(logits, positions.flatten().long().clamp(0, past_end), ignore_index=past_end)

@@ -13,11 +13,13 @@ from torch.utils.checkpoint import checkpoint
 
 from led_kernels import LongformerMask
 from led_kernels.decode import few_rows_linear
-from led_model.attention import padding_scores
+from led_model.attention import CrossAttention, DecoderSelfAttention, padding_scores
 from led_model.attention_weights import cross_attentions, decoder_attentions, encoder_attentions
 from led_model.cache import StaticKVCache
-from led_model.checks import check_decoder_call, check_inputs, check_mask, embed
+from led_model.captured import remember_code
+from led_model.checks import check_inputs, check_mask, check_states, check_targets, embed
 from led_model.config import LEDConfig
+from led_model.decoder_checks import check_decoder_call
 from led_model.generate import generate
 from led_model.generation_config import GenerationConfig
 from led_model.layers import DecoderLayer, EncoderLayer
@@ -91,13 +93,9 @@ class LEDDecoder(nn.Module):
         """Per layer, the keys and values of ``encoded`` ``[batch, source, d_model]``: once per document.
 
         Raises:
-            ValueError: when ``encoded`` has another shape.
+            ValueError: when ``encoded`` has another shape, dtype or device.
         """
-        d_model = self.embed_positions.weight.shape[1]
-        if encoded.dim() != 3 or encoded.shape[2] != d_model:
-            raise ValueError(
-                f"encoded has shape {tuple(encoded.shape)}; give [batch, source, d_model = {d_model}]."
-            )
+        check_states("encoded", encoded, self.embed_positions)
         return [layer.encoder_attn.keys_values(encoded) for layer in self.layers]
 
     def forward(
@@ -179,9 +177,10 @@ class LEDModel(LEDPreTrainedModel):
     def __init__(self, config: LEDConfig) -> None:
         super().__init__(config)
         self.shared = _embedding(config)
-        tied = config.tie_word_embeddings
-        self.encoder = LEDEncoder(config, self.shared if tied else _embedding(config))
-        self.decoder = LEDDecoder(config, self.shared if tied else _embedding(config))
+        # a module each: what replaces weights by name for a call (functional_call) cannot put one back that has two
+        tied = self.shared.weight if config.tie_word_embeddings else None
+        self.encoder = LEDEncoder(config, _embedding(config, tied))
+        self.decoder = LEDDecoder(config, _embedding(config, tied))
         self.init_weights(self)
 
     def encode(
@@ -204,8 +203,8 @@ class LEDModel(LEDPreTrainedModel):
         """
         check_inputs("input_ids", input_ids, "inputs_embeds", inputs_embeds, self.encoder)
         name, given = ("input_ids", input_ids) if inputs_embeds is None else ("inputs_embeds", inputs_embeds)
-        check_mask("attention_mask", attention_mask, given.shape[:2], name)
-        check_mask("global_attention_mask", global_attention_mask, given.shape[:2], name)
+        check_mask("attention_mask", attention_mask, given, name)
+        check_mask("global_attention_mask", global_attention_mask, given, name)
         if attention_mask is None:
             attention_mask = torch.ones(given.shape[:2], dtype=torch.long, device=given.device)
         mask = LongformerMask.from_padding(attention_mask, global_attention_mask, max_globals)
@@ -250,7 +249,7 @@ class LEDModel(LEDPreTrainedModel):
                     "decoder_input_ids and decoder_inputs_embeds are both missing, and there are no input_ids "
                     "to shift; give one of them."
                 )
-            decoder_input_ids = self.shift_right(input_ids)
+            decoder_input_ids = self.shift_right(input_ids, "input_ids")
         keep = output_attentions or output_hidden_states
         encoder_record, decoder_record = (LayerRecord(), LayerRecord()) if keep else (None, None)
         encoded = self.encode(
@@ -326,7 +325,7 @@ class LEDForConditionalGeneration(LEDPreTrainedModel):
         """Arguments of :meth:`LEDModel.forward`, and ``labels``: int ``[batch, target]``, -100 where no loss
         is wanted. The loss is their mean cross-entropy; shifted, they are the default decoder input."""
         if labels is not None and decoder_input_ids is None and decoder_inputs_embeds is None:
-            decoder_input_ids = self.shift_right(labels)
+            decoder_input_ids = self.shift_right(labels, "labels")
         output = self.led(
             input_ids,
             attention_mask,
@@ -335,8 +334,10 @@ class LEDForConditionalGeneration(LEDPreTrainedModel):
             **inputs,
         )
         logits = self.logits(output.last_hidden_state)
-        check_mask("labels", labels, logits.shape[:2], "the decoder's input")
-        loss = None if labels is None else F.cross_entropy(logits.flatten(0, 1), labels.flatten())
+        loss = None
+        if labels is not None:
+            check_targets("labels", labels, [tuple(logits.shape[:2])], logits, logits.shape[2])
+            loss = F.cross_entropy(logits.flatten(0, 1), labels.flatten().long())
         return Seq2SeqLMOutput(loss=loss, logits=logits, **output.shared())
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -345,10 +346,27 @@ class LEDForConditionalGeneration(LEDPreTrainedModel):
 
     def prepare_decoder_input_ids_from_labels(self, labels: Tensor) -> Tensor:
         """Decoder input for teacher forcing, as transformers' collators ask for it: ``labels``, shifted."""
-        return self.shift_right(labels)
+        return self.shift_right(labels, "labels")
 
     generate = generate
 
 
-def _embedding(config: LEDConfig) -> nn.Embedding:
-    return nn.Embedding(config.vocab_size, config.d_model, config.pad_token_id)
+def _embedding(config: LEDConfig, weight: nn.Parameter | None = None) -> nn.Embedding:
+    """A new table, or one that reads ``weight``."""
+    table = nn.Embedding(config.vocab_size, config.d_model, config.pad_token_id, _weight=weight)
+    if weight is not None:
+        table.weight = weight
+    return table
+
+
+remember_code(
+    LEDForConditionalGeneration,
+    LEDDecoder,
+    DecoderLayer,
+    DecoderSelfAttention,
+    CrossAttention,
+    nn.ModuleList,
+    nn.Embedding,
+    nn.Linear,
+    nn.LayerNorm,
+)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from led_model.checkpoint import Model, load_pretrained, save_pretrained
+from led_model.checks import check_id_shape
 from led_model.config import LEDConfig
 from led_model.hub import HUB_OPTIONS
 from led_model.quantization import choose_quantizer
@@ -29,6 +30,7 @@ class LEDPreTrainedModel(nn.Module):
     def __init__(self, config: LEDConfig) -> None:
         super().__init__()
         self.config = config
+        self.register_load_state_dict_post_hook(_tie_again)  # assign=True makes a parameter for each name
 
     @classmethod
     def from_pretrained(
@@ -155,8 +157,14 @@ class LEDPreTrainedModel(nn.Module):
     def tie_weights(self) -> None:
         """Makes encoder, decoder and head read the shared embedding again, after it was replaced."""
         base = self.base_model
-        if self.config.tie_word_embeddings:
-            base.encoder.embed_tokens = base.decoder.embed_tokens = base.shared
+        if not self.config.tie_word_embeddings:
+            return
+        for stack in (base.encoder, base.decoder):
+            if type(base.shared) is not nn.Embedding or type(stack.embed_tokens) is not nn.Embedding:
+                stack.embed_tokens = base.shared  # a caller's own, which has more to it than a weight
+                continue
+            for name in ("weight", "num_embeddings", "embedding_dim", "padding_idx"):
+                setattr(stack.embed_tokens, name, getattr(base.shared, name))
 
     def resize_token_embeddings(
         self, new_num_tokens: int, pad_to_multiple_of: int | None = None
@@ -182,15 +190,23 @@ class LEDPreTrainedModel(nn.Module):
                 f"keep at least {lowest + 1} rows."
             )
         base = self.base_model
-        for table in {base.shared, base.encoder.embed_tokens, base.decoder.embed_tokens}:
+        tables = {base.shared}
+        if not self.config.tie_word_embeddings:
+            tables |= {base.encoder.embed_tokens, base.decoder.embed_tokens}
+        for table in tables:
             table.weight = resized(table.weight, rows)
             table.num_embeddings = rows
         self.config.vocab_size = rows
         self.tie_weights()
         return base.shared
 
-    def shift_right(self, ids: Tensor) -> Tensor:
-        """Decoder input for teacher forcing: start token, then all but the last id; -100 becomes padding."""
+    def shift_right(self, ids: Tensor, name: str = "ids") -> Tensor:
+        """Decoder input for teacher forcing: start token, then all but the last id; -100 becomes padding.
+
+        Raises:
+            ValueError: with the ``name`` of what are no ids ``[batch, length]``.
+        """
+        check_id_shape(name, ids)
         start = torch.full_like(ids[:, :1], self.config.decoder_start_token_id)
         shifted = torch.cat([start, ids[:, :-1]], dim=1)
         if self.config.pad_token_id is None:
@@ -199,15 +215,21 @@ class LEDPreTrainedModel(nn.Module):
 
     def init_weights(self, module: nn.Module) -> None:
         """Fills the linear layers and embeddings in ``module`` as before training; biases and padding: 0."""
+        filled = set()
         for part in module.modules():
-            if not isinstance(part, (nn.Linear, nn.Embedding)):
+            if not isinstance(part, (nn.Linear, nn.Embedding)) or part.weight in filled:
                 continue
+            filled.add(part.weight)
             nn.init.normal_(part.weight, std=self.config.init_std)
             if getattr(part, "bias", None) is not None:
                 nn.init.zeros_(part.bias)
             if getattr(part, "padding_idx", None) is not None:
                 with torch.no_grad():
                     part.weight[part.padding_idx].zero_()
+
+
+def _tie_again(model: LEDPreTrainedModel, loaded: object) -> None:
+    model.tie_weights()
 
 
 def _dtype(given: torch.dtype | str | None) -> torch.dtype | None:

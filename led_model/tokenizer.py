@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
-import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,8 +13,10 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from led_model.batch_encoding import PADDING, BatchEncoding, pad_encoded, strategy_name
+from led_model.fork_safe import new_lock
 from led_model.hub import HUB_OPTIONS
 from led_model.schema import check_names
+from led_model.text_checks import check_lengths, texts_of, token_ids_of
 from led_model.tokenizer_files import SPECIAL_TOKENS, read_tokenizer_files
 
 if TYPE_CHECKING:
@@ -68,7 +70,7 @@ class LEDTokenizer:
         self.tokenizer = tokenizer
         self.model_max_length = model_max_length
         self.padding_side = "right"
-        self._lock = threading.Lock()
+        self._lock = new_lock()
         for name, token in (SPECIAL_TOKENS | dict(special_tokens or {})).items():
             setattr(self, name, token)
             setattr(self, f"{name}_id", tokenizer.token_to_id(token))
@@ -105,10 +107,12 @@ class LEDTokenizer:
         return cls(files.tokenizer, files.special_tokens, files.model_max_length)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in vars(self).items() if name != "_lock"}
+        state = {name: value for name, value in vars(self).items() if name != "_lock"}
+        with self._reading(None, "do_not_truncate", False):  # not with the settings of another thread's call
+            return state | {"tokenizer": copy.deepcopy(self.tokenizer)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        vars(self).update(state, _lock=threading.Lock())
+        vars(self).update(state, _lock=new_lock())
 
     def __len__(self) -> int:
         """Tokens with an id, added ones included: the rows that an embedding needs."""
@@ -162,6 +166,7 @@ class LEDTokenizer:
         Raises:
             ValueError: for settings that contradict each other, and lengths that do not fit.
         """
+        check_lengths(max_length, pad_to_multiple_of)
         if text_target is not None:
             options = {
                 "max_length": max_length,
@@ -181,10 +186,10 @@ class LEDTokenizer:
         if text is None:
             raise ValueError("text and text_target are both missing; give one of them.")
         single = isinstance(text, str)
-        texts = [text] if single else list(text)
+        texts = texts_of("text", text)
         inputs: list[Any] = texts
         if text_pair is not None:
-            pairs = [text_pair] if isinstance(text_pair, str) else list(text_pair)
+            pairs = texts_of("text_pair", text_pair)
             if len(pairs) != len(texts):
                 raise ValueError(f"text_pair has {len(pairs)} texts for {len(texts)}; give as many.")
             inputs = list(zip(texts, pairs, strict=True))
@@ -247,6 +252,8 @@ class LEDTokenizer:
 
     def token_id(self, token: str) -> int | None:
         """The id of a token of the vocabulary or of the added ones, ``None`` when there is no such token."""
+        if not isinstance(token, str):
+            raise TypeError(f"token is a {type(token).__name__}; give a text.")
         return self.tokenizer.token_to_id(token)
 
     @property
@@ -259,6 +266,8 @@ class LEDTokenizer:
         if isinstance(tokens, str):
             token_id = self.token_id(tokens)
             return self.unk_token_id if token_id is None else token_id
+        if not isinstance(tokens, Iterable):
+            raise TypeError(f"tokens is a {type(tokens).__name__}; give a token or a list of tokens.")
         return [self.convert_tokens_to_ids(token) for token in tokens]
 
     def get_special_tokens_mask(
@@ -280,18 +289,26 @@ class LEDTokenizer:
 
     def encode(self, text: str, text_pair: str | None = None) -> list[int]:
         """Token ids of a text, or of a pair, with the special tokens around them."""
+        for name, given in (("text", text), ("text_pair", "" if text_pair is None else text_pair)):
+            if not isinstance(given, str):
+                raise TypeError(f"{name} is a {type(given).__name__}; give a text.")
         with self._reading(None, "do_not_truncate", False):
             return self.tokenizer.encode(text, text_pair).ids
 
     def decode(self, token_ids: Iterable[int] | Tensor, skip_special_tokens: bool = False) -> str:
-        """Text of ``token_ids``, with or without the special tokens among them."""
-        ids = token_ids.tolist() if isinstance(token_ids, Tensor) else list(token_ids)
-        return self.tokenizer.decode(ids, skip_special_tokens=skip_special_tokens)
+        """Text of ``token_ids``, with or without the special tokens among them.
+
+        Raises:
+            ValueError: for what no id can be, such as the -100 of labels.
+        """
+        return self.tokenizer.decode(token_ids_of(token_ids), skip_special_tokens=skip_special_tokens)
 
     def batch_decode(
         self, sequences: Iterable[Iterable[int]] | Tensor, skip_special_tokens: bool = False
     ) -> list[str]:
         """:meth:`decode` for each row of ``sequences``."""
+        if not isinstance(sequences, Iterable) or isinstance(sequences, str):
+            raise TypeError(f"sequences is a {type(sequences).__name__}; give a list of rows of token ids.")
         return [self.decode(row, skip_special_tokens) for row in sequences]
 
     def save_vocabulary(
@@ -311,7 +328,8 @@ class LEDTokenizer:
         backend, config = (
             Path(save_directory) / name for name in ("tokenizer.json", "tokenizer_config.json")
         )
-        self.tokenizer.save(str(backend))
+        with self._reading(None, "do_not_truncate", False):  # whose settings would be saved, too
+            self.tokenizer.save(str(backend))
         flags = ("content", "lstrip", "normalized", "rstrip", "single_word", "special")
         settings = {
             "tokenizer_class": "LEDTokenizer",
@@ -331,6 +349,7 @@ class LEDTokenizer:
     def _reading(self, max_length: int | None, truncation: str, split_special_tokens: bool) -> Iterator[None]:
         """These settings belong to the library's tokenizer, not to a call: one thread at a time may have its own."""
         with self._lock:
+            self.tokenizer.no_truncation()
             if truncation != "do_not_truncate":
                 self.tokenizer.enable_truncation(max_length, strategy=truncation)
             self.tokenizer.encode_special_tokens = split_special_tokens

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from time import perf_counter
 
 import pytest
 import torch
+import torch.nn.functional as F
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from led_kernels.decode import CapturedCalls
 from led_model.captured import Watched
+from led_model.layers import DecoderLayer
+from led_model.model import LEDDecoder
 from tests.backends import needs_extension
 from tests.model.small import random_inputs
 
@@ -134,7 +140,7 @@ def _global_hook(model, other):
     def hook(module, inputs, output):
         return output * 1.5 if module is model.led.decoder.layers[0].fc1 else None
 
-    model.handle = torch.nn.modules.module.register_module_forward_hook(hook)
+    model.undo = torch.nn.modules.module.register_module_forward_hook(hook).remove
 
 
 def _forward(model, other):
@@ -143,8 +149,88 @@ def _forward(model, other):
     fc1.forward = lambda x: own(x) * 1.5
 
 
+def _transposed(model, other):
+    weight = model.led.decoder.layers[0].encoder_attn.q_proj.weight
+    weight.data = weight.data.t()  # the same address
+
+
+def _transposed_in_place(model, other):
+    model.led.decoder.layers[0].encoder_attn.q_proj.weight.t_()
+
+
+def _eps(model, other):
+    model.led.decoder.layers[0].final_layer_norm.eps = 1.0
+
+
+def _activation(model, other):
+    model.led.decoder.layers[0].activation = F.relu
+
+
+def _feed_forward(model, other):
+    layer = model.led.decoder.layers[0]
+    own = layer.feed_forward
+    layer.feed_forward = lambda x: own(x) * 1.5
+
+
+def _run_layers(model, other):
+    own = model.led.decoder.run_layers
+    model.led.decoder.run_layers = lambda *args: own(*args) * 1.5
+
+
+def _logits(model, other):
+    own = model.logits
+    model.logits = lambda hidden: -own(hidden)
+
+
+def _class(model, other):
+    class Louder(torch.nn.Linear):
+        def forward(self, x):
+            return super().forward(x) * 1.5
+
+    model.led.decoder.layers[0].fc1.__class__ = Louder
+
+
+def _method_of_class(model, other):
+    patch = pytest.MonkeyPatch()
+    model.undo = patch.undo
+    own = DecoderLayer.forward
+    patch.setattr(DecoderLayer, "forward", lambda *args: own(*args) * 1.5)
+
+
+def _autocast(model, other):
+    context = torch.autocast("cpu", torch.bfloat16, cache_enabled=False)
+    context.__enter__()
+    model.undo = lambda: context.__exit__(None, None, None)
+
+
+class _Dispatched(TorchDispatchMode):
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **kwargs or {})
+        return -out if function is torch.ops.aten.addmm.default else out
+
+
+class _Functions(TorchFunctionMode):
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **kwargs or {})
+        return -out if function is F.layer_norm else out
+
+
+def _dispatch_mode(model, other):
+    mode = _Dispatched()
+    mode.__enter__()
+    model.undo = lambda: mode.__exit__(None, None, None)
+
+
+def _function_mode(model, other):
+    mode = _Functions()
+    mode.__enter__()
+    model.undo = lambda: mode.__exit__(None, None, None)
+
+
 CHANGES = [
     _assign, _data, _in_place, _optimiser, _layer, _decoder, _head, _lora, _hook, _global_hook, _forward,
+    _transposed, _transposed_in_place, _eps, _activation, _feed_forward, _run_layers, _logits, _class,
+    _method_of_class, _autocast, _dispatch_mode, _function_mode,
 ]  # fmt: skip
 
 
@@ -170,8 +256,8 @@ def test_changes_in_the_middle_are_followed(small_model, captured, monkeypatch, 
                 **inputs, **settings, max_new_tokens=16, eos_token_id=None, on_token=on_token
             )
         finally:
-            if hasattr(model, "handle"):
-                model.handle.remove()
+            if hasattr(model, "undo"):
+                model.undo()
 
     shape = {
         "activation_function": "gelu",
@@ -188,6 +274,75 @@ def test_changes_in_the_middle_are_followed(small_model, captured, monkeypatch, 
     monkeypatch.setattr(CapturedCalls, "of", lambda function: None)
     expected = tokens()
     assert torch.equal(followed, expected)
+
+
+@torch.no_grad()
+def test_a_mode_that_ends_leaves_the_recording_in_use(small_model, captured):
+    model, inputs, heard = small_model(0, activation_function="gelu"), random_inputs(0), []
+    del inputs["decoder_input_ids"]
+    expected = model.generate(**inputs, max_new_tokens=12, eos_token_id=None)
+
+    class Counting(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            heard.append(function)
+            return function(*args, **kwargs or {})
+
+    mode, seen = Counting(), []
+
+    def on_token(token):
+        seen.append(len(heard))
+        if len(seen) == 4:
+            mode.__enter__()
+        if len(seen) == 8:
+            mode.__exit__(None, None, None)
+
+    tokens = model.generate(**inputs, max_new_tokens=12, eos_token_id=None, on_token=on_token)
+    assert torch.equal(tokens, expected)
+    assert captured == [True, True]
+    per_step = [after - before for before, after in pairwise(seen)]
+    assert min(per_step[3:7]) > 20
+    assert max(per_step[8:]) == 0
+
+
+@pytest.mark.parametrize("cls", [DecoderLayer, LEDDecoder])
+@torch.no_grad()
+def test_a_patched_class_is_called_at_every_step(small_model, monkeypatch, cls):
+    model, inputs, calls = small_model(0, activation_function="gelu"), random_inputs(0), []
+    del inputs["decoder_input_ids"]
+    own = cls.forward
+
+    def counting(self, *args, **kwargs):
+        calls.append(self)
+        return own(self, *args, **kwargs)
+
+    monkeypatch.setattr(cls, "forward", counting)
+    model.generate(**inputs, max_new_tokens=6, eos_token_id=None)
+    inside = [module for module in model.led.decoder.modules() if type(module) is cls]
+    assert [sum(call is module for call in calls) for module in inside] == [6] * len(inside)
+
+
+def _half(model):
+    model.half()
+
+
+def _shorter(model):
+    model.led.decoder.layers = model.led.decoder.layers[:1]
+
+
+def _freed(model):
+    model.led.decoder.layers[0].fc1.weight.untyped_storage().resize_(0)
+
+
+def _emptied(model):
+    model.led.decoder.layers[0].fc1.weight.data = torch.empty(0)
+
+
+@pytest.mark.parametrize("change", [_half, _shorter, _freed, _emptied])
+def test_what_a_generation_cannot_follow_is_told(small_model, change):
+    model, inputs = small_model(0, activation_function="gelu", decoder_layers=2), random_inputs(0)
+    del inputs["decoder_input_ids"]
+    with pytest.raises(ValueError, match=r"while it generates|while the model generates|began to generate"):
+        model.generate(**inputs, max_new_tokens=6, eos_token_id=None, on_token=lambda _: change(model))
 
 
 @torch.no_grad()

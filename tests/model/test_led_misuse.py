@@ -135,7 +135,7 @@ def test_the_decoder_holds_a_cache_against_its_input(model, small_model):
     ):
         with pytest.raises(ValueError, match=f"^{name} "):
             decoder(ids(BATCH, 1), cache=cache, **step | change)
-    with pytest.raises(ValueError, match=r"^encoded has shape \(4, 20, 7\)"):
+    with pytest.raises(ValueError, match=r"^encoded is .* \(4, 20, 7\)"):
         decoder.cross_keys_values(torch.zeros(BATCH, SOURCE, 7))
 
 

@@ -1,0 +1,35 @@
+"""Locks that a fork waits for: a child has no thread that would release one, nor what it guards inside a library."""
+
+from __future__ import annotations
+
+import os
+import threading
+from weakref import WeakSet
+
+_locks: WeakSet[threading.RLock] = WeakSet()
+_held_for_fork: list[threading.RLock] = []
+_one_fork = threading.RLock()  # at a time: two that take each other's locks would wait for ever
+
+
+def new_lock() -> threading.RLock:
+    """A lock that is free in children of this process, and was free when they were made."""
+    lock = threading.RLock()
+    _locks.add(lock)
+    return lock
+
+
+def _before_fork() -> None:
+    _one_fork.acquire()
+    for lock in list(_locks):
+        lock.acquire()
+        _held_for_fork.append(lock)
+
+
+def _after_fork() -> None:
+    while _held_for_fork:
+        _held_for_fork.pop().release()
+    _one_fork.release()
+
+
+if hasattr(os, "register_at_fork"):  # where processes fork at all
+    os.register_at_fork(before=_before_fork, after_in_parent=_after_fork, after_in_child=_after_fork)
