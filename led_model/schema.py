@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import reprlib
+import sys
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -90,9 +91,10 @@ def check_values(values: Mapping[str, Any], rules: Mapping[str, Rule]) -> None:
 
 
 def make_plain(settings: object) -> None:
-    """Turns numpy's numbers among the attributes into Python's, which JSON and torch take everywhere."""
+    """Turns numpy's numbers among the attributes into Python's, which JSON and torch take everywhere; integers that
+    torch does not take become floats."""
     for name, value in vars(settings).items():
-        if _is_whole(value):
+        if _is_whole(value) and abs(value) < 2**63:
             setattr(settings, name, int(value))
         elif _is_number(value):
             setattr(settings, name, float(value))
@@ -117,10 +119,12 @@ def _is_whole(value: Any) -> bool:
 
 
 def _is_number(value: Any) -> bool:
-    """Finite, and an integer in the range of tensors."""
-    if isinstance(value, Integral) and abs(value) > 2**63:
-        return False
-    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+    """Finite, also as a float: JSON may spell an integer of any length."""
+    return (
+        isinstance(value, Real)
+        and not isinstance(value, bool)
+        and -sys.float_info.max <= value <= sys.float_info.max
+    )
 
 
 def _is_unicode(text: str) -> bool:

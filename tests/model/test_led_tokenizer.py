@@ -262,6 +262,12 @@ def test_added_tokens(tokenizer_files, tmp_path, files):
         assert back.model_max_length == stock_back.model_max_length == 30
 
 
+@pytest.mark.parametrize("limit", [int(1e30), 1e30, None])
+def test_no_limit_in_the_spelling_of_transformers(tokenizer_files, limit):
+    (tokenizer_files / "tokenizer_config.json").write_text(json.dumps({"model_max_length": limit}))
+    assert LEDTokenizer.from_pretrained(tokenizer_files).model_max_length is None
+
+
 def test_vocabulary_alone_is_read_back(stock, tokenizer, tmp_path):
     transformers = pytest.importorskip("transformers")
     vocab, merges = tokenizer.save_vocabulary(tmp_path / "new", "led")
