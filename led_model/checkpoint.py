@@ -19,7 +19,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from led_model.config import LEDConfig, read_json
+from led_model.config import LEDConfig
+from led_model.files import read_json
 from led_model.generation_config import GenerationConfig
 from led_model.hub import checkpoint_files
 from led_model.quantization import Quantize, quantizable_linears

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from led_model.config import read_json
+from led_model.files import read_json
 from led_model.hub import Fetch, first_line, what_else_is_in
 from led_model.schema import TEXT, check_values, table_of
 

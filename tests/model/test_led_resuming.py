@@ -10,6 +10,9 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
+
+from led_model.fingerprint import fingerprint
 from led_model.results import ResultFile
 from tests.model.commands import PARAGRAPHS, TEXT, TEXTS, inputs, led, records
 
@@ -160,3 +163,15 @@ def test_an_output_deleted_during_the_run_is_no_success(save, documents, capsys,
     monkeypatch.setattr(ResultFile, "append", deleting)
     assert summaries(save(), "docs/0.txt") == 1
     assert "was deleted or replaced during the run" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("place", [0, 2**20 + 5, 3 * 2**20 + 12345, -1])
+def test_every_byte_of_the_weights_counts(tmp_path, place):
+    (tmp_path / "config.json").write_text("{}")
+    weights = tmp_path / "model.safetensors"
+    data = bytearray(4 * 2**20 + 7)
+    weights.write_bytes(data)
+    before = fingerprint(str(tmp_path))
+    data[place] ^= 1
+    weights.write_bytes(data)
+    assert fingerprint(str(tmp_path)) != before
