@@ -34,7 +34,7 @@ _ALIASES = {
     "initializer_range": "init_std",
 }
 
-_LAYERS, _WIDTH = whole(1, 10_000), whole(1, 2**20)
+_LAYERS, _WIDTH = whole(1, 256), whole(1, 2**20)  # building a layer takes milliseconds, whatever is in it
 _PROBABILITY = number(0, 1)
 _RULES = {
     "vocab_size": whole(1),

@@ -8,10 +8,11 @@ from led_model.files import SETTINGS, TOKENIZER, read_whole
 from led_model.hub import checkpoint_files
 from led_model.weights import weight_files
 
-_SETTINGS = dict.fromkeys(("config.json", "generation_config.json"), SETTINGS) | dict.fromkeys(
-    ("tokenizer_config.json", "tokenizer.json", "vocab.json", "merges.txt", "special_tokens_map.json", "added_tokens.json"),
-    TOKENIZER,
+_TOKENIZER = (
+    "tokenizer_config.json", "tokenizer.json", "vocab.json", "merges.txt", "special_tokens_map.json",
+    "added_tokens.json",
 )  # fmt: skip
+_MOST = {"config.json": SETTINGS, "generation_config.json": SETTINGS} | dict.fromkeys(_TOKENIZER, TOKENIZER)
 _BLOCK = 2**20  # bytes of a file of weights that are in memory at a time
 
 
@@ -24,7 +25,7 @@ def fingerprint(path_or_id: str, revision: str | None = None) -> str:
     """
     fetch = checkpoint_files(path_or_id, revision)
     digest = hashlib.sha256()  # the fastest that hashlib has, where the processor knows it: 1.4 GB a second
-    for name, most in _SETTINGS.items():
+    for name, most in _MOST.items():
         if (path := fetch(name)) is not None:
             content = read_whole(path, most)
             digest.update(f"{name}\0{len(content)}\0".encode() + content)

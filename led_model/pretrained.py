@@ -200,8 +200,8 @@ class LEDPreTrainedModel(nn.Module):
     def init_weights(self, module: nn.Module) -> None:
         """Fills the linear layers and embeddings in ``module`` as before training; biases and padding: 0."""
         for part in module.modules():
-            if not isinstance(part, (nn.Linear, nn.Embedding)):
-                continue
+            if not isinstance(part, (nn.Linear, nn.Embedding)) or part.weight.is_meta:
+                continue  # numbers for the meta device would only take time
             nn.init.normal_(part.weight, std=self.config.init_std)
             if getattr(part, "bias", None) is not None:
                 nn.init.zeros_(part.bias)

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from tests.hostile.damage import Case, edit, pickle, write
+from tests.hostile.damage import COMMAND, Case, edit, index, pickle, write
 
 ANSWER = "answer {words} --model {model} --max-new-tokens 2 --question why"
 CLASSIFY = "classify {words} --model {model}"
@@ -26,6 +26,12 @@ TOKENIZER = ("vocab.json", "merges.txt", "tokenizer.json")
 def cases() -> Iterator[Case]:
     yield from _large_files()
     yield from _large_weights()
+    yield from _strange_weights()
+    yield from _no_files()
+    yield from _strange_names()
+    yield from _tokenizers()
+    yield from _contradictions()
+    yield from _overflow()
 
 
 def _large_files() -> Iterator[Case]:
@@ -58,6 +64,217 @@ def _large_weights() -> Iterator[Case]:
     yield Case("200 layers of one storage", _one_storage, status=FAILED)
     yield Case("a deflated archive", _deflated, status=FAILED)
     yield Case("a directory of 3 GiB in an archive", _long_directory, status=FAILED)
+
+
+def _strange_weights() -> Iterator[Case]:
+    nested = torch.nested.nested_tensor([torch.ones(2), torch.ones(3)])
+    yield Case(
+        "a nested tensor", partial(_put, "led.shared.weight", nested), status=FAILED, says="nested tensor"
+    )
+    yield Case("TorchScript", _script, status=FAILED, says="state_dict as safetensors")
+    for content in (
+        b"\x80\x04cos\nsystem\n.",
+        b"cposix\nsystem\n(S'true'\ntR.",
+        b"\x80\x02]q\x00.",
+        b"(" * 10**6,
+    ):
+        says = "no readable weights"
+        yield Case(f"a pickle {content[:9]!r}", partial(_replace_weights, content), status=FAILED, says=says)
+    yield Case("a legacy file", _legacy, status=DONE)
+    yield Case("a legacy file of 2**50 numbers", _large_legacy, status=FAILED)
+    yield Case("a tensor in two shards", partial(_shards, True), status=FAILED, says="as another shard does")
+    yield Case("a tensor in no shard", partial(_shards, False), status=FAILED, says="which no shard holds")
+
+
+def _no_files() -> Iterator[Case]:
+    """What is there but is no file would be missed only by its settings."""
+    for name in (*SETTINGS, *TOKENIZER, "added_tokens.json", "model.safetensors"):
+        for how, make in {
+            "dangling": lambda path: path.symlink_to("nowhere"),
+            "a loop": lambda path: path.symlink_to(path.name),
+            "a directory": Path.mkdir,
+            "a pipe": os.mkfifo,
+            "a device": lambda path: path.symlink_to("/dev/zero"),
+        }.items():
+            yield Case(f"{name} {how}", partial(_remake, name, make), status=FAILED, says=name)
+    yield Case(
+        "config.json /proc/self/mem",
+        partial(_remake, "config.json", _memory),
+        status=FAILED,
+        says="config.json",
+    )
+
+
+def _strange_names() -> Iterator[Case]:
+    for name in ("\n", "\x1b[31m", "\0", "x" * 100_000, "\u202e", "a b"):
+        shown = ascii(name[:9])
+        yield Case(f"tensor {shown}", partial(_put, f"led.{name}", torch.ones(1)), status=FAILED)
+        yield Case(f"pickled {shown}", partial(_put, name, torch.ones(1).long(), pickled=True), status=FAILED)
+        yield Case(
+            f"shard {shown}",
+            partial(index, "model.safetensors.index.json", {"a": f"{name}.bin"}),
+            status=FAILED,
+        )
+        named = {"architectures": [name]}
+        yield Case(f"architecture {shown}", partial(edit, "config.json", named))
+        yield Case(
+            f"architecture {shown} of a classifier", partial(edit, "config.json", named), model="classifier"
+        )
+        yield Case(f"model_type {shown}", partial(edit, "config.json", {"model_type": name}), status=FAILED)
+        for key in ("pad_token", "mask_token"):
+            yield Case(f"{key} {shown}", partial(edit, "tokenizer_config.json", {key: name}))
+        yield Case(
+            f"added token {shown}",
+            partial(write, "added_tokens.json", json.dumps({name: 777})),
+            status=FAILED,
+        )
+        yield Case(f"merge {shown}", partial(write, "merges.txt", f"{name} {name}"))
+        asked = partial(edit, "generation_config.json", {"suppress_tokens": [name] * 9, name: name})
+        yield Case(f"generation setting {shown}", asked)
+
+
+def _tokenizers() -> Iterator[Case]:
+    replace = {"type": "Replace", "pattern": {"String": "."}, "content": "a" * 10}
+    yield Case(
+        "a normalizer that amplifies",
+        partial(_backend, {"normalizer": {"type": "Sequence", "normalizers": [replace] * 7}}),
+        status=FAILED,
+    )
+    for name, values in {
+        "normalizer": [replace | {"pattern": {"Regex": ""}}, {"type": "Precompiled", "precompiled_charsmap": "AAAA"}],
+        "decoder": [{"type": "Sequence", "decoders": [replace] * 6}, {"type": "Strip", "content": "x", "start": 9, "stop": 9}],
+        "pre_tokenizer": [{"type": "FixedLength", "length": 0}, {"type": "Sequence", "pretokenizers": []}],
+        "model": [
+            {"type": "WordLevel", "vocab": {"a": 0}, "unk_token": "?"},
+            {"type": "WordPiece", "vocab": {"a": 0}, "unk_token": "?", "continuing_subword_prefix": "##"},
+            {"type": "Unigram", "vocab": [["a", 0.0]], "unk_id": None},
+            {"type": "BPE", "vocab": {"a": 0, "##b": 1}, "merges": ["a ##b"], "continuing_subword_prefix": "é"},
+        ],
+    }.items():  # fmt: skip
+        for value in values:
+            kind = value["type"]
+            yield Case(
+                f"{name} {kind}", partial(_backend, {name: value}), status=FAILED, says="tokenizer.json: "
+            )
+    ids = [True, "5", None, [5], 2**32 + 5, -1, 1.0, 2**31]
+    for value in ids:
+        change = partial(edit, "vocab.json", {"a": value})
+        yield Case(f"vocab.json a={value}", change, status=FAILED, says="vocab.json: ")
+
+
+def _contradictions() -> Iterator[Case]:
+    swapped = {"bos_token": "</s>", "eos_token": "<s>", "cls_token": "</s>", "sep_token": "<s>"}
+    yield Case(
+        "swapped special tokens",
+        partial(edit, "tokenizer_config.json", swapped),
+        status=FAILED,
+        says="eos_token_id",
+    )
+    yield Case(
+        "pad_token a",
+        partial(edit, "tokenizer_config.json", {"pad_token": "a"}),
+        status=FAILED,
+        says="pad_token",
+    )
+    for named in (["LEDForQuestionAnswering"], "LEDForQuestionAnswering", ["LEDForSequenceClassification"]):
+        change = partial(edit, "config.json", {"architectures": named})
+        yield Case(
+            f"no head though {named}", change, ANSWER, status=FAILED if isinstance(named, list) else DONE
+        )
+    for named in ("LEDForConditionalGeneration", None, ["LEDModel"], [3], {}):
+        change = partial(edit, "config.json", {"architectures": named})
+        for model in ("qa", "classifier"):
+            yield Case(f"summaries of {model}, {named}", change, status=FAILED, model=model)
+        yield Case(f"answers of classifier, {named}", change, ANSWER, status=FAILED, model="classifier")
+        yield Case(f"answers of qa, {named}", change, ANSWER, status=DONE, model="qa")
+        yield Case(f"classes of qa, {named}", change, CLASSIFY, status=FAILED, model="qa")
+        yield Case(f"classes, {named}", change, CLASSIFY, status=DONE, model="classifier")
+    for labels in ({"0": "a", "1": "a"}, {"0": "a", "00": "b", "1": "c"}, {"0": "a", "٠": "b"}, {}):
+        change = partial(edit, "config.json", {"id2label": labels})
+        yield Case(f"labels {labels}", change, CLASSIFY, status=FAILED, says="id2label", model="classifier")
+
+
+def _overflow() -> Iterator[Case]:
+    for name in (
+        "decoder.layers.0.fc2.weight",
+        "decoder.layers.0.final_layer_norm.weight",
+        "decoder.embed_positions.weight",
+    ):
+        for model, command in (("model", COMMAND), ("qa", ANSWER), ("classifier", CLASSIFY)):
+            change = partial(_edit_all, name, lambda t: torch.full_like(t, 1e38))
+            yield Case(
+                f"{name} 1e38 of {model}", change, command, status=FAILED, says="overflow", model=model
+            )
+    yield Case("the decoder x 1e25", partial(_edit_all, "decoder.layers", lambda t: t * 1e25), status=FAILED)
+    biases: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+        "NaN": lambda t: t * float("nan"),
+        "inf": lambda t: t + float("inf"),
+        "-inf": lambda t: t - float("inf"),
+    }
+    for how, change in biases.items():
+        yield Case(f"final_logits_bias {how}", partial(_edit_all, "final_logits_bias", change), status=FAILED)
+
+
+def _put(name: str, tensor: torch.Tensor, directory: Path, *, pickled: bool = False) -> None:
+    tensors = load_file(directory / "model.safetensors") | {name: tensor}
+    if pickled or tensor.is_nested:
+        pickle(tensors, directory)
+    else:
+        save_file(tensors, directory / "model.safetensors")
+
+
+def _edit_all(part: str, change: Callable[[torch.Tensor], torch.Tensor], directory: Path) -> None:
+    """Of all tensors in whose name ``part`` is."""
+    tensors = load_file(directory / "model.safetensors")
+    tensors |= {name: change(tensor) for name, tensor in tensors.items() if part in name}
+    save_file(tensors, directory / "model.safetensors")
+
+
+def _replace_weights(content: bytes, directory: Path) -> None:
+    (directory / "model.safetensors").unlink()
+    (directory / "pytorch_model.bin").write_bytes(content)
+
+
+def _script(directory: Path) -> None:
+    (directory / "model.safetensors").unlink()
+    torch.jit.script(torch.nn.Linear(2, 2)).save(directory / "pytorch_model.bin")
+
+
+def _legacy(directory: Path) -> None:
+    tensors = load_file(directory / "model.safetensors")
+    (directory / "model.safetensors").unlink()
+    torch.save(tensors, directory / "pytorch_model.bin", _use_new_zipfile_serialization=False)
+
+
+def _large_legacy(directory: Path) -> None:
+    (directory / "model.safetensors").unlink()
+    path = directory / "pytorch_model.bin"
+    torch.save({"x": torch.ones(12345)}, path, _use_new_zipfile_serialization=False)
+    count = b"\x8a\x07" + (2**50).to_bytes(7, "little")
+    path.write_bytes(path.read_bytes().replace(b"M90", count))
+
+
+def _shards(twice: bool, directory: Path) -> None:
+    """Two of them, with a tensor in both, or none of a tensor that the index has."""
+    tensors = load_file(directory / "model.safetensors")
+    names = sorted(tensors)
+    (directory / "model.safetensors").unlink()
+    first, second = names[:9], names[9 - twice :]
+    weight_map: dict[str, Any] = {}
+    for shard, part in (("a.safetensors", first), ("b.safetensors", second)):
+        save_file({name: tensors[name] for name in part}, directory / shard)
+        weight_map |= dict.fromkeys(part, shard)
+    weight_map |= {} if twice else {"led.x": "a.safetensors"}
+    write("model.safetensors.index.json", json.dumps({"weight_map": weight_map}), directory)
+
+
+def _remake(name: str, make: Callable[[Path], object], directory: Path) -> None:
+    (directory / name).unlink(missing_ok=True)
+    make(directory / name)
+
+
+def _memory(path: Path) -> None:
+    path.symlink_to("/proc/self/mem")
 
 
 def _lengthen(name: str, directory: Path) -> None:

@@ -142,10 +142,10 @@ def _weights() -> Iterator[tuple[str, Damage]]:
         "led.encoder.layers.0.final_layer_norm.bias",
     ]
     for name in [*names, "lm_head.weight"]:
-        for how, edit in edits.items():
-            yield f"{name} {how}", partial(edit_tensor, name, edit, pickled=False)
-        for how, edit in (edits | only_in_a_pickle).items():
-            yield f"pickled {name} {how}", partial(edit_tensor, name, edit, pickled=True)
+        for how, change in edits.items():
+            yield f"{name} {how}", partial(edit_tensor, name, change, pickled=False)
+        for how, change in (edits | only_in_a_pickle).items():
+            yield f"pickled {name} {how}", partial(edit_tensor, name, change, pickled=True)
     for what, content in {
         "a list": [1],
         "a number": 3,

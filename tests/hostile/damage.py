@@ -13,6 +13,8 @@ from safetensors.torch import load_file, save_file
 
 from tests.hostile.processes import Ended
 
+COMMAND = "summarize {words} --model {model} --max-new-tokens 2"
+
 Damage = Callable[[Path], object]
 
 
@@ -25,7 +27,7 @@ class Case:
 
     name: str
     damage: Damage
-    command: str = "summarize {words} --model {model} --max-new-tokens 2"
+    command: str = COMMAND
     status: int = -1
     says: str = ""
     model: str = "model"
@@ -47,7 +49,7 @@ def _is_one_line(text: str) -> bool:
 
 def write(name: str, content: str | bytes, directory: Path) -> None:
     if name == "model.safetensors.index.json":
-        (directory / "model.safetensors").unlink()
+        (directory / "model.safetensors").unlink(missing_ok=True)
     data = content.encode("utf-8", "surrogatepass") if isinstance(content, str) else content
     (directory / name).write_bytes(data)
 
