@@ -17,8 +17,8 @@ import torch
 from tqdm import tqdm
 
 from led_model.checkpoint import checkpoint_files
-from led_model.config import read_json
 from led_model.documents import Document, Source, Unreadable
+from led_model.files import read_json
 from led_model.finding import find_sources
 from led_model.fingerprint import fingerprint
 from led_model.heads import LEDForQuestionAnswering

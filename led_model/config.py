@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import re
 import reprlib
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from pathlib import Path
 from typing import Any
 
 from led_model.activations import ACTIVATIONS
@@ -36,9 +34,7 @@ _ALIASES = {
     "initializer_range": "init_std",
 }
 
-_MOST_JSON_BYTES = 2**24  # of a file with settings: more is none
-
-_LAYERS, _WIDTH = whole(1, 10_000), whole(1, 2**20)
+_LAYERS, _WIDTH = whole(1, 256), whole(1, 2**20)  # building a layer takes milliseconds, whatever is in it
 _PROBABILITY = number(0, 1)
 _RULES = {
     "vocab_size": whole(1),
@@ -183,24 +179,3 @@ class LEDConfig:
         labels = self.id2label or {label_id: f"LABEL_{label_id}" for label_id in range(self.num_labels)}
         label2id = {label: label_id for label_id, label in labels.items()}
         return values | {"model_type": "led", "id2label": labels, "label2id": label2id}
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file.
-
-    Raises:
-        ValueError: when the file is not a JSON object, or far too long for one.
-    """
-    with path.open("rb") as file:
-        content = file.read(_MOST_JSON_BYTES + 1)
-    if len(content) > _MOST_JSON_BYTES:
-        raise ValueError(f"{path} has more than {_MOST_JSON_BYTES >> 20} MiB; fetch it again.")
-    try:
-        values = json.loads(content)
-    except RecursionError:
-        raise ValueError(f"{path} is not valid JSON (nested too deep); fetch it again.") from None
-    except ValueError as error:  # not JSON, not UTF-8, or a number of thousands of digits
-        raise ValueError(f"{path} is not valid JSON ({error}); fetch it again.") from None
-    if not isinstance(values, dict):
-        raise ValueError(f"{path} holds a {type(values).__name__}, not a JSON object; fetch it again.")
-    return values

@@ -19,10 +19,10 @@ from tqdm import tqdm
 
 from led_kernels.dispatch import choose_backend
 from led_kernels.extras import install_extra
-from led_model.checkpoint import to_hf_state_dict
 from led_model.config import LEDConfig
 from led_model.memory import peak_memory
 from led_model.model import LEDForConditionalGeneration
+from led_model.tensor_names import to_hf_state_dict
 from led_model.terminal import layer_progress, megabytes, seconds, table
 
 _WARM_UP_TOKENS = 64

@@ -5,10 +5,12 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from led_kernels.extras import install_extra
+from led_model.schema import plain
 
 Fetch = Callable[[str], Path | None]  # a file of the checkpoint by name, None when it has no such file
 
@@ -29,11 +31,12 @@ def checkpoint_files(
         hub_options: arguments of ``huggingface_hub.hf_hub_download``, those of ``HUB_OPTIONS``.
 
     Raises:
-        FileNotFoundError: when ``path_or_id`` is neither a directory nor of the form ``owner/name``.
+        FileNotFoundError: when ``path_or_id`` is neither a directory nor of the form ``owner/name``, and the function
+            when a name is there but leads to no file.
     """
     directory = Path(path_or_id)
     if directory.is_dir():
-        return lambda name: path if (path := directory / name).is_file() else None
+        return partial(_in_directory, directory)
     if not re.fullmatch(r"\w[\w.-]*/[\w.-]+", str(path_or_id)) or directory.exists():
         raise FileNotFoundError(f"{path_or_id} is no directory; give one with a config.json, or a hub id.")
     try:
@@ -69,6 +72,17 @@ def checkpoint_files(
     return fetch
 
 
+def _in_directory(directory: Path, name: str) -> Path | None:
+    path = directory / name
+    if path.is_file():
+        return path
+    if os.path.lexists(path):  # it would not be missed, only its settings
+        raise FileNotFoundError(
+            f"{path} is there but is no file, or a link to none; fetch it again, or remove it."
+        )
+    return None
+
+
 def what_else_is_in(path_or_id: str | os.PathLike[str], otherwise: str = "give a complete checkpoint") -> str:
     """A clause on what a directory without a complete checkpoint is, and what to give instead."""
     directory = Path(path_or_id)
@@ -88,7 +102,7 @@ def what_else_is_in(path_or_id: str | os.PathLike[str], otherwise: str = "give a
 
 
 def first_line(error: BaseException) -> str:
-    return str(error).strip().split("\n")[0].rstrip(".") or type(error).__name__
+    return plain(str(error).strip().split("\n")[0].rstrip(".")) or type(error).__name__
 
 
 def _hub_answers(options: Mapping[str, Any]) -> bool:

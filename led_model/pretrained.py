@@ -217,8 +217,12 @@ class LEDPreTrainedModel(nn.Module):
         """Fills the linear layers and embeddings in ``module`` as before training; biases and padding: 0."""
         filled = set()
         for part in module.modules():
-            if not isinstance(part, (nn.Linear, nn.Embedding)) or part.weight in filled:
-                continue
+            if (
+                not isinstance(part, (nn.Linear, nn.Embedding))
+                or part.weight in filled
+                or part.weight.is_meta
+            ):
+                continue  # numbers for the meta device would only take time
             filled.add(part.weight)
             nn.init.normal_(part.weight, std=self.config.init_std)
             if getattr(part, "bias", None) is not None:

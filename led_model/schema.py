@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import re
 import reprlib
+import sys
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -11,6 +13,11 @@ from numbers import Integral, Real
 from typing import Any
 
 LARGEST = 2**31 - 1  # of any count, id or length
+_SURROGATE = re.compile("[\ud800-\udfff]")
+
+_LONGEST = 200  # characters of a text that a sentence has from elsewhere
+_SHORTLY = reprlib.Repr()
+_SHORTLY.maxstring = _LONGEST
 
 
 @dataclass(frozen=True)
@@ -29,8 +36,9 @@ class Rule:
 
 
 def whole(low: int, high: int = LARGEST) -> Rule:
-    says = f"{low} or more, a whole number" + (f" up to {high}" if high < LARGEST else "")
-    return Rule(says, lambda value: _is_whole(value) and low <= value <= high)
+    return Rule(
+        f"a whole number from {low} to {high}", lambda value: _is_whole(value) and low <= value <= high
+    )
 
 
 def number(low: float, high: float = math.inf) -> Rule:
@@ -52,11 +60,11 @@ def one_of(*values: Any) -> Rule:
     return Rule(says, lambda value: any(type(value) is type(known) and value == known for known in values))
 
 
-def list_of(rule: Rule, what: str, least: int = 0) -> Rule:
+def list_of(rule: Rule, what: str, least: int = 0, most: int = LARGEST) -> Rule:
     return Rule(
         f"a list of {what}",
         lambda value: (
-            isinstance(value, (list, tuple)) and len(value) >= least and all(map(rule.holds, value))
+            isinstance(value, (list, tuple)) and least <= len(value) <= most and all(map(rule.holds, value))
         ),
     )
 
@@ -72,6 +80,19 @@ def table_of(key: Rule, value: Rule, what: str) -> Rule:
     )
 
 
+def object_of(says: str, needed: Mapping[str, Rule], others: Mapping[str, Rule] | None = None) -> Rule:
+    """With all the ``needed`` values, and perhaps ``others``."""
+    return Rule(
+        says,
+        lambda value: (
+            isinstance(value, Mapping)
+            and all(name in value and rule.holds(value[name]) for name, rule in needed.items())
+            and all(rule.holds(value[name]) for name, rule in (others or {}).items() if name in value)
+        ),
+    )
+
+
+ANYTHING = Rule("anything", lambda value: True)
 FLAG = one_of(True, False)
 TEXT = Rule("a text", lambda value: isinstance(value, str) and _is_unicode(value))
 TOKEN_ID = whole(0)
@@ -89,10 +110,24 @@ def check_values(values: Mapping[str, Any], rules: Mapping[str, Rule]) -> None:
             raise ValueError(f"{name} is {reprlib.repr(values[name])}; give {rule.says}.")
 
 
+def quoted(text: object) -> str:
+    """A text of a file, for a sentence: between quotes, in one line, shortened."""
+    return _SHORTLY.repr(str(text))
+
+
+def plain(text: object) -> str:
+    """A name or a sentence of a file or a library, for a sentence: as it is, but in one line and shortened."""
+    text = str(text)
+    if len(text) > _LONGEST:
+        text = f"{text[: _LONGEST // 2]}…{text[-_LONGEST // 2 :]}"
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
 def make_plain(settings: object) -> None:
-    """Turns numpy's numbers among the attributes into Python's, which JSON and torch take everywhere."""
+    """Turns numpy's numbers among the attributes into Python's, which JSON and torch take everywhere; integers that
+    torch does not take become floats."""
     for name, value in vars(settings).items():
-        if _is_whole(value):
+        if _is_whole(value) and abs(value) < 2**63:
             setattr(settings, name, int(value))
         elif _is_number(value):
             setattr(settings, name, float(value))
@@ -117,12 +152,14 @@ def _is_whole(value: Any) -> bool:
 
 
 def _is_number(value: Any) -> bool:
-    """Finite, and an integer in the range of tensors."""
-    if isinstance(value, Integral) and abs(value) > 2**63:
-        return False
-    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+    """Finite, also as a float: JSON may spell an integer of any length."""
+    return (
+        isinstance(value, Real)
+        and not isinstance(value, bool)
+        and -sys.float_info.max <= value <= sys.float_info.max
+    )
 
 
 def _is_unicode(text: str) -> bool:
     """JSON may spell half a surrogate pair, which nothing can print or encode."""
-    return not any("\ud800" <= character <= "\udfff" for character in text)
+    return _SURROGATE.search(text) is None

@@ -11,9 +11,21 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from led_kernels.extras import install_extra
-from led_model.config import read_json
-from led_model.hub import Fetch, checkpoint_files, first_line, what_else_is_in
-from led_model.schema import FLAG, LARGEST, TEXT, TOKEN_ID, Rule, check_values, list_of, number, table_of
+from led_model.files import TOKENIZER, read_json
+from led_model.hub import Fetch, checkpoint_files, what_else_is_in
+from led_model.schema import (
+    FLAG,
+    LARGEST,
+    TEXT,
+    TOKEN_ID,
+    Rule,
+    check_values,
+    list_of,
+    number,
+    quoted,
+    table_of,
+)
+from led_model.tokenizer_json import TOKEN, check_id, library_errors, read_tokenizer_json, read_vocabulary
 
 if TYPE_CHECKING:
     from tokenizers import AddedToken, Tokenizer
@@ -28,15 +40,8 @@ SPECIAL_TOKENS = {
     "mask_token": "<mask>",
 }
 
-_TOKEN = TEXT | Rule(
-    'an object with "content"',
-    lambda value: (
-        isinstance(value, Mapping)
-        and TEXT.holds(value.get("content"))
-        and all(FLAG.holds(value.get(flag, False)) for flag in (*_FLAGS, "special"))
-    ),
-)
 _MOST_WORK = 3 * 10**6  # added tokens x calls that add some, each of which indexes all; a microsecond each
+_TOKEN = TEXT | TOKEN
 _FLAGS = ("single_word", "lstrip", "rstrip", "normalized")
 _ID_TEXT = Rule(
     "an id", lambda key: isinstance(key, str) and key.isdecimal() and len(key) < 11 and int(key) <= LARGEST
@@ -91,47 +96,31 @@ def read_tokenizer_files(
             f"{path_or_id} has {len(added):,} added tokens, of which special and others alternate {len(groups):,} "
             "times, and would be read for minutes; keep those that are in use."
         )
-    try:
+    with library_errors(f"{path_or_id} has added tokens that cannot be added", "fetch its tokenizer again"):
         for is_special, tokens in groups:
             (tokenizer.add_special_tokens if is_special else tokenizer.add_tokens)(tokens)
-    except Exception as error:  # text that is no UTF-8; the library raises bare Exception
-        raise ValueError(f"{path_or_id} has an added token that is no text ({first_line(error)}).") from None
     for token, token_id in added:
-        if token_id is not None and tokenizer.token_to_id(token.content) != token_id:
-            raise ValueError(
-                f"{path_or_id} gives added token {token.content!r} the id {token_id}, but in its vocabulary it "
-                f"becomes {tokenizer.token_to_id(token.content)}; fetch the tokenizer's files again, together."
-            )
+        if token_id is not None:
+            check_id(tokenizer, token.content, token_id, path_or_id)
     missing = [t for t in dict.fromkeys(special_tokens.values()) if tokenizer.token_to_id(t) is None]
     if missing:
         raise ValueError(
-            f"the vocabulary of {path_or_id} lacks {', '.join(missing)}; LED needs BART's vocabulary."
+            f"the vocabulary of {path_or_id} lacks {', '.join(map(quoted, missing))}; LED needs BART's vocabulary."
         )
     longest = settings.get("model_max_length")
     return TokenizerFiles(tokenizer, special_tokens, int(longest) if longest and longest < 10**20 else None)
 
 
 def _backend(fetch: Fetch, source: str | os.PathLike[str]) -> Tokenizer:
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-
     if (path := fetch("tokenizer.json")) is not None:
-        try:
-            return Tokenizer.from_file(str(path))
-        except Exception as error:  # the library raises bare Exception
-            raise ValueError(f"{path} is no readable tokenizer ({error}); fetch it again.") from None
+        return read_tokenizer_json(path)
     vocab, merges = fetch("vocab.json"), fetch("merges.txt")
     if vocab is None or merges is None:
         remedy = what_else_is_in(source, "copy the tokenizer's files there")
         raise FileNotFoundError(
             f"{source} holds no tokenizer.json, nor vocab.json with merges.txt; {remedy}."
         )
-    try:
-        tokenizer = Tokenizer(models.BPE.from_file(str(vocab), str(merges)))
-    except Exception as error:  # the library raises bare Exception
-        raise ValueError(f"{vocab} and {merges} are no readable BPE ({error}); fetch them again.") from None
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    return tokenizer
+    return read_vocabulary(vocab, merges)
 
 
 def _settings(fetch: Fetch) -> dict[str, Any]:
@@ -139,7 +128,7 @@ def _settings(fetch: Fetch) -> dict[str, Any]:
 
     def read(name: str) -> dict[str, Any]:
         path: Path | None = fetch(name)
-        return {} if path is None else read_json(path)
+        return {} if path is None else read_json(path, TOKENIZER)
 
     settings = read("tokenizer_config.json")
     if "added_tokens_decoder" not in settings:

@@ -1,8 +1,7 @@
-"""Checkpoints of which one thing is wild, opened by ``led summarize``."""
+"""Checkpoints of which one thing is wild, opened by ``led``."""
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -10,17 +9,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
 
 from led_model import LEDConfig
 from led_model.cli import main
+from tests.hostile import checkpoint_files
+from tests.hostile.damage import Case, Damage, cut, edit, edit_tensor, index, pickle, short, write
 from tests.hostile.documents import prepare
 from tests.hostile.processes import Trial, in_process
 from tests.model.small import small_config
 
 DEEP = "[" * 100_000 + "]" * 100_000
 
-Damage = Callable[[Path], None]
 
 _WILD: list[Any] = [
     None, True, "four", "", -1, 0, 3, 1.5, -0.5, 1e308, float("nan"), float("inf"), 2**31, 2**63, 10**30,
@@ -28,16 +27,16 @@ _WILD: list[Any] = [
 ]  # fmt: skip
 
 
-def cases() -> list[tuple[str, Damage]]:
-    """All of them, by name, each a function that damages the checkpoint in a directory."""
-    return [*_configs(), *_generation_settings(), *_tokenizers(), *_indices(), *_weights(), *_json_files()]
+def cases() -> list[Case]:
+    wild = [*_configs(), *_generation_settings(), *_tokenizers(), *_indices(), *_weights(), *_json_files()]
+    return [*(Case(name, damage) for name, damage in wild), *checkpoint_files.cases()]
 
 
 def _configs() -> Iterator[tuple[str, Damage]]:
     names = [*vars(LEDConfig(**small_config(0))), "model_type", "hidden_size"]
     for name in names:
         for value in _WILD:
-            yield f"config.json {name}={_short(value)}", partial(_edit, "config.json", {name: value})
+            yield f"config.json {name}={short(value)}", partial(edit, "config.json", {name: value})
 
 
 def _generation_settings() -> Iterator[tuple[str, Damage]]:
@@ -51,8 +50,8 @@ def _generation_settings() -> Iterator[tuple[str, Damage]]:
         for value in _WILD:
             settings = {name: value}
             yield (
-                f"generation_config.json {name}={_short(value)}",
-                partial(_edit, "generation_config.json", settings),
+                f"generation_config.json {name}={short(value)}",
+                partial(edit, "generation_config.json", settings),
             )
 
 
@@ -71,14 +70,14 @@ def _tokenizers() -> Iterator[tuple[str, Damage]]:
     for name in names:
         for value in [*_WILD, *tokens]:
             yield (
-                f"tokenizer_config.json {name}={_short(value)}",
-                partial(_edit, "tokenizer_config.json", {name: value}),
+                f"tokenizer_config.json {name}={short(value)}",
+                partial(edit, "tokenizer_config.json", {name: value}),
             )
     many = {str(300 + i): {"content": f"<{i}>", "special": i % 2 == 0} for i in range(100_000)}
-    yield "100,000 added tokens", partial(_edit, "tokenizer_config.json", {"added_tokens_decoder": many})
+    yield "100,000 added tokens", partial(edit, "tokenizer_config.json", {"added_tokens_decoder": many})
     yield (
         "100,000 extra tokens",
-        partial(_edit, "tokenizer_config.json", {"extra_special_tokens": list(many)}),
+        partial(edit, "tokenizer_config.json", {"extra_special_tokens": list(many)}),
     )
     for name in (
         "vocab.json",
@@ -98,11 +97,11 @@ def _tokenizers() -> Iterator[tuple[str, Damage]]:
             "\x00",
             '{"version": "1.0"}',
         ):
-            yield f"{name} {_short(content)}", partial(_write, name, content)
+            yield f"{name} {short(content)}", partial(write, name, content)
 
 
 def _indices() -> Iterator[tuple[str, Damage]]:
-    for index in ("model.safetensors.index.json", "pytorch_model.bin.index.json"):
+    for name in ("model.safetensors.index.json", "pytorch_model.bin.index.json"):
         for value in [
             *_WILD,
             {"a": "config.json"},
@@ -110,7 +109,7 @@ def _indices() -> Iterator[tuple[str, Damage]]:
             {"a": ".."},
             {"a": "x" * 5000 + ".bin"},
         ]:
-            yield f"{index} weight_map={_short(value)}", partial(_index, index, value)
+            yield f"{name} weight_map={short(value)}", partial(index, name, value)
 
 
 def _weights() -> Iterator[tuple[str, Damage]]:
@@ -143,20 +142,20 @@ def _weights() -> Iterator[tuple[str, Damage]]:
         "led.encoder.layers.0.final_layer_norm.bias",
     ]
     for name in [*names, "lm_head.weight"]:
-        for how, edit in edits.items():
-            yield f"{name} {how}", partial(_edit_tensor, name, edit, pickled=False)
-        for how, edit in (edits | only_in_a_pickle).items():
-            yield f"pickled {name} {how}", partial(_edit_tensor, name, edit, pickled=True)
+        for how, change in edits.items():
+            yield f"{name} {how}", partial(edit_tensor, name, change, pickled=False)
+        for how, change in (edits | only_in_a_pickle).items():
+            yield f"pickled {name} {how}", partial(edit_tensor, name, change, pickled=True)
     for what, content in {
         "a list": [1],
         "a number": 3,
         "numbers as keys": {1: torch.ones(1)},
         "empty": {},
     }.items():
-        yield f"a pickle of {what}", partial(_pickle, content)
+        yield f"a pickle of {what}", partial(pickle, content)
     for size in (0, 7, 8, 100):
         for name in ("model.safetensors", "pytorch_model.bin"):
-            yield f"{name} of {size} bytes", partial(_cut, name, size)
+            yield f"{name} of {size} bytes", partial(cut, name, size)
 
 
 def _json_files() -> Iterator[tuple[str, Damage]]:
@@ -178,76 +177,25 @@ def _json_files() -> Iterator[tuple[str, Damage]]:
             "{",
             '{"a": ' + "9" * 5000 + "}",
         ):
-            yield f"{name} {_short(content)}", partial(_write, name, content)
-        yield f"{name} no UTF-8", partial(_write, name, b"\xff\xfe{}")
-        yield f"{name} of 40 MB", partial(_write, name, "[" + "[]," * 13_000_000 + "[]]")
+            yield f"{name} {short(content)}", partial(write, name, content)
+        yield f"{name} no UTF-8", partial(write, name, b"\xff\xfe{}")
+        yield f"{name} of 40 MB", partial(write, name, "[" + "[]," * 13_000_000 + "[]]")
 
 
-def _write(name: str, content: str | bytes, directory: Path) -> None:
-    if name == "model.safetensors.index.json":
-        (directory / "model.safetensors").unlink()
-    data = content.encode("utf-8", "surrogatepass") if isinstance(content, str) else content
-    (directory / name).write_bytes(data)
-
-
-def _edit(name: str, settings: dict[str, Any], directory: Path) -> None:
-    path = directory / name
-    values = json.loads(path.read_text()) if path.is_file() else {}
-    path.write_text(json.dumps(values | settings))
-
-
-def _index(name: str, weight_map: Any, directory: Path) -> None:
-    (directory / "model.safetensors").unlink()
-    (directory / name).write_text(json.dumps({"weight_map": weight_map}))
-
-
-def _edit_tensor(name: str, edit: Callable[[torch.Tensor], Any], directory: Path, *, pickled: bool) -> None:
-    tensors: dict[str, Any] = load_file(directory / "model.safetensors")
-    tensors[name] = edit(tensors.get(name, tensors["led.shared.weight"]))
-    if pickled:
-        _pickle(tensors, directory)
-    else:
-        save_file(tensors, directory / "model.safetensors")
-
-
-def _pickle(content: Any, directory: Path) -> None:
-    (directory / "model.safetensors").unlink()
-    torch.save(content, directory / "pytorch_model.bin")
-
-
-def _cut(name: str, size: int, directory: Path) -> None:
-    if name != "model.safetensors":
-        _pickle(load_file(directory / "model.safetensors"), directory)
-    (directory / name).write_bytes((directory / name).read_bytes()[:size])
-
-
-def _short(value: Any) -> str:
-    text = str(value).encode("unicode_escape").decode()
-    return text if len(text) < 40 else f"{text[:30]}… ({len(text)})"
-
-
-def run(damage: Damage, scratch: Path) -> tuple[str, str | None]:
-    """Opens a copy of the checkpoint ``model`` in ``scratch`` after ``damage`` to it, and writes a few tokens: how that
-    ended, and what is wrong with it."""
+def run(case: Case, scratch: Path) -> tuple[str, str | None]:
+    """Opens a damaged copy of the checkpoint in ``scratch``: how that ended, and what is wrong with it."""
     directory = scratch / "damaged"
-    shutil.copytree(scratch / "model", directory)
+    shutil.copytree(scratch / case.model, directory)
     try:
-        damage(directory)
-        command = [
-            "summarize",
-            str(scratch / "words.txt"),
-            "--model",
-            str(directory),
-            "--max-new-tokens",
-            "2",
-        ]
-        ended = in_process(lambda: main(command))
-        return f"status {ended.status}", ended.fault_of_command
+        case.damage(directory)
+        command = case.command.format(words=scratch / "words.txt", model=directory)
+        ended = in_process(lambda: main(command.split()))
+        return f"status {ended.status}", case.fault(ended)
     finally:
         shutil.rmtree(directory)
 
 
 def trials(scratch: Path) -> Iterator[Trial]:
     prepare(scratch)
-    for name, damage in cases():
-        yield name, partial(run, damage, scratch)
+    for case in cases():
+        yield case.name, partial(run, case, scratch)

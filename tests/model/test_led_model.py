@@ -10,7 +10,7 @@ import torch
 
 from led_kernels import LongformerMask
 from led_model import LEDForConditionalGeneration, layers
-from led_model.checkpoint import to_hf_state_dict
+from led_model.tensor_names import to_hf_state_dict
 from tests.model.small import random_inputs
 
 TOLERANCE = {"atol": 1e-4, "rtol": 0}

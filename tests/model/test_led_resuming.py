@@ -10,8 +10,10 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
 from safetensors.torch import load_file, save_file
 
+from led_model.fingerprint import fingerprint
 from led_model.results import ResultFile
 from tests.model.commands import PARAGRAPHS, TEXT, TEXTS, inputs, led, records
 
@@ -193,3 +195,15 @@ def test_one_document_that_overflows_takes_no_other_with_it(save, documents, cap
     assert summaries(directory, "docs", "--batch-size", 3) == 3
     assert "docs/1.txt: the model's numbers overflowed" in capsys.readouterr().err
     assert len(records()) == 3
+
+
+@pytest.mark.parametrize("place", [0, 2**20 + 5, 3 * 2**20 + 12345, -1])
+def test_every_byte_of_the_weights_counts(tmp_path, place):
+    (tmp_path / "config.json").write_text("{}")
+    weights = tmp_path / "model.safetensors"
+    data = bytearray(4 * 2**20 + 7)
+    weights.write_bytes(data)
+    before = fingerprint(str(tmp_path))
+    data[place] ^= 1
+    weights.write_bytes(data)
+    assert fingerprint(str(tmp_path)) != before

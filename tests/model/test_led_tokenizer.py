@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import pickle
+import re
 import threading
 from pydoc_data.topics import topics
 
@@ -262,6 +263,12 @@ def test_added_tokens(tokenizer_files, tmp_path, files):
         assert back.model_max_length == stock_back.model_max_length == 30
 
 
+@pytest.mark.parametrize("limit", [int(1e30), 1e30, None])
+def test_no_limit_in_the_spelling_of_transformers(tokenizer_files, limit):
+    (tokenizer_files / "tokenizer_config.json").write_text(json.dumps({"model_max_length": limit}))
+    assert LEDTokenizer.from_pretrained(tokenizer_files).model_max_length is None
+
+
 def test_vocabulary_alone_is_read_back(stock, tokenizer, tmp_path):
     transformers = pytest.importorskip("transformers")
     vocab, merges = tokenizer.save_vocabulary(tmp_path / "new", "led")
@@ -278,12 +285,24 @@ ALTERNATING = {300 + i: {"content": f"<{i}>", "special": i % 2 == 0} for i in ra
     ("files", "error", "message"),
     [
         ({"vocab.json": None}, FileNotFoundError, "holds no tokenizer.json, nor vocab.json with merges.txt"),
-        ({"tokenizer.json": "{}"}, ValueError, "is no readable tokenizer"),
-        ({"vocab.json": "{"}, ValueError, "are no readable BPE"),
+        ({"tokenizer.json": "{}"}, ValueError, "tokenizer.json: model is None; give an object"),
+        ({"vocab.json": "{"}, ValueError, "vocab.json is not valid JSON"),
+        ({"merges.txt": "a"}, ValueError, "are no readable BPE"),
+        (
+            {"vocab.json": '{"a": true}'},
+            ValueError,
+            "vocab.json: vocab is {'a': True}; give an object of ids",
+        ),
+        ({"vocab.json": '{"a": 4294967301}'}, ValueError, "vocab.json: vocab is {'a': 4294967301}"),
+        (
+            {"vocab.json": '{"a": 1, "b": 1}'},
+            ValueError,
+            "'a' and 'b' have the id 1; give each token its own",
+        ),
         (
             {"vocab.json": json.dumps({"a": 0}), "merges.txt": "#version"},
             ValueError,
-            "lacks <s>, </s>, <unk>",
+            "lacks '<s>', '</s>', '<unk>'",
         ),
         ({"tokenizer_config.json": "{"}, ValueError, "tokenizer_config.json is not valid JSON"),
         (
@@ -304,6 +323,71 @@ def test_damage_is_named(tokenizer_files, files, error, message):
         path.unlink() if content is None else path.write_text(content)
     with pytest.raises(error, match=message):
         LEDTokenizer.from_pretrained(tokenizer_files)
+
+
+FLAGS = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized", "special"), False)
+SPACES = {"type": "Replace", "pattern": {"String": "."}, "content": "a" * 10}
+
+
+@pytest.mark.parametrize(
+    ("changes", "model", "message"),
+    [
+        ({"normalizer": {"type": "Sequence", "normalizers": [SPACES] * 7}}, {}, "normalizer is {"),
+        ({"normalizer": {"type": "Precompiled", "precompiled_charsmap": ""}}, {}, "normalizer is {"),
+        ({"decoder": SPACES}, {}, "decoder is {"),
+        ({"decoder": None}, {}, "decoder is None; give an object of type ByteLevel"),
+        ({"pre_tokenizer": {"type": "Whitespace"}}, {}, "pre_tokenizer is {"),
+        (
+            {"pre_tokenizer": {"type": "Sequence", "pretokenizers": [{"type": "ByteLevel"}] * 2}},
+            {},
+            "pre_tokenizer is {",
+        ),
+        ({"added_tokens": [{"content": "<s>"}]}, {}, "added_tokens is ["),
+        (
+            {"added_tokens": [{"content": "<x>", "id": 7} | FLAGS]},
+            {},
+            "gives added token '<x>' the id 7, but in its",
+        ),
+        ({}, {"type": "WordPiece"}, "type is 'WordPiece'; give one of BPE"),
+        ({}, {"continuing_subword_prefix": "##"}, "continuing_subword_prefix is '##'; give"),
+        ({}, {"unk_token": "none"}, "unk_token is 'none', which vocab lacks"),
+        ({}, {"dropout": 0.5}, "dropout is 0.5; give"),
+        ({}, {"vocab": {"a": "5"}}, "vocab is {'a': '5'}; give an object of ids by tokens"),
+        ({}, {"merges": ["a\x1bb"]}, "is no readable tokenizer"),
+    ],
+)
+def test_only_a_byte_level_bpe_is_read(tokenizer, tmp_path, changes, model, message):
+    tokenizer.save_pretrained(tmp_path)
+    path = tmp_path / "tokenizer.json"
+    stored = json.loads(path.read_text())
+    path.write_text(json.dumps(stored | changes | {"model": stored["model"] | model}))
+    with pytest.raises(ValueError, match=re.escape(message)) as error:
+        LEDTokenizer.from_pretrained(tmp_path)
+    assert str(error.value).isprintable()
+
+
+def test_older_and_newer_forms_of_a_byte_level_bpe(tokenizer, tmp_path):
+    tokenizer.save_pretrained(tmp_path)
+    path = tmp_path / "tokenizer.json"
+    stored = json.loads(path.read_text())
+    merges = [" ".join(merge) for merge in stored["model"]["merges"]]
+    old = {"vocab": stored["model"]["vocab"], "merges": merges}
+    level = stored["pre_tokenizer"]
+    template = {
+        "type": "TemplateProcessing",
+        "single": [{"Sequence": {"id": "A", "type_id": 0}}],
+        "pair": [],
+        "special_tokens": {},
+    }
+    for changes in (
+        {"model": old},
+        {"pre_tokenizer": {"type": "Sequence", "pretokenizers": [level]}},
+        {"post_processor": template, "normalizer": {"type": "NFC"}},
+        {"padding": {"strategy": {"Fixed": 0}}, "truncation": {"direction": "Left"}},
+        {"model": stored["model"] | {"dropout": 0.0}},
+    ):
+        path.write_text(json.dumps(stored | changes))
+        assert LEDTokenizer.from_pretrained(tmp_path)(TEXT) == tokenizer(TEXT)
 
 
 @pytest.mark.parametrize(("count", "run"), [(1000, 1), (50_000, 25_000)])
