@@ -81,14 +81,18 @@ def generate(
         ValueError: for ids, masks or ``encoded`` of another shape, batch or length than each other, when the
             length asked for is 0 or exceeds the decoder's position table, and for settings that have no meaning
             or contradict each other.
-        TypeError: for a setting that is no field of :class:`GenerationConfig`.
+        TypeError: for a setting that is no field of :class:`GenerationConfig`, and for an ``on_token`` or ``streamer``
+            that cannot be called.
     """
     generation = model.generation_config
     if generation_config is not None:
         generation = generation.replaced_by(generation_config)
     generation = generation.updated(**settings)
     generation.check(model.config.vocab_size)
-    check_values({"use_cache": use_cache}, {"use_cache": FLAG})
+    flags = {"use_cache": use_cache, "compiled": compiled, "return_dict_in_generate": return_dict_in_generate}
+    check_values(flags, dict.fromkeys(flags, FLAG))
+    if on_token is not None and not callable(on_token):
+        raise TypeError(f"on_token is a {type(on_token).__name__}; give a function of the step's tokens.")
     check_ids("input_ids", input_ids, model.led.encoder.embed_tokens)
     check_some("input_ids", input_ids)
     check_mask("attention_mask", attention_mask, input_ids, "input_ids")

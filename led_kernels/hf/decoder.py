@@ -19,6 +19,7 @@ from transformers.models.led.modeling_led import (
 )
 
 from led_kernels.attention_weights import attention_weights
+from led_kernels.hf.checks import check_shapes
 from led_kernels.hf.compat import (
     accepts,
     as_cache,
@@ -212,6 +213,9 @@ class FusedLEDDecoder(LEDDecoder):
             inputs_embeds = self.embed_tokens(input_ids.view(-1, input_ids.shape[-1]))
         shape = inputs_embeds.shape[:2]
         cache = as_cache(cache)
+        check_shapes(
+            shape, attention_mask if cache is None else None, encoder_hidden_states, encoder_attention_mask
+        )
         if use_cache and cache is None and not (self.gradient_checkpointing and self.training):
             cache = new_cache(config)
         if cache_position is None or not is_static(
