@@ -213,11 +213,11 @@ class FusedLEDDecoder(LEDDecoder):
             inputs_embeds = self.embed_tokens(input_ids.view(-1, input_ids.shape[-1]))
         shape = inputs_embeds.shape[:2]
         cache = as_cache(cache)
-        check_shapes(
-            shape, attention_mask if cache is None else None, encoder_hidden_states, encoder_attention_mask
-        )
         if use_cache and cache is None and not (self.gradient_checkpointing and self.training):
             cache = new_cache(config)
+        check_shapes(
+            shape, attention_mask, encoder_hidden_states, encoder_attention_mask, is_cached=cache is not None
+        )
         if cache_position is None or not is_static(
             cache
         ):  # which a tuned prefix has made longer than it says
