@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from led_kernels import LongformerMask
 from led_model.beam_search import beam_search
-from led_model.checks import check_encoded, check_flags, check_ids, check_mask, check_some
+from led_model.checks import check_encoded, check_flags, check_ids, check_mask, check_recordable, check_some
 from led_model.decoding import Search
 from led_model.generation_config import GenerationConfig
 from led_model.sampling import sample
@@ -84,6 +84,7 @@ def generate(
         TypeError: for a setting that is no field of :class:`GenerationConfig`, and for an ``on_token`` or ``streamer``
             that cannot be called.
     """
+    check_recordable("generate looks at its tokens to know when to stop", None, "trace the model's forward")
     generation = model.generation_config
     if generation_config is not None:
         generation = generation.replaced_by(generation_config)
