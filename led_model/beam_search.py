@@ -10,8 +10,9 @@ from torch import Tensor
 
 from led_model.decoding import Search
 
-# Added to the score of what may not be chosen: low, but in reach of arithmetic, unlike -inf.
-_OUT = -1.0e9
+# Added to the score of what may not be chosen: lower than what a low temperature or a power of a length makes of any
+# other, but in reach of arithmetic, unlike -inf.
+_OUT = -1.0e30
 
 
 @dataclass
@@ -85,14 +86,18 @@ def beam_search(search: Search) -> tuple[Tensor, Tensor]:
             running[:, :, :length].flatten(0, 1), F.log_softmax(logits.float(), dim=-1)
         )
         vocab_size = log_probs.shape[1]
+        candidates = min(candidates, beams * vocab_size)
         totals = (log_probs.view(batch, beams, vocab_size) + running_scores[..., None]).flatten(1)
         if generation.do_sample:
+            if (lost := search.rows_lost(totals, improvable, logits, above=_OUT / 2)) is not None:
+                totals = totals.masked_fill(lost, _OUT)  # of documents that are done
             chosen = search.draw(totals, candidates)
             # the likeliest first, as the first ones alone may end
             scores, order = totals.gather(1, chosen).sort(dim=1, descending=True)
             chosen = chosen.gather(1, order)
         else:
             scores, chosen = totals.topk(candidates)
+            search.rows_lost(scores, improvable, logits, above=_OUT / 2)
         parents = chosen // vocab_size
         sequences = _take(running, parents)
         sequences[:, :, length] = chosen % vocab_size

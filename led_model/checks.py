@@ -126,6 +126,21 @@ def check_mask(name: str, mask: Any, given: Tensor, of: str) -> None:
         raise ValueError(f"{name} is on {mask.device} and {of} on {given.device}; move both to one device.")
 
 
+def check_recordable(name: str, given: Any, remedy: str) -> None:
+    """``given`` is there, or no tracer writes down what is computed, whose program would be of these inputs alone.
+
+    ``torch.compile`` is not meant, which looks whether its program still holds.
+
+    Raises:
+        ValueError: with the ``remedy``.
+    """
+    if given is not None or torch.compiler.is_compiling():
+        return
+    modes = torch._C._TorchDispatchModeKey
+    if torch.jit.is_tracing() or any(map(torch._C._get_dispatch_mode, (modes.PROXY, modes.FAKE))):
+        raise ValueError(f"{name}, and cannot be traced; {remedy}.")
+
+
 def check_flags(name: str, mask: Tensor | None) -> None:
     """Nothing but 0 and 1 is in ``mask``, where looking costs no wait for a device.
 

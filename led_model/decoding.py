@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
@@ -234,6 +235,33 @@ class Search:
         for processor in self.processors:
             scores = processor(tokens, scores)
         return scores
+
+    def rows_lost(
+        self, scores: Tensor, working: Tensor, logits: Tensor, above: float = -math.inf
+    ) -> Tensor | None:
+        """Rows of ``scores`` ``[any, choices]`` without a finite choice ``above`` a bound, bool ``[any, 1]``.
+
+        ``None`` if there are none, and on devices where looking means waiting.
+
+        Raises:
+            ValueError: for such a row among those ``working``, bool ``[any, 1]``, by what there was in ``logits``.
+        """
+        if scores.device.type != "cpu":
+            return None
+        best = scores.amax(1, keepdim=True)
+        lost = ~((best > above) & (best < math.inf))  # nor is NaN
+        if not bool(lost.any()):
+            return None
+        if bool((lost & working).any()):
+            if not bool((logits < math.inf).all()):
+                raise ValueError(
+                    "the model's logits hold NaN or infinity; look for such numbers in its weights and in encoded."
+                )
+            raise ValueError(
+                "no token is left to go on with: bad_words_ids, no_repeat_ngram_size, min_length and what else is set "
+                "ban all of them; ban less."
+            )
+        return lost
 
     def draw(self, scores: Tensor, count: int) -> Tensor:
         """``count`` different indices per row of ``scores`` ``[any, choices]``, likely ones more often."""

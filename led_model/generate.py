@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from led_kernels import LongformerMask
 from led_model.beam_search import beam_search
-from led_model.checks import check_encoded, check_flags, check_ids, check_mask, check_some
+from led_model.checks import check_encoded, check_flags, check_ids, check_mask, check_recordable, check_some
 from led_model.decoding import Search
 from led_model.generation_config import GenerationConfig
 from led_model.sampling import sample
@@ -81,14 +81,19 @@ def generate(
         ValueError: for ids, masks or ``encoded`` of another shape, batch or length than each other, when the
             length asked for is 0 or exceeds the decoder's position table, and for settings that have no meaning
             or contradict each other.
-        TypeError: for a setting that is no field of :class:`GenerationConfig`.
+        TypeError: for a setting that is no field of :class:`GenerationConfig`, and for an ``on_token`` or ``streamer``
+            that cannot be called.
     """
+    check_recordable("generate looks at its tokens to know when to stop", None, "trace the model's forward")
     generation = model.generation_config
     if generation_config is not None:
         generation = generation.replaced_by(generation_config)
     generation = generation.updated(**settings)
     generation.check(model.config.vocab_size)
-    check_values({"use_cache": use_cache}, {"use_cache": FLAG})
+    flags = {"use_cache": use_cache, "compiled": compiled, "return_dict_in_generate": return_dict_in_generate}
+    check_values(flags, dict.fromkeys(flags, FLAG))
+    if on_token is not None and not callable(on_token):
+        raise TypeError(f"on_token is a {type(on_token).__name__}; give a function of the step's tokens.")
     check_ids("input_ids", input_ids, model.led.encoder.embed_tokens)
     check_some("input_ids", input_ids)
     check_mask("attention_mask", attention_mask, input_ids, "input_ids")

@@ -10,7 +10,6 @@ from led_model.schema import (
     FLAG,
     TOKEN_ID,
     TOKEN_IDS,
-    above,
     check_names,
     check_values,
     list_of,
@@ -59,7 +58,7 @@ _RULES = {
     "top_k": _COUNT,
     "top_p": number(0, 1),
     "seed": whole(-(2**63), 2**63 - 1).optional,
-    "repetition_penalty": above(0),
+    "repetition_penalty": number(1e-3, 1e3),  # beyond, scores leave the range of floats
     "no_repeat_ngram_size": _COUNT,
     "encoder_no_repeat_ngram_size": _COUNT,
     "bad_words_ids": list_of(
@@ -108,6 +107,7 @@ class GenerationConfig:
     def __post_init__(self) -> None:
         check_values(vars(self), _RULES)
         make_plain(self)
+        self.length_penalty = float(self.length_penalty)  # a power of whole numbers knows no bounds
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> GenerationConfig:
@@ -133,9 +133,14 @@ class GenerationConfig:
 
         Raises:
             TypeError: for a setting that is no field.
-            ValueError: as for the class.
+            ValueError: as for the class, and for a least length above the longest, if both are the caller's.
         """
         check_names(settings, (f.name for f in fields(self)), "generate")
+        for least, most in (("min_new_tokens", "max_new_tokens"), ("min_length", "max_length")):
+            if (low := settings.get(least)) is not None and (high := settings.get(most)) is not None:
+                check_values({least: low, most: high}, _RULES)
+                if low > high:
+                    raise ValueError(f"{least} is {low} and {most} {high}; give a {least} of at most {most}.")
         for length, new_tokens in (("max_length", "max_new_tokens"), ("min_length", "min_new_tokens")):
             if length in settings:
                 settings = {new_tokens: None} | settings
@@ -179,9 +184,10 @@ class GenerationConfig:
                 f"num_return_sequences is {self.num_return_sequences} but greedy decoding finds one sequence; "
                 "set num_beams or do_sample=True."
             )
-        if self.do_sample and self.temperature <= 0:
+        if self.do_sample and not 1e-3 <= self.temperature <= 1e3:
             raise ValueError(
-                f"temperature is {self.temperature}; give a number above 0, or do_sample=False for no chance."
+                f"temperature is {self.temperature}; give a number from 0.001 to 1000, or do_sample=False for no "
+                "chance."
             )
         if self.do_sample and not 0 < self.top_p <= 1:
             raise ValueError(f"top_p is {self.top_p}; give a number above 0 and at most 1.")
@@ -193,10 +199,11 @@ class GenerationConfig:
         Raises:
             ValueError: naming the setting and the id.
         """
-        forced_bos = [] if self.forced_bos_token_id is None else [self.forced_bos_token_id]
         for name, ids in (
             ("decoder_start_token_id", [self.decoder_start_token_id]),
-            ("forced_bos_token_id", forced_bos),
+            ("pad_token_id", _as_list(self.pad_token_id)),
+            ("eos_token_id", self.eos_token_ids),
+            ("forced_bos_token_id", _as_list(self.forced_bos_token_id)),
             ("forced_eos_token_id", self.forced_eos_token_ids),
             ("bad_words_ids", [token for word in self.bad_words_ids or [] for token in word]),
         ):
@@ -209,7 +216,8 @@ class GenerationConfig:
 
     @property
     def eos_token_ids(self) -> list[int]:
-        return _as_list(self.eos_token_id)
+        """Each once."""
+        return list(dict.fromkeys(_as_list(self.eos_token_id)))
 
     @property
     def forced_eos_token_ids(self) -> list[int]:

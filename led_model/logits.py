@@ -12,9 +12,12 @@ from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from led_model.generation_config import GenerationConfig
+
+_ANY, _NONE = -1, -2  # in the place of a token: one that all tokens equal, and one that equals none
 
 Processor = Callable[[Tensor, Tensor], Tensor]
 """Takes the tokens so far, int64 ``[rows, length]``, and the scores; returns the new scores."""
@@ -41,8 +44,9 @@ def build_processors(
         ngrams = input_ids.to(torch.int64).repeat_interleave(rows_per_document, dim=0).unfold(1, size, 1)
         processors.append(partial(_ban_ngrams, ngrams=ngrams))
     if generation.bad_words_ids:
-        ends = generation.eos_token_ids
-        words = [list(word) for word in generation.bad_words_ids if not (len(word) == 1 and word[0] in ends)]
+        ends, longest = {(token,) for token in generation.eos_token_ids}, generation.length_limit(prompt)
+        distinct = dict.fromkeys(map(tuple, generation.bad_words_ids))
+        words = [list(word) for word in distinct if word not in ends and len(word) <= longest]
         processors.append(partial(_ban_words, groups=_by_length(words, input_ids.device)))
     if (least := generation.least_length(prompt)) > 0 and len(eos):
         processors.append(partial(_delay_end, min_length=least, eos=eos))
@@ -87,20 +91,29 @@ def _ban_ngrams(tokens: Tensor, scores: Tensor, *, ngrams: Tensor) -> Tensor:
 
 
 def _by_length(words: Sequence[list[int]], device: torch.device) -> list[tuple[Tensor, Tensor]]:
-    """Words of one length together: all but their last token ``[words, length - 1]``, and the last ``[words]``."""
+    """Words of about one length together: all but their last token ``[words, longest - 1]``, and the last ``[words]``.
+
+    Shorter ones are filled on the left with ``_ANY``; lengths up to each power of two are one group, so that words of
+    a thousand lengths are few operations at a step.
+    """
     groups = defaultdict(list)
     for word in words:
-        groups[len(word)].append(word)
-    stacked = [torch.tensor(group, device=device) for group in groups.values()]
+        groups[(len(word) - 1).bit_length()].append(word)
+    stacked = []
+    for group in groups.values():
+        longest = max(map(len, group))
+        rows = [[_ANY] * (longest - len(word)) + word for word in group]
+        stacked.append(torch.tensor(rows, dtype=torch.int64, device=device))
     return [(group[:, :-1], group[:, -1]) for group in stacked]
 
 
 def _ban_words(tokens: Tensor, scores: Tensor, *, groups: list[tuple[Tensor, Tensor]]) -> Tensor:
     length = tokens.shape[1]
     for prefixes, last in groups:
-        if prefixes.shape[1] > length:
-            continue
-        begun = (tokens[:, None, length - prefixes.shape[1] :] == prefixes).all(-1)  # [rows, words]
+        width = prefixes.shape[1]
+        # a word longer than the sequence meets what is no token
+        ending = F.pad(tokens[:, max(0, length - width) :], (max(0, width - length), 0), value=_NONE)
+        begun = ((ending[:, None] == prefixes) | (prefixes == _ANY)).all(-1)  # [rows, words]
         hits = torch.zeros_like(scores).index_add_(1, last, begun.to(scores.dtype))
         scores = scores.masked_fill(hits > 0, -math.inf)
     return scores

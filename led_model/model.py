@@ -17,7 +17,7 @@ from led_model.attention import CrossAttention, DecoderSelfAttention, padding_sc
 from led_model.attention_weights import cross_attentions, decoder_attentions, encoder_attentions
 from led_model.cache import StaticKVCache
 from led_model.captured import remember_code
-from led_model.checks import check_inputs, check_mask, check_states, check_targets, embed
+from led_model.checks import check_inputs, check_mask, check_recordable, check_states, check_targets, embed
 from led_model.config import LEDConfig
 from led_model.decoder_checks import check_decoder_call
 from led_model.generate import generate
@@ -207,6 +207,9 @@ class LEDModel(LEDPreTrainedModel):
         check_mask("global_attention_mask", global_attention_mask, given, name)
         if attention_mask is None:
             attention_mask = torch.ones(given.shape[:2], dtype=torch.long, device=given.device)
+            if global_attention_mask is None:
+                max_globals = max_globals or 0
+        check_recordable("the number of global tokens is looked at", max_globals, "give max_globals")
         mask = LongformerMask.from_padding(attention_mask, global_attention_mask, max_globals)
         return self.encoder(input_ids, mask, inputs_embeds=inputs_embeds, record=record)
 

@@ -19,6 +19,7 @@ from transformers.models.led.modeling_led import (
 )
 
 from led_kernels.attention_weights import attention_weights
+from led_kernels.hf.checks import check_shapes
 from led_kernels.hf.compat import (
     accepts,
     as_cache,
@@ -214,6 +215,9 @@ class FusedLEDDecoder(LEDDecoder):
         cache = as_cache(cache)
         if use_cache and cache is None and not (self.gradient_checkpointing and self.training):
             cache = new_cache(config)
+        check_shapes(
+            shape, attention_mask, encoder_hidden_states, encoder_attention_mask, is_cached=cache is not None
+        )
         if cache_position is None or not is_static(
             cache
         ):  # which a tuned prefix has made longer than it says

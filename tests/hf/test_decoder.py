@@ -300,3 +300,33 @@ def test_steps_without_cache_positions(stock):
                 assert result[name] is cache
                 logits.append(result.logits)
             assert_close({"logits": torch.cat(logits, 1)}, {"logits": expected}, 1e-6)
+
+
+ALIEN = {
+    "decoder_input_ids has 1 rows": {"decoder_input_ids": torch.tensor([[2, 7, 9]])},
+    "decoder_input_ids has 3 rows": {"decoder_input_ids": torch.tensor([[2, 7, 9]] * 3)},
+    "decoder_input_ids has 2 rows": {"encoder_outputs": lambda states: (states[:1],)},
+    r"decoder_attention_mask has shape \(1, 4\)": {"decoder_attention_mask": torch.ones(1, 4)},
+    r"decoder_attention_mask has shape \(3, 4\)": {"decoder_attention_mask": torch.ones(3, 4)},
+    r"decoder_attention_mask has shape \(2, 3\)": {"decoder_attention_mask": torch.ones(2, 3)},
+    r"attention_mask has shape \(2, 3\)": {"attention_mask": torch.ones(2, 3)},
+    r"attention_mask has shape \(2, 19\)": {"encoder_outputs": lambda states: (states[:, :7],)},
+}
+
+
+@pytest.mark.parametrize("said", ALIEN)
+@pytest.mark.parametrize("use_cache", [False, True])
+@torch.no_grad()
+def test_a_row_does_not_serve_for_a_batch(stock, said, use_cache):
+    """Which broadcasting would let pass."""
+    states = stock.get_encoder()(**CASE.inputs())[0]
+    arguments = CASE.inputs() | PROMPTS["prompt"] | {"use_cache": use_cache, "encoder_outputs": (states,)}
+    [(name, value)] = ALIEN[said].items()
+    arguments[name] = value(states) if callable(value) else value.long()
+    if said.startswith("decoder_input_ids"):
+        with pytest.raises((ValueError, RuntimeError)):
+            stock(**arguments)
+    if use_cache and said.startswith("decoder_attention_mask has shape \\(2"):
+        return  # a cache may hold other tokens, too
+    with pytest.raises(ValueError, match=f"^{said}"):
+        fused(stock)(**arguments)

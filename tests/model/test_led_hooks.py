@@ -108,3 +108,28 @@ def test_traced_models_compute_with_their_inputs(model, how, seqlen):
         for _ in range(2):
             torch.testing.assert_close(traced(*inputs(second)), expected, atol=1e-4, rtol=1e-4)
     assert expected.shape[-1] == VOCAB_SIZE
+
+
+@pytest.mark.parametrize("how", ["jit", "real", "fake", "symbolic"])
+def test_what_cannot_be_traced_is_told(model, how):
+    """A program would hold the first document's number of global tokens, and end where its text ended."""
+    inputs = random_inputs(0, batch=1)
+    ids = inputs["input_ids"]
+
+    def trace(function):
+        if how == "jit":
+            return torch.jit.trace(function, ids, check_trace=False)
+        return make_fx(function, tracing_mode=how, _allow_non_fake_inputs=True)(ids)
+
+    for parameter in model.parameters():  # jit takes them for constants
+        parameter.requires_grad_(False)
+    with pytest.raises(
+        ValueError, match=r"global tokens is looked at, and cannot be traced; give max_globals"
+    ):
+        trace(lambda ids: model(ids, global_attention_mask=inputs["global_attention_mask"]).logits)
+    with pytest.raises(ValueError, match=r"^generate looks at its tokens .* trace the model's forward"):
+        trace(lambda ids: model.generate(ids, max_new_tokens=4))
+    others = random_inputs(1, batch=1)["input_ids"]  # without masks there are no global tokens
+    torch.testing.assert_close(
+        trace(lambda ids: model(ids).logits)(others), model(others).logits, atol=1e-4, rtol=1e-4
+    )

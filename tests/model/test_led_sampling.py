@@ -148,7 +148,7 @@ def test_callers_limits_win_over_the_checkpoints():
         ({"do_sample": True, "temperature": 0.0}, "temperature is 0.0; .*do_sample=False"),
         ({"do_sample": True, "top_p": 0.0}, "top_p is 0.0; give a number above 0 and at most 1"),
         ({"do_sample": True, "top_k": -1}, "top_k is -1; give 0 or more"),
-        ({"repetition_penalty": 0.0}, "repetition_penalty is 0.0; give a number above 0"),
+        ({"repetition_penalty": 0.0}, "repetition_penalty is 0.0; give a number from 0.001 to 1000"),
         ({"no_repeat_ngram_size": -1}, "no_repeat_ngram_size is -1; give 0 or more"),
         ({"bad_words_ids": [3]}, r"bad_words_ids is \[3\]; give a list of non-empty lists"),
         ({"bad_words_ids": [[]]}, r"bad_words_ids is \[\[\]\]; give a list of non-empty lists"),
