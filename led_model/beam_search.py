@@ -81,6 +81,7 @@ def beam_search(search: Search) -> tuple[Tensor, Tensor]:
     for length in range(prompt, limit):  # of the sequences so far
         new_tokens = length + 1 - prompt  # that they will have
         logits = search.step(running[:, :, length - 1], length - 1)
+        search.watch(logits)
         log_probs = search.process(
             running[:, :, :length].flatten(0, 1), F.log_softmax(logits.float(), dim=-1)
         )

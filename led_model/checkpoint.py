@@ -21,6 +21,7 @@ from led_model.generation_config import GenerationConfig
 from led_model.hub import checkpoint_files
 from led_model.quantization import Quantize, quantizable_linears
 from led_model.tensor_names import (
+    ARCHITECTURE_OF,
     EMBEDDINGS,
     check_size,
     check_tensors,
@@ -31,7 +32,7 @@ from led_model.tensor_names import (
     to_hf_state_dict,
     without_other_heads,
 )
-from led_model.weights import read_tensors, required
+from led_model.weights import read_tensors, required, tensor_names
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -96,6 +97,27 @@ def load_pretrained(
             model.generation_config = GenerationConfig.from_dict(vars(config) | stored)
             model.generation_config.check_ids(config.vocab_size)
     return model.eval()
+
+
+def trained_head(path_or_id: str | os.PathLike[str], revision: str | None = None) -> str | None:
+    """Which head the checkpoint's weights have, "qa_outputs" or "classification_head"; ``None``: it writes.
+
+    Raises:
+        ValueError: when its config.json says that there is one and there is none.
+    """
+    fetch = checkpoint_files(path_or_id, revision)
+    names = tensor_names(fetch, path_or_id)
+    for head in ARCHITECTURE_OF:
+        if any(name.startswith(f"{head}.") for name in names):
+            return head
+    stated = read_json(required(fetch, "config.json", path_or_id)).get("architectures")
+    for head, architecture in ARCHITECTURE_OF.items():
+        if isinstance(stated, list) and architecture in stated:
+            raise ValueError(
+                f"config.json of {path_or_id} says that it is of {architecture}, but its weights have no {head}; give "
+                "a checkpoint that was trained with one."
+            )
+    return None
 
 
 def _copy_into(targets: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> None:

@@ -161,6 +161,7 @@ class Search:
     processors: list[Processor]
     generator: torch.Generator | None
     on_token: Callable[[Tensor], object] | None
+    is_finite: Tensor | bool = True  # 0-dim: every step so far had a token to choose, and no overflow
 
     @classmethod
     def prepare(
@@ -206,9 +207,14 @@ class Search:
             scores = processor(tokens, scores)
         return scores
 
+    def watch(self, logits: Tensor) -> None:
+        """Notes whether ``[any, vocab_size]`` overflowed; -inf only forbids a token."""
+        self.is_finite = logits.amax(-1).isfinite().all() & self.is_finite
+
     def draw(self, scores: Tensor, count: int) -> Tensor:
         """``count`` different indices per row of ``scores`` ``[any, choices]``, likely ones more often."""
-        return torch.multinomial(scores.softmax(-1), count, generator=self.generator)
+        weights = scores.softmax(-1).where(torch.as_tensor(self.is_finite), 1.0)  # of NaN none can be drawn
+        return torch.multinomial(weights, count, generator=self.generator)
 
     def hear(self, tokens: Tensor) -> None:
         """Hands the step's tokens, ``[batch * rows]``, to the caller."""

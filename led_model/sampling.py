@@ -22,6 +22,7 @@ def sample(search: Search) -> Tensor:
     length_needed = torch.full_like(tokens[0, 0], prompt)
     for length in range(prompt, limit):
         scores = search.step(tokens[:, length - 1].view(batch, search.rows), length - 1)
+        search.watch(scores)
         if search.processors or generation.do_sample:
             scores = search.process(tokens[:, :length], scores.float())
         next_tokens = search.draw(scores, 1)[:, 0] if generation.do_sample else scores.argmax(-1)

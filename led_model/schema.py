@@ -34,6 +34,9 @@ class Rule:
     def __or__(self, other: Rule) -> Rule:
         return Rule(f"{self.says}, or {other.says}", lambda value: self.holds(value) or other.holds(value))
 
+    def __and__(self, other: Rule) -> Rule:
+        return Rule(f"{self.says}, {other.says}", lambda value: self.holds(value) and other.holds(value))
+
 
 def whole(low: int, high: int = LARGEST) -> Rule:
     return Rule(

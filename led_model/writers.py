@@ -13,8 +13,9 @@ from tqdm import tqdm
 from led_model.batch_encoding import BatchEncoding
 from led_model.documents import Document
 from led_model.model import LEDForConditionalGeneration
+from led_model.overflow import check_finite
 from led_model.pieces import Piece
-from led_model.tasks import Found, Task, check_states
+from led_model.tasks import Found, Task
 from led_model.terminal import no_bars, quiet, say
 from led_model.tokenizer import LEDTokenizer
 
@@ -54,7 +55,7 @@ class _Writer(Task):
         model, start = self.model, time.perf_counter()
         with self.read(inputs):
             encoded = model.led.encode(**inputs)
-            check_states(encoded)
+            check_finite(encoded, model.dtype)
         read = time.perf_counter()
         streamer = self.streamer if self._is_result(pieces[0]) else None
         by_token = streamer is not None and len(pieces) == 1 and not self.has_beams
