@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+import warnings
 from argparse import Namespace
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -254,7 +255,9 @@ def load_task(args: Namespace) -> Task:
             "use the command for what it does, or give another."
         )
 
-    model = LEDForConditionalGeneration.from_pretrained(args.model, **where)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".* asks for ")  # which the task says
+        model = LEDForConditionalGeneration.from_pretrained(args.model, **where)
     settings = {name: getattr(args, name) for name in GENERATION_FLAGS if getattr(args, name) is not None}
     generation = model.generation_config
     if "max_new_tokens" not in settings and generation.max_new_tokens is generation.max_length is None:

@@ -48,8 +48,7 @@ class _Writer(Task):
                 f"--max-new-tokens of at most {positions}."
             )
         if generation.unsupported:
-            asked = ", ".join(f"{name}={value}" for name, value in generation.unsupported.items())
-            say(f"the checkpoint asks for {asked}; decoding without it.")
+            say(f"the checkpoint asks for {generation.asked_in_vain()}; decoding without it.")
 
     def _run(self, pieces: Sequence[Piece], inputs: BatchEncoding) -> list[Found]:
         model, start = self.model, time.perf_counter()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -142,7 +142,7 @@ def _tokenizers() -> Iterator[Case]:
     )
     for name, values in {
         "normalizer": [replace | {"pattern": {"Regex": ""}}, {"type": "Precompiled", "precompiled_charsmap": "AAAA"}],
-        "decoder": [{"type": "Sequence", "decoders": [replace] * 6}, {"type": "Strip", "content": "x", "start": 9, "stop": 9}],
+        "decoder": [{"type": "Sequence", "decoders": [replace] * 6}, {"type": "Strip", "content": "x", "start": 9}],
         "pre_tokenizer": [{"type": "FixedLength", "length": 0}, {"type": "Sequence", "pretokenizers": []}],
         "model": [
             {"type": "WordLevel", "vocab": {"a": 0}, "unk_token": "?"},

@@ -598,7 +598,7 @@ def test_tied_in_two_dtypes(saved, dtype):
 
 
 def test_generate_names_an_overflow(saved):
-    model, directory = saved
+    _, directory = saved
     edit_tensors(directory, lambda t: t.update({n: x * 1e25 for n, x in t.items() if "decoder.layers" in n}))
     loaded = load(directory)
     for settings in ({}, {"num_beams": 2}, {"do_sample": True, "seed": 0}):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 
@@ -161,3 +163,18 @@ def test_callers_limits_win_over_the_checkpoints():
 def test_settings_that_contradict_are_named(small_model, settings, message):
     with pytest.raises(ValueError, match=message):
         small_model(0).generate(**encoder_inputs(0), **settings)
+
+
+def test_settings_that_are_not_obeyed_are_named(small_model, tmp_path):
+    """From whichever file, also those that nobody knows; but none that only make it faster."""
+    model = small_model(0)
+    model.save_pretrained(tmp_path)
+    path = tmp_path / "generation_config.json"
+    ignored = {"stop_strings": ["x\x1b"], "max_time": 3.0, "force_words_ids": [[3]], "no_such_setting": 1}
+    silent = {"prompt_lookup_num_tokens": 3, "use_cache": True, "_from_model_config": True, "top_k": 7}
+    path.write_text(json.dumps(json.loads(path.read_text()) | ignored | silent))
+    with pytest.warns(UserWarning, match="asks for .*; generate decodes without it") as warned:
+        loaded = type(model).from_pretrained(tmp_path)
+    assert loaded.generation_config.unsupported == ignored
+    assert len(warned) == 1
+    assert str(warned[0].message).isprintable()
