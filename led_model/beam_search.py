@@ -82,6 +82,7 @@ def beam_search(search: Search) -> tuple[Tensor, Tensor]:
     for length in range(prompt, limit):  # of the sequences so far
         new_tokens = length + 1 - prompt  # that they will have
         logits = search.step(running[:, :, length - 1], length - 1)
+        search.watch(logits)
         log_probs = search.process(
             running[:, :, :length].flatten(0, 1), F.log_softmax(logits.float(), dim=-1)
         )
@@ -89,7 +90,7 @@ def beam_search(search: Search) -> tuple[Tensor, Tensor]:
         candidates = min(candidates, beams * vocab_size)
         totals = (log_probs.view(batch, beams, vocab_size) + running_scores[..., None]).flatten(1)
         if generation.do_sample:
-            if (lost := search.rows_lost(totals, improvable, logits, above=_OUT / 2)) is not None:
+            if (lost := search.rows_lost(totals, improvable, above=_OUT / 2)) is not None:
                 totals = totals.masked_fill(lost, _OUT)  # of documents that are done
             chosen = search.draw(totals, candidates)
             # the likeliest first, as the first ones alone may end
@@ -97,7 +98,7 @@ def beam_search(search: Search) -> tuple[Tensor, Tensor]:
             chosen = chosen.gather(1, order)
         else:
             scores, chosen = totals.topk(candidates)
-            search.rows_lost(scores, improvable, logits, above=_OUT / 2)
+            search.rows_lost(scores, improvable, above=_OUT / 2)
         parents = chosen // vocab_size
         sequences = _take(running, parents)
         sequences[:, :, length] = chosen % vocab_size

@@ -18,9 +18,10 @@ from torch import Tensor, nn
 from led_model.config import LEDConfig
 from led_model.files import read_json
 from led_model.generation_config import GenerationConfig
-from led_model.hub import checkpoint_files
+from led_model.hub import Fetch, checkpoint_files
 from led_model.quantization import Quantize, quantizable_linears
 from led_model.tensor_names import (
+    ARCHITECTURE_OF,
     EMBEDDINGS,
     check_size,
     check_tensors,
@@ -31,7 +32,7 @@ from led_model.tensor_names import (
     to_hf_state_dict,
     without_other_heads,
 )
-from led_model.weights import read_tensors, required
+from led_model.weights import read_tensors, required, tensor_names
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -49,12 +50,7 @@ def load_pretrained(
 ) -> Model:
     """Builds ``model_class`` from a checkpoint; see ``LEDPreTrainedModel.from_pretrained``."""
     fetch = checkpoint_files(path_or_id, revision, hub_options)
-    stored = read_json(required(fetch, "config.json", path_or_id))
-    if settings and "num_labels" in settings and "id2label" not in settings:
-        stored.pop("id2label", None)
-    stored |= settings or {}
-    with _said_of(f"config.json of {path_or_id}"):
-        config = LEDConfig.from_dict(stored)
+    config, stored = read_config(fetch, path_or_id, settings)
     tensors = named_as_head_model(read_tensors(fetch, path_or_id))
     check_size(config, tensors, path_or_id)
     fill_embeddings(tensors, config.tie_word_embeddings, path_or_id)
@@ -89,13 +85,65 @@ def load_pretrained(
         )
 
     if hasattr(model, "generation_config"):
-        generation_file = fetch("generation_config.json")
-        overrides = read_json(generation_file) if generation_file is not None else {}
-        stored |= {key: value for key, value in overrides.items() if value is not None}
-        with _said_of(f"generation settings of {path_or_id}"):
-            model.generation_config = GenerationConfig.from_dict(vars(config) | stored)
-            model.generation_config.check_ids(config.vocab_size)
+        model.generation_config = _generation_config(fetch, path_or_id, config, stored)
+        if model.generation_config.unsupported:
+            warnings.warn(
+                f"{path_or_id} asks for {model.generation_config.asked_in_vain()}; generate decodes without it.",
+                stacklevel=3,
+            )
     return model.eval()
+
+
+def read_config(
+    fetch: Fetch, source: str | os.PathLike[str], settings: Mapping[str, Any] | None = None
+) -> tuple[LEDConfig, dict[str, Any]]:
+    """Of config.json with ``settings`` in place of its own, and all that it says.
+
+    Raises:
+        FileNotFoundError, ValueError: when it is not there or has no meaning.
+    """
+    stored = read_json(required(fetch, "config.json", source))
+    if settings and "num_labels" in settings and "id2label" not in settings:
+        stored.pop("id2label", None)
+    stored |= settings or {}
+    with _said_of(f"config.json of {source}"):
+        return LEDConfig.from_dict(stored), stored
+
+
+def _generation_config(
+    fetch: Fetch, source: str | os.PathLike[str], config: LEDConfig, stored: Mapping[str, Any]
+) -> GenerationConfig:
+    """Of generation_config.json, and of what is not there, of config.json."""
+    path = fetch("generation_config.json")
+    own = read_json(path) if path is not None else {}
+    with _said_of(f"generation_config.json of {source}"):
+        GenerationConfig.from_dict(vars(config) | own).check_ids(config.vocab_size)
+    own = {key: value for key, value in own.items() if value is not None}
+    with _said_of(f"config.json of {source}"):
+        generation = GenerationConfig.from_dict(vars(config) | stored | own, own)
+        generation.check_ids(config.vocab_size)
+    return generation
+
+
+def trained_head(path_or_id: str | os.PathLike[str], revision: str | None = None) -> str | None:
+    """Which head the checkpoint's weights have, "qa_outputs" or "classification_head"; ``None``: it writes.
+
+    Raises:
+        ValueError: when its config.json says that there is one and there is none.
+    """
+    fetch = checkpoint_files(path_or_id, revision)
+    names = tensor_names(fetch, path_or_id)
+    for head in ARCHITECTURE_OF:
+        if any(name.startswith(f"{head}.") for name in names):
+            return head
+    stated = read_json(required(fetch, "config.json", path_or_id)).get("architectures")
+    for head, architecture in ARCHITECTURE_OF.items():
+        if isinstance(stated, list) and architecture in stated:
+            raise ValueError(
+                f"config.json of {path_or_id} says that it is of {architecture}, but its weights have no {head}; give "
+                "a checkpoint that was trained with one."
+            )
+    return None
 
 
 def _copy_into(targets: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> None:

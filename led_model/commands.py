@@ -6,6 +6,7 @@ import codecs
 import os
 import sys
 import time
+import warnings
 from argparse import Namespace
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
@@ -16,18 +17,18 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from led_model.checkpoint import checkpoint_files
+from led_model.checkpoint import trained_head
 from led_model.documents import Document, Source, Unreadable
-from led_model.files import read_json
 from led_model.finding import find_sources
 from led_model.fingerprint import fingerprint
-from led_model.heads import LEDForQuestionAnswering
+from led_model.heads import LEDForQuestionAnswering, LEDForSequenceClassification
 from led_model.joined import Joined
 from led_model.model import LEDForConditionalGeneration
+from led_model.overflow import NotFinite
 from led_model.pieces import Piece
 from led_model.results import ResultFile, to_line
 from led_model.streaming import TextStreamer
-from led_model.tasks import Classifier, Found, NotFinite, SpanFinder, Task, as_text, load_classifier
+from led_model.tasks import Classifier, Found, SpanFinder, Task, as_text
 from led_model.terminal import complain, no_bars, one_line, quiet, say, seconds
 from led_model.tokenizer import LEDTokenizer
 from led_model.writers import SAMPLING_FLAGS, Answerer, Summarizer
@@ -297,17 +298,24 @@ def load_task(args: Namespace) -> Task:
             return SpanFinder(model, tokenizer, longest, **reading)
     else:
         reading["global_tokens"] = args.global_tokens
+    head = trained_head(args.model, args.revision)
     if args.command == "classify":
-        return Classifier(load_classifier(args.model, **where), tokenizer, **reading)
-    if "LEDForSequenceClassification" in _architectures(args) or (
-        args.command == "summarize" and "LEDForQuestionAnswering" in _architectures(args)
-    ):
+        if head != "classification_head":
+            raise ValueError(
+                f"{args.model} has no classification head; give a checkpoint that was trained to classify."
+            )
+        return Classifier(
+            LEDForSequenceClassification.from_pretrained(args.model, **where), tokenizer, **reading
+        )
+    if head is not None:
         raise ValueError(
-            f"{args.model} is a checkpoint of {_architectures(args)[0]}, whose head for writing was never trained; "
+            f"{args.model} is a checkpoint with {head}, whose head for writing was never trained; "
             "use the command for what it does, or give another."
         )
 
-    model = LEDForConditionalGeneration.from_pretrained(args.model, **where)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".* asks for ")  # which the task says
+        model = LEDForConditionalGeneration.from_pretrained(args.model, **where)
     settings = {name: getattr(args, name) for name in GENERATION_FLAGS if getattr(args, name) is not None}
     generation = model.generation_config
     if "max_new_tokens" not in settings and generation.max_new_tokens is generation.max_length is None:
@@ -320,7 +328,7 @@ def load_task(args: Namespace) -> Task:
 
 def finds_answers(args: Namespace) -> bool:
     """Whether the checkpoint is one of question answering, which writes nothing."""
-    if "LEDForQuestionAnswering" not in _architectures(args):
+    if trained_head(args.model, args.revision) != "qa_outputs":
         return False
     for name in GENERATION_FLAGS:
         if name != "max_new_tokens" and getattr(args, name) is not None:
@@ -329,10 +337,3 @@ def finds_answers(args: Namespace) -> bool:
                 "leave it out."
             )
     return True
-
-
-def _architectures(args: Namespace) -> list[str]:
-    """The classes of transformers that the checkpoint says it is of."""
-    config = checkpoint_files(args.model, args.revision)("config.json")
-    found = read_json(config).get("architectures") if config is not None else None
-    return found if isinstance(found, list) else []

@@ -11,7 +11,6 @@ from typing import Any
 from led_model.activations import ACTIVATIONS
 from led_model.schema import (
     FLAG,
-    LARGEST,
     TEXT,
     TOKEN_ID,
     TOKEN_IDS,
@@ -36,6 +35,8 @@ _ALIASES = {
 
 _LAYERS, _WIDTH = whole(1, 256), whole(1, 2**20)  # building a layer takes milliseconds, whatever is in it
 _PROBABILITY = number(0, 1)
+_DIFFERENT = Rule("one at least and none twice", lambda labels: 0 < len(labels) == len(set(labels.values())))
+_EVEN = Rule("a positive even number", lambda value: whole(2).holds(value) and value % 2 == 0)
 _RULES = {
     "vocab_size": whole(1),
     "max_encoder_position_embeddings": whole(1),
@@ -55,7 +56,7 @@ _RULES = {
     "activation_dropout": _PROBABILITY,
     "classifier_dropout": _PROBABILITY,
     "init_std": number(0, 1e6),
-    "attention_window": whole(-LARGEST) | list_of(whole(-LARGEST), "whole numbers"),
+    "attention_window": _EVEN | list_of(_EVEN, "such numbers"),
     "decoder_start_token_id": TOKEN_ID,
     "pad_token_id": TOKEN_ID.optional,
     "bos_token_id": TOKEN_ID.optional,
@@ -63,7 +64,7 @@ _RULES = {
     "use_cache": FLAG,
     "tie_word_embeddings": FLAG,
     "num_labels": whole(1, 2**16),
-    "id2label": table_of(whole(0), TEXT, "labels by their numbers").optional,
+    "id2label": (table_of(TOKEN_ID, TEXT, "labels by their numbers") & _DIFFERENT).optional,
     "problem_type": one_of(
         "regression", "single_label_classification", "multi_label_classification"
     ).optional,
@@ -71,10 +72,12 @@ _RULES = {
 # JSON has no integer keys
 _LABELS_OF_JSON = {
     "id2label": table_of(
-        TOKEN_ID | Rule("digits", lambda key: isinstance(key, str) and re.fullmatch(r"[0-9]{1,9}", key)),
+        TOKEN_ID
+        | Rule("digits", lambda key: isinstance(key, str) and re.fullmatch(r"0|[1-9][0-9]{0,8}", key)),
         TEXT,
         "labels by their numbers",
     )
+    & _DIFFERENT
 }
 
 
@@ -130,9 +133,6 @@ class LEDConfig:
                 f"attention_window lists {len(self.attention_window)} widths for {self.encoder_layers} "
                 "encoder layers; give one per layer, or a single number."
             )
-        for window in self.attention_window:
-            if window <= 0 or window % 2:
-                raise ValueError(f"attention_window holds {window}; give positive even widths.")
         for side in ("encoder", "decoder"):
             heads = getattr(self, f"{side}_attention_heads")
             if self.d_model % heads:

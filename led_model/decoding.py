@@ -191,6 +191,7 @@ class Search:
     processors: list[Processor]
     generator: torch.Generator | None
     on_token: Callable[[Tensor], object] | None
+    is_finite: Tensor | bool = True  # 0-dim: every step so far had a token to choose, and no overflow
 
     @classmethod
     def prepare(
@@ -236,15 +237,14 @@ class Search:
             scores = processor(tokens, scores)
         return scores
 
-    def rows_lost(
-        self, scores: Tensor, working: Tensor, logits: Tensor, above: float = -math.inf
-    ) -> Tensor | None:
+    def rows_lost(self, scores: Tensor, working: Tensor, above: float = -math.inf) -> Tensor | None:
         """Rows of ``scores`` ``[any, choices]`` without a finite choice ``above`` a bound, bool ``[any, 1]``.
 
         ``None`` if there are none, and on devices where looking means waiting.
 
         Raises:
-            ValueError: for such a row among those ``working``, bool ``[any, 1]``, by what there was in ``logits``.
+            ValueError: for such a row among those ``working``, bool ``[any, 1]``, unless its numbers have overflowed,
+                which is said at the end.
         """
         if scores.device.type != "cpu":
             return None
@@ -252,20 +252,21 @@ class Search:
         lost = ~((best > above) & (best < math.inf))  # nor is NaN
         if not bool(lost.any()):
             return None
-        if bool((lost & working).any()):
-            if not bool((logits < math.inf).all()):
-                raise ValueError(
-                    "the model's logits hold NaN or infinity; look for such numbers in its weights and in encoded."
-                )
+        if bool((lost & working).any()) and bool(self.is_finite):
             raise ValueError(
                 "no token is left to go on with: bad_words_ids, no_repeat_ngram_size, min_length and what else is set "
                 "ban all of them; ban less."
             )
         return lost
 
+    def watch(self, logits: Tensor) -> None:
+        """Notes whether ``[any, vocab_size]`` overflowed; -inf only forbids a token."""
+        self.is_finite = logits.amax(-1).isfinite().all() & self.is_finite
+
     def draw(self, scores: Tensor, count: int) -> Tensor:
         """``count`` different indices per row of ``scores`` ``[any, choices]``, likely ones more often."""
-        return torch.multinomial(scores.softmax(-1), count, generator=self.generator)
+        weights = scores.softmax(-1).where(torch.as_tensor(self.is_finite), 1.0)  # of NaN none can be drawn
+        return torch.multinomial(weights, count, generator=self.generator)
 
     def hear(self, tokens: Tensor) -> None:
         """Hands the step's tokens, ``[batch * rows]``, to the caller."""

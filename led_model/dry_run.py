@@ -4,16 +4,14 @@ from __future__ import annotations
 
 from argparse import Namespace
 
-from led_model.checkpoint import checkpoint_files
+from led_model.checkpoint import read_config
 from led_model.commands import DONE, SOME_FAILED, find_documents, finds_answers
-from led_model.config import LEDConfig
 from led_model.documents import Document, Unreadable
-from led_model.files import read_json
+from led_model.hub import checkpoint_files
 from led_model.pieces import Reader
 from led_model.tasks import longest_input
 from led_model.terminal import complain, quiet
 from led_model.tokenizer import LEDTokenizer
-from led_model.weights import required
 
 
 def count_documents(args: Namespace) -> int:
@@ -58,8 +56,7 @@ def count_documents(args: Namespace) -> int:
 
 
 def _reader(args: Namespace) -> Reader:
-    config_file = required(checkpoint_files(args.model, args.revision), "config.json", args.model)
-    config = LEDConfig.from_dict(read_json(config_file))
+    config, _ = read_config(checkpoint_files(args.model, args.revision), args.model)
     writes = args.command == "summarize" or (args.command == "answer" and not finds_answers(args))
     return Reader(
         LEDTokenizer.from_pretrained(args.model, revision=args.revision),

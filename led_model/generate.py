@@ -14,6 +14,7 @@ from led_model.beam_search import beam_search
 from led_model.checks import check_encoded, check_flags, check_ids, check_mask, check_recordable, check_some
 from led_model.decoding import Search
 from led_model.generation_config import GenerationConfig
+from led_model.overflow import check_finite
 from led_model.sampling import sample
 from led_model.schema import FLAG, check_values
 
@@ -134,6 +135,7 @@ def generate(
     finally:
         if streamer is not None:  # whoever waits for the next token must not wait for ever
             streamer.end()
+    check_finite(torch.as_tensor(search.is_finite), model.dtype)
     return output if return_dict_in_generate else output.sequences
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import reprlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
@@ -16,27 +18,42 @@ from led_model.schema import (
     make_plain,
     number,
     one_of,
+    plain,
     whole,
 )
 
 # settings of transformers that choose other tokens and are not here, with the value that leaves them off
 _UNSUPPORTED_GENERATION = {
     "begin_suppress_tokens": None,
+    "constraints": None,
     "diversity_penalty": 0.0,
+    "dola_layers": None,
     "encoder_repetition_penalty": 1.0,
     "epsilon_cutoff": 0.0,
     "eta_cutoff": 0.0,
     "exponential_decay_length_penalty": None,
+    "force_words_ids": None,
+    "forced_decoder_ids": None,
     "guidance_scale": 1.0,
+    "max_time": None,
     "min_p": None,
     "num_beam_groups": 1,
     "penalty_alpha": None,
     "renormalize_logits": False,
     "sequence_bias": None,
+    "stop_strings": None,
     "suppress_tokens": None,
+    "token_healing": False,
     "top_h": None,
     "typical_p": 1.0,
+    "watermarking_config": None,
 }
+# those that change how fast tokens come, or what is returned beside them
+_NO_OTHER_TOKENS = re.compile(
+    r"_.*|assistant_.*|bos_token_id|cache_.*|compile_config|continuous_batching_config|disable_compile|is_assistant|"
+    r"low_memory|max_cache_len|max_matching_ngram_size|num_assistant_.*|output_.*|prefill_chunk_size|prompt_lookup_.*|"
+    r"remove_invalid_values|return_.*|speculation_type|target_lookbehind|transformers_version|use_cache|use_mtp"
+)
 
 _COUNT = whole(0)
 _RULES = {
@@ -45,7 +62,7 @@ _RULES = {
     "eos_token_id": (TOKEN_ID | TOKEN_IDS).optional,
     "forced_bos_token_id": TOKEN_ID.optional,
     "forced_eos_token_id": (TOKEN_ID | TOKEN_IDS).optional,
-    "max_length": _COUNT.optional,
+    "max_length": whole(1).optional,
     "max_new_tokens": _COUNT.optional,
     "min_length": _COUNT,
     "min_new_tokens": _COUNT.optional,
@@ -110,8 +127,11 @@ class GenerationConfig:
         self.length_penalty = float(self.length_penalty)  # a power of whole numbers knows no bounds
 
     @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> GenerationConfig:
+    def from_dict(cls, values: Mapping[str, Any], own: Mapping[str, Any] | None = None) -> GenerationConfig:
         """From generation_config.json, or from config.json, where older checkpoints keep the same keys.
+
+        Args:
+            own: those of ``values`` that can be of nothing else, so that what is not known among them is unsupported.
 
         ``None`` means "not given", except that ``pad_token_id`` and ``eos_token_id`` may be none at all.
         """
@@ -121,6 +141,14 @@ class GenerationConfig:
             for key, neutral in _UNSUPPORTED_GENERATION.items()
             if values.get(key) is not None and values[key] != neutral
         }
+        for key, value in (own or {}).items():
+            is_off = value is None or value is False
+            if (
+                not is_off
+                and key not in (*known, *_UNSUPPORTED_GENERATION)
+                and not _NO_OTHER_TOKENS.fullmatch(key)
+            ):
+                unsupported[key] = value
         given = {
             key: values[key]
             for key in known & values.keys()
@@ -166,6 +194,12 @@ class GenerationConfig:
             )
         known = {f.name for f in fields(self)} - {"unsupported"}
         return self.updated(**{name: given[name] for name in known & given.keys()})
+
+    def asked_in_vain(self) -> str:
+        """What is ``unsupported``, for a sentence."""
+        return ", ".join(
+            f"{plain(name)}={plain(reprlib.repr(value))}" for name, value in self.unsupported.items()
+        )
 
     def check(self, vocab_size: int) -> None:
         """Refuses what has no meaning or contradicts itself.

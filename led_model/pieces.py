@@ -77,6 +77,11 @@ class Reader:
         if self.question is not None:
             question = self._encode(self.question).input_ids
             self._prefix, self.global_tokens = [bos, *question, eos, eos], 1 + len(question)
+        if self._room < 1 and self.question is None:
+            raise ValueError(
+                f"the model reads {self.limit:,} tokens{self.bound_by}, which leaves no room for a text between the "
+                "special ones; give a checkpoint with more positions."
+            )
         if self._room < 1:
             raise ValueError(
                 f"--question takes {len(self._prefix)} of the {self.limit:,} tokens that the model reads; "

@@ -84,6 +84,8 @@ def _four_bits(
         raise _missing("load_in_4bit", "bitsandbytes") from error
 
     def quantize(linear: nn.Linear) -> nn.Linear:
+        if linear.weight.dtype == torch.float64:
+            raise ValueError("load_in_4bit takes no float64; load them as float32, by dtype or --dtype.")
         smaller = Linear4bit(
             linear.in_features,
             linear.out_features,

@@ -21,11 +21,12 @@ def sample(search: Search) -> Tensor:
     ended = torch.zeros_like(tokens[:, 0], dtype=torch.bool)
     length_needed = torch.full_like(tokens[0, 0], prompt)
     for length in range(prompt, limit):
-        scores = logits = search.step(tokens[:, length - 1].view(batch, search.rows), length - 1)
+        scores = search.step(tokens[:, length - 1].view(batch, search.rows), length - 1)
+        search.watch(scores)
         if search.processors or generation.do_sample:
-            scores = search.process(tokens[:, :length], logits.float())
-        if (lost := search.rows_lost(scores, ~ended[:, None], logits)) is not None:
-            scores = scores.masked_fill(lost, 0.0)  # what an ended row would go on with is not read
+            scores = search.process(tokens[:, :length], scores.float())
+            if (lost := search.rows_lost(scores, ~ended[:, None])) is not None:
+                scores = scores.masked_fill(lost, 0.0)  # what an ended row would go on with is not read
         next_tokens = search.draw(scores, 1)[:, 0] if generation.do_sample else scores.argmax(-1)
         length_needed += ~ended.all()
         if len(eos):

@@ -34,6 +34,9 @@ class Rule:
     def __or__(self, other: Rule) -> Rule:
         return Rule(f"{self.says}, or {other.says}", lambda value: self.holds(value) or other.holds(value))
 
+    def __and__(self, other: Rule) -> Rule:
+        return Rule(f"{self.says}, {other.says}", lambda value: self.holds(value) and other.holds(value))
+
 
 def whole(low: int, high: int = LARGEST) -> Rule:
     return Rule(
@@ -153,11 +156,9 @@ def _is_whole(value: Any) -> bool:
 
 def _is_number(value: Any) -> bool:
     """Finite, also as a float: JSON may spell an integer of any length."""
-    return (
-        isinstance(value, Real)
-        and not isinstance(value, bool)
-        and -sys.float_info.max <= value <= sys.float_info.max
-    )
+    if isinstance(value, Integral):
+        return _is_whole(value) and abs(int(value)) <= sys.float_info.max
+    return isinstance(value, Real) and math.isfinite(value)
 
 
 def _is_unicode(text: str) -> bool:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import time
-import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from led_model.batch_encoding import BatchEncoding
 from led_model.config import LEDConfig
 from led_model.documents import Document
 from led_model.heads import LEDForQuestionAnswering, LEDForSequenceClassification
+from led_model.overflow import check_finite
 from led_model.pieces import Piece, Reader
 from led_model.pretrained import LEDPreTrainedModel
 from led_model.streaming import TextStreamer
@@ -109,7 +110,7 @@ class SpanFinder(Task):
         with self.read(inputs):
             output = self.model(**inputs)
             start_logits, end_logits = output.start_logits.float().cpu(), output.end_logits.float().cpu()
-            check_states(start_logits + end_logits)
+            check_finite(start_logits + end_logits, self.model.dtype)
         self.work.read_seconds += time.perf_counter() - start
         found = []
         for row, piece in enumerate(pieces):
@@ -134,7 +135,7 @@ class Classifier(Task):
         start = time.perf_counter()
         with self.read(inputs):
             logits = self.model(**inputs).logits.float().cpu()
-            check_states(logits)
+            check_finite(logits, self.model.dtype)
         self.work.read_seconds += time.perf_counter() - start
         return [{"logits": row} for row in logits]
 
@@ -164,23 +165,14 @@ def as_text(result: Found) -> str:
 
 def check_weights(model: nn.Module) -> None:
     """Raises ValueError when a weight is NaN or infinite: every result would be made of it."""
-    for name, weight in model.named_parameters():
+    for name, weight in chain(model.named_parameters(), model.named_buffers()):
         four_bits = getattr(weight, "quant_state", None)
         values = weight.data if four_bits is None else four_bits.absmax  # the largest of each block
         if type(values) is not Tensor:  # int8, by torchao
             values = values.dequantize()
-        if values.is_floating_point() and not bool(values.isfinite().all()):
+        forbids = values.isneginf() if name == "final_logits_bias" else False  # a token, by -inf
+        if values.is_floating_point() and not bool((values.isfinite() | forbids).all()):
             raise ValueError(f"the model's {name} holds NaN or infinity; give a sound checkpoint.")
-
-
-class NotFinite(ValueError):
-    """Of one document's numbers, which says nothing of others'."""
-
-
-def check_states(states: Tensor) -> None:
-    """Raises NotFinite when what a model computed is not finite."""
-    if not bool(states.isfinite().all()):
-        raise NotFinite("the model's numbers overflowed; give --dtype float32 or bfloat16.")
 
 
 def best_span(start_logits: Tensor, end_logits: Tensor, longest: int) -> tuple[int, int, float]:
@@ -190,19 +182,3 @@ def best_span(start_logits: Tensor, end_logits: Tensor, longest: int) -> tuple[i
     score, best = (start_logits[:, None] + ends).flatten().max(0)  # [n, longest]: start, tokens after it
     first, after = divmod(int(best), longest)
     return first, first + after, float(score)
-
-
-def load_classifier(path_or_id: str, **where: Any) -> LEDForSequenceClassification:
-    """A classifier whose head was trained.
-
-    Raises:
-        ValueError: when the checkpoint has no classification head; a random one would classify by chance.
-    """
-    with warnings.catch_warnings():
-        warnings.filterwarnings("error", message=".* has no classification_head", category=UserWarning)
-        try:
-            return LEDForSequenceClassification.from_pretrained(path_or_id, **where)
-        except UserWarning:
-            raise ValueError(
-                f"{path_or_id} has no classification head; give a checkpoint that was trained to classify."
-            ) from None

@@ -22,6 +22,10 @@ EMBEDDINGS = (
     "led.decoder.embed_tokens.weight",
     "lm_head.weight",
 )
+ARCHITECTURE_OF = {  # by heads that transformers trains
+    "qa_outputs": "LEDForQuestionAnswering",
+    "classification_head": "LEDForSequenceClassification",
+}
 _HEADS = ("lm_head.", "final_logits_bias", "qa_outputs.", "classification_head.")
 _ENCODER_ATTENTION = re.compile(r"((?:led\.)?encoder\.layers\.\d+\.self_attn)\.(qkv|\w+_global)\.(\w+)")
 _FIRST_LAYER = re.compile(r"(?:led\.)?(encoder|decoder)\.layers\.0\.")
@@ -117,7 +121,7 @@ def missing_heads(expected: Iterable[str], tensors: Iterable[str]) -> tuple[str,
     names = list(tensors)
     return tuple(
         head
-        for head in ("qa_outputs.", "classification_head.")
+        for head in (f"{name}." for name in ARCHITECTURE_OF)
         if any(name.startswith(head) for name in expected)
         and not any(name.startswith(head) for name in names)
     )

@@ -18,10 +18,12 @@ from led_model.hub import HUB_OPTIONS
 from led_model.schema import check_names
 from led_model.text_checks import check_lengths, texts_of, token_ids_of
 from led_model.tokenizer_files import SPECIAL_TOKENS, read_tokenizer_files
+from led_model.tokenizer_json import library_errors
 
 if TYPE_CHECKING:
     from tokenizers import Encoding, Tokenizer
 
+_UNREADABLE = ("the tokenizer fails at a text or ids", "take the one that belongs to the checkpoint")
 _TRUNCATION = ("longest_first", "only_first", "only_second", "do_not_truncate")
 
 
@@ -202,16 +204,14 @@ class LEDTokenizer:
                 self.tokenizer.num_special_tokens_to_add(text_pair is not None) if add_special_tokens else 0
             )
             max_length = self._longest(max_length, special)
-        try:
-            with self._reading(max_length, strategy, split_special_tokens):
-                encodings = self.tokenizer.encode_batch(inputs, add_special_tokens=add_special_tokens)
-        except Exception as error:  # the library raises bare Exception
-            if strategy == "do_not_truncate" or isinstance(error, (TypeError, UnicodeError)):
-                raise
-            raise ValueError(
-                f"max_length {max_length} cannot be met with truncation {strategy!r} ({error}); "
-                "raise it, or truncate 'longest_first'."
-            ) from None
+        errors = library_errors(
+            f"max_length {max_length} cannot be met with truncation {strategy!r}",
+            "raise it, or truncate 'longest_first'",
+        )
+        if strategy == "do_not_truncate":
+            errors = library_errors(*_UNREADABLE)
+        with errors, self._reading(max_length, strategy, split_special_tokens):
+            encodings = self.tokenizer.encode_batch(inputs, add_special_tokens=add_special_tokens)
 
         names = ["input_ids", "attention_mask"]
         names += ["special_tokens_mask"] if return_special_tokens_mask else []
@@ -292,7 +292,7 @@ class LEDTokenizer:
         for name, given in (("text", text), ("text_pair", "" if text_pair is None else text_pair)):
             if not isinstance(given, str):
                 raise TypeError(f"{name} is a {type(given).__name__}; give a text.")
-        with self._reading(None, "do_not_truncate", False):
+        with library_errors(*_UNREADABLE), self._reading(None, "do_not_truncate", False):
             return self.tokenizer.encode(text, text_pair).ids
 
     def decode(self, token_ids: Iterable[int] | Tensor, skip_special_tokens: bool = False) -> str:
@@ -301,7 +301,9 @@ class LEDTokenizer:
         Raises:
             ValueError: for what no id can be, such as the -100 of labels.
         """
-        return self.tokenizer.decode(token_ids_of(token_ids), skip_special_tokens=skip_special_tokens)
+        ids = token_ids_of(token_ids)
+        with library_errors(*_UNREADABLE):
+            return self.tokenizer.decode(ids, skip_special_tokens=skip_special_tokens)
 
     def batch_decode(
         self, sequences: Iterable[Iterable[int]] | Tensor, skip_special_tokens: bool = False

@@ -107,8 +107,31 @@ def read_tokenizer_files(
         raise ValueError(
             f"the vocabulary of {path_or_id} lacks {', '.join(map(quoted, missing))}; LED needs BART's vocabulary."
         )
+    _check_ids(fetch, tokenizer, special_tokens, path_or_id)
     longest = settings.get("model_max_length")
     return TokenizerFiles(tokenizer, special_tokens, int(longest) if longest and longest < 10**20 else None)
+
+
+def _check_ids(
+    fetch: Fetch, tokenizer: Tokenizer, special_tokens: Mapping[str, str], source: str | os.PathLike[str]
+) -> None:
+    """Holds the special tokens' ids against config.json, where there is one and it says them: where the two contradict
+    each other, a text would end at another token, and padding would be read.
+
+    Raises:
+        ValueError: naming the token and both ids.
+    """
+    path = fetch("config.json")
+    stated = read_json(path) if path is not None else {}
+    for name in ("bos_token", "eos_token", "pad_token"):
+        stated_ids = stated.get(f"{name}_id")
+        ids = stated_ids if isinstance(stated_ids, list) else [stated_ids]
+        token, token_id = special_tokens[name], tokenizer.token_to_id(special_tokens[name])
+        if all(map(TOKEN_ID.holds, ids)) and ids and token_id not in ids:
+            raise ValueError(
+                f"{name}_id in config.json of {source} is {stated_ids}, but its tokenizer's {name} {quoted(token)} "
+                f"has the id {token_id}; make them agree."
+            )
 
 
 def _backend(fetch: Fetch, source: str | os.PathLike[str]) -> Tokenizer:

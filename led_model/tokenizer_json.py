@@ -140,7 +140,8 @@ def library_errors(what: str, remedy: str) -> Iterator[None]:
     try:
         yield
     except BaseException as error:
-        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+        is_callers = isinstance(error, (TypeError, UnicodeError))  # what is no text
+        if is_callers or not (isinstance(error, Exception) or type(error).__name__ == "PanicException"):
             raise
         raise ValueError(f"{what} ({first_line(error)}); {remedy}.") from None
 

@@ -13,8 +13,9 @@ from tqdm import tqdm
 from led_model.batch_encoding import BatchEncoding
 from led_model.documents import Document
 from led_model.model import LEDForConditionalGeneration
+from led_model.overflow import check_finite
 from led_model.pieces import Piece
-from led_model.tasks import Found, Task, check_states
+from led_model.tasks import Found, Task
 from led_model.terminal import no_bars, quiet, say
 from led_model.tokenizer import LEDTokenizer
 
@@ -47,14 +48,13 @@ class _Writer(Task):
                 f"--max-new-tokens of at most {positions}."
             )
         if generation.unsupported:
-            asked = ", ".join(f"{name}={value}" for name, value in generation.unsupported.items())
-            say(f"the checkpoint asks for {asked}; decoding without it.")
+            say(f"the checkpoint asks for {generation.asked_in_vain()}; decoding without it.")
 
     def _run(self, pieces: Sequence[Piece], inputs: BatchEncoding) -> list[Found]:
         model, start = self.model, time.perf_counter()
         with self.read(inputs):
             encoded = model.led.encode(**inputs)
-            check_states(encoded)
+            check_finite(encoded, model.dtype)
         read = time.perf_counter()
         streamer = self.streamer if self._is_result(pieces[0]) else None
         by_token = streamer is not None and len(pieces) == 1 and not self.has_beams

@@ -12,7 +12,7 @@ import torch
 
 from led_model import LEDConfig
 from led_model.cli import main
-from tests.hostile import checkpoint_files
+from tests.hostile import checkpoint_files, checkpoint_weights
 from tests.hostile.damage import Case, Damage, cut, edit, edit_tensor, index, pickle, short, write
 from tests.hostile.documents import prepare
 from tests.hostile.processes import Trial, in_process
@@ -29,7 +29,11 @@ _WILD: list[Any] = [
 
 def cases() -> list[Case]:
     wild = [*_configs(), *_generation_settings(), *_tokenizers(), *_indices(), *_weights(), *_json_files()]
-    return [*(Case(name, damage) for name, damage in wild), *checkpoint_files.cases()]
+    return [
+        *(Case(name, damage) for name, damage in wild),
+        *checkpoint_files.cases(),
+        *checkpoint_weights.cases(),
+    ]
 
 
 def _configs() -> Iterator[tuple[str, Damage]]:

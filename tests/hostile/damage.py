@@ -74,6 +74,14 @@ def edit_tensor(name: str, edit: Callable[[torch.Tensor], Any], directory: Path,
         save_file(tensors, directory / "model.safetensors")
 
 
+def put(name: str, tensor: torch.Tensor, directory: Path, *, pickled: bool = False) -> None:
+    tensors = load_file(directory / "model.safetensors") | {name: tensor}
+    if pickled or tensor.is_nested:
+        pickle(tensors, directory)
+    else:
+        save_file(tensors, directory / "model.safetensors")
+
+
 def pickle(content: Any, directory: Path) -> None:
     (directory / "model.safetensors").unlink()
     torch.save(content, directory / "pytorch_model.bin")

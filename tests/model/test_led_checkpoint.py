@@ -215,7 +215,11 @@ class Payload:
         (lambda d: (d / "config.json").write_text("[]"), ValueError, "holds a list, not a JSON object"),
         (lambda d: edit_config(d, model_type="bart"), ValueError, "model_type in config.json is 'bart'"),
         (lambda d: edit_config(d, attention_window=[8]), ValueError, "attention_window lists 1 widths for 2"),
-        (lambda d: edit_config(d, attention_window=7), ValueError, "attention_window holds 7"),
+        (
+            lambda d: edit_config(d, attention_window=7),
+            ValueError,
+            "attention_window is 7; give a positive even",
+        ),
         (lambda d: edit_config(d, decoder_attention_heads=7), ValueError, "decoder_attention_heads is 7"),
         (
             lambda d: (d / "model.safetensors").write_bytes(b"x" * 100),
@@ -556,3 +560,51 @@ def test_a_pickle_of_parameters(saved):
     os.remove(directory / "model.safetensors")
     torch.save({k: torch.nn.Parameter(v) for k, v in tensors.items()}, directory / "pytorch_model.bin")
     assert_same_weights(load(directory), model)
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype", "value"),
+    [
+        ("led.encoder.layers.0.fc1.weight", torch.float32, 1e6),
+        ("led.decoder.layers.0.fc1.bias", torch.float64, 1e300),
+        ("final_logits_bias", torch.float64, -1e300),
+    ],
+)
+def test_no_number_becomes_infinite(saved, name, dtype, value):
+    _, directory = saved
+
+    def edit(tensors):
+        halves = {n: tensor.half() for n, tensor in tensors.items()}
+        tensors.update(halves | {name: tensors[name].to(dtype).index_fill(-1, torch.tensor(0), value)})
+
+    edit_tensors(directory, edit)
+    with pytest.raises(
+        ValueError, match=rf"{name} holds numbers up to .*, which torch.float16 does not reach"
+    ):
+        load(directory)
+    assert load(directory, dtype=dtype).state_dict()[name].abs().max() == abs(value)
+
+
+def test_dtype_of_most_numbers(saved):
+    """Whichever tensor is in another."""
+    model, directory = saved
+    edit_tensors(directory, lambda t: t.update({"led.shared.weight": t["led.shared.weight"].half()}))
+    loaded = load(directory)
+    assert loaded.dtype == torch.float32
+    assert torch.equal(loaded.led.encoder.layers[0].fc1.weight, model.led.encoder.layers[0].fc1.weight)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_tied_in_two_dtypes(saved, dtype):
+    model, directory = saved
+    edit_tensors(directory, lambda t: t.update({"lm_head.weight": t["led.shared.weight"].to(dtype)}))
+    assert_same_weights(load(directory), model)
+
+
+def test_generate_names_an_overflow(saved):
+    _, directory = saved
+    edit_tensors(directory, lambda t: t.update({n: x * 1e25 for n, x in t.items() if "decoder.layers" in n}))
+    loaded = load(directory)
+    for settings in ({}, {"num_beams": 2}, {"do_sample": True, "seed": 0}):
+        with pytest.raises(ValueError, match="numbers overflowed float32; give a sound checkpoint"):
+            loaded.generate(torch.tensor([[0, 5, 6, 2]]), max_new_tokens=3, **settings)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 
@@ -140,16 +142,16 @@ def test_callers_limits_win_over_the_checkpoints():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"num_beams": 0}, "num_beams is 0; give 1 or more"),
-        ({"num_return_sequences": 0}, "num_return_sequences is 0; give 1"),
+        ({"num_beams": 0}, "num_beams is 0; give a whole number from 1"),
+        ({"num_return_sequences": 0}, "num_return_sequences is 0; give a whole number from 1"),
         ({"num_beams": 2, "num_return_sequences": 3}, "num_return_sequences is 3 but num_beams is 2"),
         ({"num_return_sequences": 2}, "greedy decoding finds one sequence; set num_beams or do_sample=True"),
         ({"num_beams": 2, "early_stopping": "always"}, "'always'; give True, False or 'never'"),
         ({"do_sample": True, "temperature": 0.0}, "temperature is 0.0; .*do_sample=False"),
         ({"do_sample": True, "top_p": 0.0}, "top_p is 0.0; give a number above 0 and at most 1"),
-        ({"do_sample": True, "top_k": -1}, "top_k is -1; give 0 or more"),
+        ({"do_sample": True, "top_k": -1}, "top_k is -1; give a whole number from 0"),
         ({"repetition_penalty": 0.0}, "repetition_penalty is 0.0; give a number from 0.001 to 1000"),
-        ({"no_repeat_ngram_size": -1}, "no_repeat_ngram_size is -1; give 0 or more"),
+        ({"no_repeat_ngram_size": -1}, "no_repeat_ngram_size is -1; give a whole number from 0"),
         ({"bad_words_ids": [3]}, r"bad_words_ids is \[3\]; give a list of non-empty lists"),
         ({"bad_words_ids": [[]]}, r"bad_words_ids is \[\[\]\]; give a list of non-empty lists"),
         ({"bad_words_ids": [[40]]}, "bad_words_ids holds id 40, outside the vocabulary of 40"),
@@ -161,3 +163,18 @@ def test_callers_limits_win_over_the_checkpoints():
 def test_settings_that_contradict_are_named(small_model, settings, message):
     with pytest.raises(ValueError, match=message):
         small_model(0).generate(**encoder_inputs(0), **settings)
+
+
+def test_settings_that_are_not_obeyed_are_named(small_model, tmp_path):
+    """From whichever file, also those that nobody knows; but none that only make it faster."""
+    model = small_model(0)
+    model.save_pretrained(tmp_path)
+    path = tmp_path / "generation_config.json"
+    ignored = {"stop_strings": ["x\x1b"], "max_time": 3.0, "force_words_ids": [[3]], "no_such_setting": 1}
+    silent = {"prompt_lookup_num_tokens": 3, "use_cache": True, "_from_model_config": True, "top_k": 7}
+    path.write_text(json.dumps(json.loads(path.read_text()) | ignored | silent))
+    with pytest.warns(UserWarning, match="asks for .*; generate decodes without it") as warned:
+        loaded = type(model).from_pretrained(tmp_path)
+    assert loaded.generation_config.unsupported == ignored
+    assert len(warned) == 1
+    assert str(warned[0].message).isprintable()

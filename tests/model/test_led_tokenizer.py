@@ -366,6 +366,15 @@ def test_only_a_byte_level_bpe_is_read(tokenizer, tmp_path, changes, model, mess
     assert str(error.value).isprintable()
 
 
+def test_a_tokenizer_that_fails_at_a_text(tokenizer):
+    tokenizers = pytest.importorskip("tokenizers")
+    words = {token: i for i, token in enumerate(("<s>", "<pad>", "</s>", "<unk>", "<mask>"))}
+    of_words = LEDTokenizer(tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="?")))
+    for call in (of_words, of_words.encode):
+        with pytest.raises(ValueError, match=r"fails at a text or ids .*; take the one that belongs"):
+            call("word")
+
+
 def test_older_and_newer_forms_of_a_byte_level_bpe(tokenizer, tmp_path):
     tokenizer.save_pretrained(tmp_path)
     path = tmp_path / "tokenizer.json"
