@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from led_kernels import ops
+from led_kernels.argument_checks import check_number
 from led_kernels.call_checks import lse_dtype
 from led_kernels.dispatch import choose_backend
 from led_kernels.eager import is_transformed
@@ -59,9 +60,10 @@ def banded_attention(
     _check_qkv({"q": q, "k": k, "v": v}, mask)
     q, k, v = _autocast(q, k, v)
     left, right = _window(window_size, mask.max_seqlen)
+    dropout_p = check_number(dropout_p, "dropout_p")
     out, lse = ops.banded(
         q, k, v, *mask.tensors(), _seed(dropout_p, q.device), mask.max_seqlen, left, right,
-        _scale(softmax_scale, q), float(dropout_p), choose_backend(q.device, q.dtype, backend),
+        _scale(softmax_scale, q), dropout_p, choose_backend(q.device, q.dtype, backend),
     )  # fmt: skip
     return (out, lse) if return_lse else out
 
@@ -102,9 +104,10 @@ def global_attention(
             f"q_global has head_dim {q_global.shape[3]} and k_global {k_global.shape[-1]}; make them equal."
         )
     q_global, k_global, v_global = _autocast(q_global, k_global, v_global)
+    dropout_p = check_number(dropout_p, "dropout_p")
     out, lse = ops.global_(
         q_global, k_global, v_global, *mask.tensors(), _seed(dropout_p, q_global.device), mask.max_seqlen,
-        _scale(softmax_scale, q_global), float(dropout_p), choose_backend(q_global.device, q_global.dtype, backend),
+        _scale(softmax_scale, q_global), dropout_p, choose_backend(q_global.device, q_global.dtype, backend),
     )  # fmt: skip
     return (out, lse) if return_lse else out
 
@@ -138,10 +141,11 @@ def longformer_attention(
         BackendUnavailable: when the named backend cannot run the call.
     """
     settings = dict(softmax_scale=softmax_scale, dropout_p=dropout_p, backend=backend)
+    if isinstance(mask, LongformerMask) and mask.max_globals > 0:
+        _check_qkv({"q": q, "q_global": q_global, "k_global": k_global, "v_global": v_global}, mask)
     out = banded_attention(q, k, v, mask, window_size=window_size, **settings)
     if mask.max_globals == 0 or out.numel() == 0:
         return out
-    _check_qkv({"q_global": q_global}, mask)
     out_global = global_attention(gather_global_rows(q_global, mask), k_global, v_global, mask, **settings)
     return add_global_rows(out, out_global, mask)
 
@@ -184,13 +188,16 @@ def absorbed_global_attention(
     batch, max_globals, heads, head_dim = q_global.shape
     d_model = hidden.shape[-1]
     for name, weight in (("key_weight", key_weight), ("value_weight", value_weight)):
+        _check_float(weight, name)
         if weight.shape != (heads * head_dim, d_model):
             raise ValueError(
                 f"{name} has shape {tuple(weight.shape)}; give [heads * head_dim, d_model] = "
                 f"[{heads * head_dim}, {d_model}]."
             )
-    if value_bias is not None and value_bias.shape != (heads * head_dim,):
-        raise ValueError(f"value_bias has shape {tuple(value_bias.shape)}; give [{heads * head_dim}].")
+    if value_bias is not None:
+        _check_float(value_bias, "value_bias")
+        if value_bias.shape != (heads * head_dim,):
+            raise ValueError(f"value_bias has shape {tuple(value_bias.shape)}; give [{heads * head_dim}].")
     hidden, q_global, key_weight, value_weight = _autocast(hidden, q_global, key_weight, value_weight)
     alike = {"q_global": q_global, "hidden": hidden, "key_weight": key_weight, "value_weight": value_weight}
     _check_alike(alike)
@@ -210,6 +217,7 @@ def absorbed_global_attention(
         ~exists[:, None, None, :], torch.finfo(scores.dtype).min
     )
     p = scores.softmax(-1)
+    dropout_p = check_number(dropout_p, "dropout_p")
     seed = _seed(dropout_p, hidden.device)
     if seed is not None:
         batch_head = torch.arange(batch * heads, device=hidden.device).view(batch, 1, heads, 1)
@@ -277,7 +285,9 @@ def _seed(dropout_p: float, device: torch.device) -> Tensor | None:
 
 
 def _scale(softmax_scale: float | None, q: Tensor) -> float:
-    return 1 / math.sqrt(q.shape[-1]) if softmax_scale is None else float(softmax_scale)
+    return (
+        1 / math.sqrt(q.shape[-1]) if softmax_scale is None else check_number(softmax_scale, "softmax_scale")
+    )
 
 
 def _window(window_size: int | tuple[int, int], max_seqlen: int) -> tuple[int, int]:
@@ -356,6 +366,9 @@ def _check_tensor(x: Tensor, name: str) -> None:
 def _check_float(x: Tensor, name: str) -> None:
     if not isinstance(x, Tensor):
         raise TypeError(f"{name} is a {type(x).__name__}; give a torch.Tensor.")
+    if x.layout is not torch.strided or x.is_nested:
+        kind = "nested" if x.is_nested else str(x.layout).removeprefix("torch.")
+        raise TypeError(f"{name} is a {kind} tensor; give a dense one.")
     if not x.is_floating_point():
         raise TypeError(f"{name} has dtype {x.dtype}; give float32, float16, bfloat16 or float64.")
 

@@ -82,7 +82,7 @@ def write_rows(cache: Tensor, position: Tensor, rows: Tensor) -> None:
     if _serves(rows, 3) and _fits_cache(cache, position, rows):
         backend_module("cpu").write_rows(cache, position, rows)
         increment_version(cache)  # for autograd, which may have saved it
-        if type(mode := _get_current_dispatch_mode()) is _KernelsAlone:
+        if isinstance(mode := _get_current_dispatch_mode(), _KernelsAlone):
             mode.written.append(cache)
     else:
         cache.index_copy_(2, position, rows.to(cache.dtype))  # under autocast the rows are narrower
@@ -174,11 +174,11 @@ def _fits_linear(module: nn.Linear, x: Tensor) -> bool:
     weight, bias = module.weight, module.bias
     features = x.shape[-1]
     return (
-        weight.dim() == 2
+        _alike(x, weight, bias)
+        and weight.dim() == 2
         and weight.shape[1] == features
         and (bias is None or bias.shape == weight.shape[:1])
         and 0 < x.numel() <= _FEW * features
-        and _alike(x, weight, bias)
     )
 
 
@@ -187,15 +187,15 @@ def _fits_norm(norm: nn.Module, residual: Tensor, block: Tensor) -> bool:
         type(norm) is nn.LayerNorm
         and runs_its_own_code(norm)
         and norm.bias is not None
+        and _alike(residual, block, norm.weight, norm.bias)
         and residual.shape == block.shape
         and residual.shape[-1:] == norm.weight.shape == norm.bias.shape == norm.normalized_shape
         and 0 < residual.numel() <= _FEW * residual.shape[-1]
-        and _alike(residual, block, norm.weight, norm.bias)
     )
 
 
 def _fits_attention(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None) -> bool:
-    if q.dim() != 4 or k.dim() != 4:
+    if q.dim() != 4 or k.dim() != 4 or not _alike(q, k, v):
         return False
     (batch, heads, queries, head_dim), keys = q.shape, k.shape[2]
     return (
@@ -204,7 +204,6 @@ def _fits_attention(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None) -> 
         and 1 <= head_dim <= _MAX_HEAD_DIM
         and 0 < queries <= _FEW
         and q.numel() > 0
-        and _alike(q, k, v)
         and (
             visible is None
             or (
@@ -221,7 +220,7 @@ def _fits_attention(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None) -> 
 
 
 def _fits_cache(cache: Tensor, position: Tensor, rows: Tensor) -> bool:
-    if cache.dim() != 4 or rows.dim() != 4:
+    if cache.dim() != 4 or rows.dim() != 4 or not _alike(rows, cache):
         return False
     batch, heads, n, head_dim = rows.shape
     return (
@@ -232,7 +231,6 @@ def _fits_cache(cache: Tensor, position: Tensor, rows: Tensor) -> bool:
         and position.shape == (n,)
         and position.dtype == torch.int64
         and is_plain_on_cpu(position)
-        and _alike(rows, cache)
         and _may_be_written(cache, rows)
     )
 
@@ -241,9 +239,7 @@ def _may_be_written(cache: Tensor, rows: Tensor) -> bool:
     """Whether torch would write ``rows`` to it in place, too."""
     return (
         (torch.is_inference_mode_enabled() or not cache.is_inference())
-        and not any(
-            stride == 0 and size > 1 for stride, size in zip(cache.stride(), cache.shape, strict=True)
-        )
+        and 0 not in cache.stride()
         and cache.untyped_storage()._cdata != rows.untyped_storage()._cdata  # which might overlap
     )
 

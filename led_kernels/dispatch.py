@@ -93,7 +93,7 @@ def can_run(
         BackendUnavailable: if it cannot and ``raise_error``; the message says why and what to do.
         ValueError: for an unknown name.
     """
-    if backend not in _CAN_RUN:
+    if not isinstance(backend, str) or backend not in _CAN_RUN:
         raise ValueError(
             f"backend is {backend!r}; give one of {', '.join(BACKENDS)}, or None to choose by device."
         )
@@ -110,8 +110,8 @@ def choose_backend(device: torch.device, dtype: torch.dtype, backend: str | None
         BackendUnavailable: when the named backend cannot run the call.
         ValueError: for an unknown name.
     """
-    named = backend or os.environ.get("LED_KERNELS_BACKEND")
-    if named:
+    named = os.environ.get("LED_KERNELS_BACKEND") or None if backend is None else backend
+    if named is not None:
         can_run(named, device, dtype, raise_error=True)
         return named
     preferred = ("triton", "cuda") if device.type == "cuda" else ("cpu",)

@@ -9,6 +9,8 @@ from torch.overrides import _get_current_function_mode_stack
 from torch.utils._device import DeviceContext
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
+_PLAIN_TYPES = (Tensor, nn.Parameter)
+
 
 def is_eager(*tensors: Tensor) -> bool:
     """Whether the tensors are plain ones that hold numbers, and what is done to them is done now and to them alone.
@@ -16,14 +18,14 @@ def is_eager(*tensors: Tensor) -> bool:
     False while a program is compiled, traced or exported, under function transforms, forward-mode differentiation and
     dispatch modes, and for tensors on ``meta``, fake ones and other subclasses.
     """
-    return _runs_now(None) and all(type(x) in (Tensor, nn.Parameter) and not x.is_meta for x in tensors)
+    return _runs_now() and all(type(x) in _PLAIN_TYPES and not x.is_meta for x in tensors)
 
 
 def is_plain_surroundings(under: type | None = None) -> bool:
     """Whether nobody but who calls an operation takes part in it, so that a kernel may run in its place.
 
     False where :func:`is_eager` is for any tensor, but for dispatch modes of the type ``under``, and under function
-    modes other than that of ``torch.device``, which sees operations that a kernel would hide from it.
+    modes other than that of ``torch.device``, which see operations that a kernel would hide from them.
     """
     return _runs_now(under) and (
         torch._C._len_torch_function_stack() == 0
@@ -41,23 +43,17 @@ def is_transformed() -> bool:
 
 def is_plain_on_cpu(x: Tensor) -> bool:
     """Whether the numbers of ``x`` lie in its memory, on the CPU, as they are: not sparse, not negated when read."""
-    return type(x) in (Tensor, nn.Parameter) and torch._C._dispatch_keys(x).raw_repr() in _PLAIN
+    return (
+        type(x) in _PLAIN_TYPES
+        and x.is_cpu
+        and x.layout is torch.strided
+        and not (x.is_nested or x.is_neg() or x._is_zerotensor())
+    )
 
 
-def _runs_now(under: type | None) -> bool:
-    if torch.compiler.is_compiling() or torch.jit.is_tracing() or is_transformed():
+def _runs_now(under: type | None = None) -> bool:
+    if torch.compiler.is_compiling() or torch._C._is_tracing() or is_transformed():
         return False
     return torch._C._len_torch_dispatch_stack() == 0 or all(
         type(mode) is under for mode in _get_current_dispatch_mode_stack()
     )
-
-
-def _dispatch_keys_of_plain_tensors() -> frozenset[int]:
-    """Of one with and one without what autograd keeps; all else that a tensor can be has a key more or others."""
-    ordinary = torch.empty(0, device="cpu")
-    with torch.inference_mode():
-        of_inference = torch.empty(0, device="cpu")
-    return frozenset(torch._C._dispatch_keys(x).raw_repr() for x in (ordinary, of_inference))
-
-
-_PLAIN = _dispatch_keys_of_plain_tensors()

@@ -9,6 +9,7 @@ from dataclasses import InitVar, dataclass
 import torch
 from torch import Tensor
 
+from led_kernels.argument_checks import as_integers, check_marks, check_size, whole_numbers
 from led_kernels.mask_checks import GLOBAL, PADDING, check_structure, check_values, is_checkable
 from led_kernels.mask_checks import LOCAL as LOCAL
 
@@ -30,6 +31,8 @@ class LongformerMask:
         global_index: int32 ``[batch, max_globals]``, positions of the global tokens, ascending, filled with -1.
         num_globals: int32 ``[batch]``.
         max_seqlen: the longest sequence that the shapes admit.
+
+    Its tensors are not to be changed in place: values are checked when it is built, and some backends alone look again.
 
     Build one with :meth:`from_padding`, :meth:`from_lengths` or :meth:`packed`. Each does at most one
     device-to-host sync, on which the value checks ride. ``max_globals=`` fixes the capacity of ``global_index``:
@@ -104,11 +107,15 @@ class LongformerMask:
             max_globals: capacity of ``global_index``; default: the largest count in the batch.
 
         Raises:
+            TypeError: for something that is no tensor of real numbers.
             ValueError: for another shape, a device mismatch, or a value other than those above.
         """
+        check_marks(attention_mask, "attention_mask")
         _check_rank(attention_mask, "attention_mask", 2, "[batch, seqlen]")
-        merged = attention_mask.to(torch.int64)
+        _check_capacity(max_globals)
+        merged, valid = whole_numbers(attention_mask, PADDING, GLOBAL)
         if global_attention_mask is not None:
+            check_marks(global_attention_mask, "global_attention_mask")
             if global_attention_mask.shape != attention_mask.shape:
                 raise ValueError(
                     f"global_attention_mask has shape {tuple(global_attention_mask.shape)}; "
@@ -119,15 +126,14 @@ class LongformerMask:
                     f"global_attention_mask is on {global_attention_mask.device} and attention_mask on "
                     f"{attention_mask.device}; move both to one device."
                 )
-            merged = merged * (global_attention_mask.to(torch.int64) + 1)
+            marks, marks_valid = whole_numbers(global_attention_mask, -1, 1)
+            merged = merged * (marks + 1)
+            valid = valid & marks_valid & (merged <= GLOBAL).all()
         _, seqlen = merged.shape
         position = torch.arange(seqlen, device=merged.device)
         seq_len = torch.where(merged != PADDING, position + 1, 0).amax(dim=1)
         candidates = torch.where(merged == GLOBAL, position, seqlen)  # [batch, seqlen]
         counts = (merged == GLOBAL).sum(dim=1)
-        valid = ((merged >= PADDING) & (merged <= GLOBAL)).all()
-        if attention_mask.is_floating_point():  # no fraction was cut off
-            valid = valid & (attention_mask == attention_mask.round()).all()
         if max_globals is None or is_checkable(merged):
             valid, most = (int(x) for x in _sync(valid, _max(counts)))
             if not valid:
@@ -171,11 +177,12 @@ class LongformerMask:
         Raises:
             ValueError: for a length outside 0 … seqlen or a global position outside its sequence.
         """
+        check_size(seqlen, "seqlen")
         if seqlen < 1:
             raise ValueError(f"seqlen is {seqlen}; give a padded length of at least 1.")
-        lengths = torch.as_tensor(lengths)
+        _check_capacity(max_globals)
+        lengths = as_integers(lengths, "lengths")
         _check_rank(lengths, "lengths", 1, "[batch]")
-        lengths = lengths.to(torch.int64)
         index = _as_global_index(global_index, lengths.shape[0], lengths.device)
         index_ok = ((index >= -1) & (index < lengths[:, None])).all()
         lengths_ok = ((lengths >= 0) & (lengths <= seqlen)).all()
@@ -219,11 +226,14 @@ class LongformerMask:
             ValueError: when cu_seqlens does not start at 0 or does not ascend, or a global position lies outside
                 its sequence.
         """
-        cu_seqlens = torch.as_tensor(cu_seqlens)
+        _check_capacity(max_globals)
+        for name, size in (("total_rows", total_rows), ("max_seqlen", max_seqlen)):
+            if size is not None:
+                check_size(size, name)
+        cu_seqlens = as_integers(cu_seqlens, "cu_seqlens")
         _check_rank(cu_seqlens, "cu_seqlens", 1, "[batch + 1]")
         if cu_seqlens.shape[0] < 1:
             raise ValueError("cu_seqlens is empty; give 0 followed by the running total of the lengths.")
-        cu_seqlens = cu_seqlens.to(torch.int64)
         start, lengths = cu_seqlens[:-1], cu_seqlens.diff()
         index = _as_global_index(global_index, lengths.shape[0], lengths.device)
         ascending = (cu_seqlens[0] == 0) & (lengths >= 0).all()
@@ -300,6 +310,10 @@ def _capacity(max_globals: int | None, most: int, at_least: int = 0) -> int:
 
 def _sync(*values: Tensor) -> list:
     """The one device-to-host copy of a constructor."""
+    if any(v.is_meta for v in values):
+        raise ValueError(
+            "a mask on meta has no values to count; give max_globals, and total_rows of packed sequences."
+        )
     return torch.stack([v.to(torch.int64) for v in values]).tolist()
 
 
@@ -311,6 +325,11 @@ def _max(values: Tensor) -> Tensor:
 def _debug_assert(condition: Tensor, message: str) -> None:
     if os.environ.get("LED_KERNELS_DEBUG") == "1":
         torch._assert_async(condition, message)
+
+
+def _check_capacity(max_globals: int | None) -> None:
+    if max_globals is not None:
+        check_size(max_globals, "max_globals")
 
 
 def _check_rank(x: Tensor, name: str, rank: int, shape: str) -> None:
@@ -331,7 +350,7 @@ def _as_global_index(global_index: Tensor | Sequence | None, batch: int, device:
     """-> int64 [batch, n]"""
     if global_index is None:
         return torch.empty(batch, 0, dtype=torch.int64, device=device)
-    index = torch.as_tensor(global_index, dtype=torch.int64).to(device)
+    index = as_integers(global_index, "global_index").to(device)
     if index.dim() == 1:
         index = index.expand(batch, -1)
     if index.dim() != 2 or index.shape[0] != batch:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from led_kernels.argument_checks import check_size
 from led_kernels.eager import is_eager
 
 if TYPE_CHECKING:
@@ -32,6 +33,7 @@ def check_structure(mask: LongformerMask) -> None:
         ValueError: for a shape, strides or a device that does not go with the others.
     """
     kind, batch = mask.token_kind, mask.seq_len
+    check_size(mask.max_seqlen, "max_seqlen of a mask")
     for name, dtype in _DTYPES.items():
         x = getattr(mask, name)
         if not isinstance(x, Tensor):
@@ -78,11 +80,12 @@ def check_values(mask: LongformerMask) -> None:
     index, counts = mask.global_index, mask.num_globals
     end = length if mask.is_packed else torch.zeros_like(length)
     last = kind.shape[-1] if mask.is_packed else 0
-    slot = torch.arange(index.shape[1])
+    slot = torch.arange(index.shape[1], device=index.device)
     used = slot < counts[:, None]  # bool [batch, max_globals]
     inside = (index >= 0) & (index < length[:, None])
     ascends = torch.nn.functional.pad(index[:, 1:] > index[:, :-1], (1, 0), value=True)
     good = {
+        "max_seqlen": torch.as_tensor(mask.max_seqlen >= 0, device=kind.device),
         "seq_len": ((length >= 0) & (length <= mask.max_seqlen)).all(),
         # in int64, where no sum of two wraps around
         "seq_start": ((start >= 0) & (start.long() + end.long() <= last)).all(),
@@ -90,9 +93,27 @@ def check_values(mask: LongformerMask) -> None:
         "num_globals": ((counts >= 0) & (counts <= index.shape[1])).all(),
         "global_index": torch.where(used, inside & ascends, index == -1).all(),
     }
-    if not mask.is_packed:
+    _require(good)
+    # what follows looks where these point
+    at = (start[:, None] + index if mask.is_packed else index).clamp(min=0).long()  # [batch, max_globals]
+    if mask.is_packed:
+        ends = (start + length)[:-1]
+        good = {"seq_start": (start[1:] >= ends).all()}  # or two sequences would write the same row
+        marked = kind[at] if kind.numel() else torch.zeros_like(at)
+        counted = (kind == GLOBAL).sum() == counts.sum()
+    else:
         is_padding = (kind == PADDING).to(torch.int32)
-        good["padding_before"] = (mask.padding_before == is_padding.cumsum(-1) - is_padding).all()
+        good = {"padding_before": (mask.padding_before == is_padding.cumsum(-1) - is_padding).all()}
+        position = torch.arange(kind.shape[1], device=kind.device)
+        good["seq_len"] = ((kind == PADDING) | (position < length[:, None])).all()
+        marked = kind.gather(1, at)
+        counted = ((kind == GLOBAL).sum(1) == counts).all()
+    good["global_index"] = torch.where(used, marked == GLOBAL, True).all()
+    good["num_globals"] = counted
+    _require(good)
+
+
+def _require(good: dict[str, Tensor]) -> None:
     for name, is_good in zip(good, torch.stack(list(good.values())).tolist(), strict=True):
         if not is_good:
             raise ValueError(

@@ -19,7 +19,7 @@ from led_kernels.mask import LongformerMask
 
 # As torch has them: what a caller puts in their place later is seen.
 _FORWARDS = {kind: kind.forward for kind in (nn.Linear, nn.LayerNorm)}
-_CALL = (nn.Module.__call__, nn.Module._call_impl)
+_CALL, _CALL_IMPL = nn.Module.__call__, nn.Module._call_impl
 
 
 def encoder_self_attention(
@@ -122,7 +122,8 @@ def runs_its_own_code(module: nn.Module) -> bool:
     return (
         kind in _FORWARDS
         and getattr(module.forward, "__func__", None) is _FORWARDS[kind]
-        and (kind.__call__, kind._call_impl) == _CALL
+        and kind.__call__ is _CALL
+        and kind._call_impl is _CALL_IMPL
         and type(module.weight) is nn.Parameter
         and not module._forward_hooks
         and not module._forward_pre_hooks

@@ -186,3 +186,16 @@ def test_biases_that_torch_broadcasts(shape):
     norm.bias = nn.Parameter(torch.randn(shape))
     with pytest.raises(RuntimeError, match="bias"):
         few_rows_add_norm(x, x, norm)
+
+
+@torch.no_grad()
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_nested_tensors_are_torchs():
+    linear, rows = nn.Linear(8, 8), [torch.randn(2, 8), torch.randn(3, 8)]
+    for result, x in zip(
+        few_rows_linear(linear, torch.nested.nested_tensor(rows)).unbind(), rows, strict=True
+    ):
+        torch.testing.assert_close(result, linear(x))
+    linear.weight = nn.Parameter(torch.nested.nested_tensor(rows), requires_grad=False)
+    with pytest.raises(RuntimeError):
+        few_rows_linear(linear, rows[0])

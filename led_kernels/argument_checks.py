@@ -1,0 +1,83 @@
+"""Whether arguments are of the kinds that public functions take, said before torch or Python does in its own words."""
+
+from __future__ import annotations
+
+from numbers import Integral, Real
+
+import torch
+from torch import Tensor
+
+_MAX_SIZE = 2**31 - 1  # positions are int32
+
+
+def check_number(value: object, name: str) -> float:
+    """``value`` as a float: a real number, or a tensor of one that needs no gradient.
+
+    Raises:
+        TypeError: for anything else, also a tensor whose gradient would be lost.
+    """
+    if isinstance(value, Tensor):
+        if value.requires_grad:
+            raise TypeError(
+                f"{name} is a tensor that requires grad, which it would not get; multiply q by it instead."
+            )
+        if value.numel() == 1 and not value.is_complex():
+            return float(value)
+        raise TypeError(f"{name} is a tensor of shape {tuple(value.shape)} and {value.dtype}; give a number.")
+    if not isinstance(value, (Real, torch.SymFloat, torch.SymInt)):
+        raise TypeError(f"{name} is {value!r}; give a number.")
+    return float(value)
+
+
+def check_size(value: object, name: str) -> None:
+    """That ``value`` is an int below 2^31, or one that a traced program will know.
+
+    Raises:
+        TypeError: for something else.
+        ValueError: for a larger one.
+    """
+    if isinstance(value, torch.SymInt):
+        return
+    if not isinstance(value, Integral) or isinstance(value, bool):
+        raise TypeError(f"{name} is {value!r}; give an int.")
+    if value > _MAX_SIZE:
+        raise ValueError(f"{name} is {value}; give at most {_MAX_SIZE}.")
+
+
+def as_integers(values: object, name: str) -> Tensor:
+    """``values``, a tensor or a sequence of ints, as int64.
+
+    Raises:
+        TypeError: for something else; also for floats, which would be cut, and bools, which are no positions.
+    """
+    try:
+        # torch.as_tensor would move a tensor to the default device
+        x = values if isinstance(values, Tensor) else torch.as_tensor(values)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(
+            f"{name} is a {type(values).__name__} that no tensor can be made of; give ints."
+        ) from error
+    is_integer = not (x.is_floating_point() or x.is_complex() or x.dtype == torch.bool)
+    if not is_integer and x.numel():
+        raise TypeError(f"{name} has dtype {x.dtype}; give integers.")
+    return x.to(torch.int64)
+
+
+def check_marks(x: object, name: str) -> None:
+    """That ``x`` is a tensor whose values can be compared.
+
+    Raises:
+        TypeError: otherwise.
+    """
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name} is a {type(x).__name__}; give a torch.Tensor.")
+    if x.is_complex():
+        raise TypeError(f"{name} has dtype {x.dtype}; give bools, integers or floats.")
+
+
+def whole_numbers(x: Tensor, lowest: int, highest: int) -> tuple[Tensor, Tensor]:
+    """int64, and whether all of ``x`` are whole numbers from ``lowest`` to ``highest``, looked at before conversion."""
+    numbers = x.to(torch.int64)
+    given = x if x.is_floating_point() else numbers
+    valid = ((given >= lowest) & (given <= highest)).all()
+    return numbers, valid & (x == x.round()).all() if x.is_floating_point() else valid
