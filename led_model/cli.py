@@ -22,10 +22,11 @@ from led_model.arguments import (
     not_empty,
     within,
 )
-from led_model.commands import DEFAULT_NEW_TOKENS, DTYPES, run_on_documents
+from led_model.commands import run_on_documents
 from led_model.demo import DemoSettings, run_demo
 from led_model.dry_run import count_documents
 from led_model.info import run_info
+from led_model.loading import DEFAULT_NEW_TOKENS, DTYPES
 from led_model.process import open_missing_streams, status_of
 
 _ABOUT_DOCUMENTS = """

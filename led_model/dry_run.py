@@ -5,9 +5,10 @@ from __future__ import annotations
 from argparse import Namespace
 
 from led_model.checkpoint import read_config
-from led_model.commands import DONE, SOME_FAILED, find_documents, finds_answers
+from led_model.commands import DONE, SOME_FAILED, find_documents
 from led_model.documents import Document, Unreadable
 from led_model.hub import checkpoint_files
+from led_model.loading import finds_answers
 from led_model.pieces import Reader
 from led_model.tasks import longest_input
 from led_model.terminal import complain, quiet
