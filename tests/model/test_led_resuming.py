@@ -187,14 +187,18 @@ def test_chance_falls_by_the_batch(save, documents, capsys):
 
 
 def test_one_document_that_overflows_takes_no_other_with_it(save, documents, capsys):
+    """The longest, as no other reaches the position of its last token."""
     directory = save()
+    lengths = [inputs(directory, text)["input_ids"].shape[1] for text in TEXTS]
     weights = load_file(directory / "model.safetensors")
-    weights["led.shared.weight"][json.loads((directory / "vocab.json").read_text())["Z"]] = 1e30
+    weights["led.encoder.embed_positions.weight"][max(lengths) - 1] = 1e30
     save_file(weights, directory / "model.safetensors")
-    Path("docs/1.txt").write_text("Z")
     assert summaries(directory, "docs", "--batch-size", 3) == 3
-    assert "docs/1.txt: the model's numbers overflowed" in capsys.readouterr().err
-    assert len(records()) == 3
+    longest = f"docs/{lengths.index(max(lengths))}.txt"
+    assert f"{longest}: the model's numbers overflowed" in capsys.readouterr().err
+    assert [record["source"] for record in records()] == [
+        f"docs/{n}.txt" for n in range(4) if f"docs/{n}.txt" != longest
+    ]
 
 
 @pytest.mark.parametrize("place", [0, 2**20 + 5, 3 * 2**20 + 12345, -1])
