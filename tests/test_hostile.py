@@ -18,7 +18,7 @@ import pytest
 def test_hostile(kind: str, every: int | None) -> None:
     if sys.platform != "linux":
         pytest.skip("limits on memory are Linux's")
-    every = every or {"checkpoints": 6, "documents": 2, "calls": 4}[kind]
+    every = every or {"checkpoints": 7, "documents": 2, "calls": 4}[kind]
     done = subprocess.run(
         [sys.executable, "-m", "tests.hostile", kind, "--every", str(every)],
         cwd=Path(__file__).parents[1],
