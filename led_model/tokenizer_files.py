@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import reprlib
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import groupby
@@ -129,8 +130,8 @@ def _check_ids(
         token, token_id = special_tokens[name], tokenizer.token_to_id(special_tokens[name])
         if all(map(TOKEN_ID.holds, ids)) and ids and token_id not in ids:
             raise ValueError(
-                f"{name}_id in config.json of {source} is {stated_ids}, but its tokenizer's {name} {quoted(token)} "
-                f"has the id {token_id}; make them agree."
+                f"{name}_id in config.json of {source} is {reprlib.repr(stated_ids)}, but its tokenizer's {name} "
+                f"{quoted(token)} has the id {token_id}; make them agree."
             )
 
 

@@ -6,7 +6,7 @@ import json
 import pickle
 import warnings
 import zipfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -37,16 +37,13 @@ def read_file(path: Path) -> Any:
             return torch.load(path, map_location="cpu", weights_only=True, mmap=is_archive)
 
 
-def names_in(path: Path) -> Iterable[str]:
-    """Of the tensors in a file.
+def names_in_header(path: Path) -> list[str]:
+    """Of the tensors in a ``.safetensors`` file.
 
     Raises: as for :func:`read_file`.
     """
-    if path.suffix == ".safetensors":
-        with _readable(path):
-            return _names_in_header(path)
-    content = read_file(path)
-    return content if isinstance(content, dict) else ()
+    with _readable(path):
+        return _names_in_header(path)
 
 
 @contextmanager

@@ -13,7 +13,7 @@ from torch import Tensor
 from led_model.files import read_json
 from led_model.hub import Fetch, what_else_is_in
 from led_model.schema import TEXT, check_values, plain, quoted, table_of
-from led_model.weight_formats import MOST_TENSORS, names_in, read_file
+from led_model.weight_formats import MOST_TENSORS, names_in_header, read_file
 
 WEIGHT_FILES = (
     "model.safetensors",
@@ -60,7 +60,11 @@ def tensor_names(fetch: Fetch, source: str | os.PathLike[str]) -> set[str]:
 
     Raises: as for :func:`read_tensors`.
     """
-    return {name for path in weight_files(fetch, source) for name in names_in(path)}
+    names: set[str] = set()
+    for path in weight_files(fetch, source):
+        in_header = path.suffix == ".safetensors"
+        names.update(names_in_header(path) if in_header else _checked(path, read_file(path)))
+    return names
 
 
 def weight_files(fetch: Fetch, source: str | os.PathLike[str]) -> list[Path]:

@@ -15,7 +15,7 @@ import pytest
 @pytest.mark.parametrize(
     ("kind", "every", "least"),
     [
-        ("checkpoints", 6, 300),
+        ("checkpoints", 7, 300),
         ("documents", 3, 200),
         ("outputs", 1, 15),
         ("calls", 4, 500),

@@ -41,7 +41,7 @@ def _large_files() -> Iterator[Case]:
         )
     yield Case("10 million merges", partial(write, "merges.txt", "a a\n" * 10**7), status=FAILED)
     yield Case("6 million merges", partial(write, "merges.txt", "a a\n" * (6 * 10**6)), status=FAILED)
-    for item in ("{}", "[]", "0", '""', "1e1"):
+    for item in ("[]", '""'):
         content = f'{{"x": [{item}{f",{item}" * (24 * 10**6 // (len(item) + 1))}]}}'
         for name in ("config.json", "vocab.json", "tokenizer.json"):
             yield Case(f"{name} of many {item}", partial(write, name, content))
