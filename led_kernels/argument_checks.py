@@ -7,6 +7,8 @@ from numbers import Integral, Real
 import torch
 from torch import Tensor
 
+from led_kernels.eager import is_eager
+
 _MAX_SIZE = 2**31 - 1  # positions are int32
 
 
@@ -64,15 +66,18 @@ def as_integers(values: object, name: str) -> Tensor:
 
 
 def check_marks(x: object, name: str) -> None:
-    """That ``x`` is a tensor whose values can be compared.
+    """That ``x`` is a tensor whose values can be compared, and has them.
 
     Raises:
         TypeError: otherwise.
+        ValueError: when its storage was shrunk.
     """
     if not isinstance(x, Tensor):
         raise TypeError(f"{name} is a {type(x).__name__}; give a torch.Tensor.")
     if x.is_complex():
         raise TypeError(f"{name} has dtype {x.dtype}; give bools, integers or floats.")
+    if is_eager(x):
+        check_storage(name, x)
 
 
 def whole_numbers(x: Tensor, lowest: int, highest: int) -> tuple[Tensor, Tensor]:
@@ -81,3 +86,18 @@ def whole_numbers(x: Tensor, lowest: int, highest: int) -> tuple[Tensor, Tensor]
     given = x if x.is_floating_point() else numbers
     valid = ((given >= lowest) & (given <= highest)).all()
     return numbers, valid & (x == x.round()).all() if x.is_floating_point() else valid
+
+
+def check_storage(name: str, x: Tensor) -> None:
+    """That the memory of ``x`` is as large as its shape and strides say; its storage may have been resized since.
+
+    Raises:
+        ValueError: when it is smaller.
+    """
+    last = sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True))
+    needed = (x.storage_offset() + last + 1) * x.itemsize if x.numel() else 0
+    if (held := x.untyped_storage().nbytes()) < needed:
+        raise ValueError(
+            f"{name} needs {needed} bytes of its storage, which holds {held}: it was shrunk; resize it back, or give "
+            "another tensor."
+        )

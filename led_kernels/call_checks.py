@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from led_kernels.argument_checks import check_storage
 from led_kernels.mask import LongformerMask
 
 _MAX_HEAD_DIM = 256
@@ -97,21 +98,8 @@ def check_seed(seed: Tensor | None, dropout_p: float, q: Tensor) -> None:
         raise ValueError(
             f"seed is {tuple(seed.shape)} of {seed.dtype} on {seed.device}; give one int64 on {q.device}."
         )
-
-
-def check_storage(name: str, x: Tensor) -> None:
-    """That the memory of ``x`` is as large as its shape and strides say; its storage may have been resized since.
-
-    Raises:
-        ValueError: when it is smaller.
-    """
-    last = sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True))
-    needed = (x.storage_offset() + last + 1) * x.itemsize if x.numel() else 0
-    if (held := x.untyped_storage().nbytes()) < needed:
-        raise ValueError(
-            f"{name} needs {needed} bytes of its storage, which holds {held}: it was shrunk; resize it back, or give "
-            "another tensor."
-        )
+    else:
+        check_storage("seed", seed)
 
 
 def _check_kind(name: str, x: Tensor, dtype: torch.dtype, device: torch.device) -> None:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from led_kernels.argument_checks import check_size
+from led_kernels.argument_checks import check_size, check_storage
 from led_kernels.eager import is_eager
 
 if TYPE_CHECKING:
@@ -76,6 +76,8 @@ def check_values(mask: LongformerMask) -> None:
     Raises:
         ValueError: naming the tensor that holds what it must not.
     """
+    for name in _DTYPES:
+        check_storage(f"{name} of a mask", getattr(mask, name))
     start, length, kind = mask.seq_start, mask.seq_len, mask.token_kind
     index, counts = mask.global_index, mask.num_globals
     end = length if mask.is_packed else torch.zeros_like(length)

@@ -19,12 +19,12 @@ from torch._library.autograd import make_autograd_impl
 from torch._library.custom_ops import CustomOpDef
 from torch.autograd import forward_ad
 
+from led_kernels.argument_checks import check_storage
 from led_kernels.call_checks import (
     check_lse,
     check_rows,
     check_seed,
     check_slots,
-    check_storage,
     check_window,
     lse_dtype,
 )

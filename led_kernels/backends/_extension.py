@@ -9,8 +9,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from led_kernels.argument_checks import check_storage
 from led_kernels.backends._results import new_gradients, new_results
-from led_kernels.call_checks import check_storage
 from led_kernels.extras import REINSTALL
 from led_kernels.mask import LongformerMask
 

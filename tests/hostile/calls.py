@@ -30,8 +30,9 @@ DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.int64, torch.int32
 BACKENDS = ["reference", *backends_on("cpu")]
 
 
-def hostile(rng: random.Random, x: Tensor) -> Tensor:
-    """A tensor that is like ``x`` but for one thing."""
+def hostile(rng: random.Random, x: Tensor, shrinks: bool = False) -> Tensor:
+    """A tensor that is like ``x`` but for one thing; with ``shrinks``, for kernels, also for its memory, at which
+    torch's own operations do not look."""
     dim = rng.randrange(max(1, x.dim()))
     changes: list[Callable[[], Tensor]] = [
         lambda: x.to(rng.choice(DTYPES)),
@@ -49,8 +50,37 @@ def hostile(rng: random.Random, x: Tensor) -> Tensor:
         lambda: torch.full_like(x, 2**30 if x.dtype in (torch.int32, torch.int64) else 0),
         lambda: -x,
         lambda: x[..., ::2],
+        lambda: shrunken(rng, x) if shrinks else x,
+        lambda: misaligned(x),
+        lambda: torch._neg_view(x) if x.dtype != torch.bool else x,
+        lambda: x.to_sparse() if rng.random() < 0.5 else x.flatten(0, -2).to_sparse_csr(),
+        lambda: torch._efficientzerotensor(x.shape, dtype=x.dtype),
     ]
     return rng.choice(changes)()
+
+
+def shrunken(rng: random.Random, x: Tensor) -> Tensor:
+    """A copy of ``x`` most of whose memory was given back."""
+    copy = x.clone()
+    copy.untyped_storage().resize_(rng.choice([0, 1, max(0, copy.nbytes - 1)]))
+    return copy
+
+
+def misaligned(x: Tensor) -> Tensor:
+    memory = bytearray(x.nbytes + 1)
+    if not x.numel():
+        return x
+    memory[1:] = x.contiguous().flatten().view(torch.uint8).numpy().tobytes()
+    return torch.frombuffer(memory, dtype=x.dtype, offset=1).view(x.shape)
+
+
+def edit_in_place(rng: random.Random, mask: LongformerMask, shrinks: bool) -> None:
+    """After it was checked."""
+    x = rng.choice(mask.tensors())
+    if shrinks and rng.random() < 0.3:
+        x.untyped_storage().resize_(0)
+    elif x.numel():
+        x.view(-1)[rng.randrange(x.numel())] = rng.choice([0, 1, 2, 3, 5, 100])
 
 
 def mask_of(rng: random.Random) -> LongformerMask:
@@ -97,15 +127,17 @@ def public_call(rng: random.Random) -> None:
             if rng.random() < 0.8
             else replace(mask, max_seqlen=rng.choice(NUMBERS))
         )
-    tensors = list(rows_of(rng, mask))
+    tensors, which = list(rows_of(rng, mask)), rng.randrange(4)
+    shrinks = which < 2  # the others begin with operations of torch
+    if rng.random() < 0.1:
+        edit_in_place(rng, mask, shrinks)
     q_global = torch.randn(mask.batch, mask.max_globals, *tensors[0].shape[-2:])
     if rng.random() < 0.5:
         place = rng.randrange(6)
-        tensors[place] = hostile(rng, tensors[place])
+        tensors[place] = hostile(rng, tensors[place], shrinks)
     tensors = [x.requires_grad_() if x.is_floating_point() and rng.random() < 0.5 else x for x in tensors]
     settings = {"dropout_p": rng.choice([0.0, 0.0, 0.3, 1.0]), "backend": rng.choice(BACKENDS)}
     window = rng.choice([0, 2, -1, (1, 300), rng.choice(NUMBERS)])
-    which = rng.randrange(4)
     if which == 0:
         out = banded_attention(*tensors[:3], mask, window_size=window, **settings)
     elif which == 1:
@@ -135,7 +167,7 @@ def operator_call(rng: random.Random) -> None:
         place = rng.randrange(len(arguments) - 1)
         value = arguments[place]
         if isinstance(value, Tensor):
-            arguments[place] = hostile(rng, value)
+            arguments[place] = hostile(rng, value, shrinks=True)
         elif isinstance(value, int):
             arguments[place] = rng.choice(NUMBERS)
         elif isinstance(value, float):
@@ -169,9 +201,10 @@ def decoding_call(rng: random.Random) -> None:
         }
     function, arguments = rng.choice(list((calls | direct).items()))
     places = [i for i, value in enumerate(arguments) if isinstance(value, Tensor)]
-    for place in rng.sample(places, rng.randint(1, min(2, len(places)))):
-        arguments[place] = hostile(rng, arguments[place])
-    if rng.random() < 0.2 and function in (few_rows_linear, few_rows_add_norm):
+    changed = rng.sample(places, rng.randint(1, min(2, len(places))))
+    for place in changed:  # of two changes one may lead to torch
+        arguments[place] = hostile(rng, arguments[place], shrinks=len(changed) == 1)
+    if rng.random() < 0.2 and len(changed) == 2 and function in (few_rows_linear, few_rows_add_norm):
         module = linear if function is few_rows_linear else norm
         module.weight = nn.Parameter(hostile(rng, module.weight.detach()).float())
     with torch.no_grad():
