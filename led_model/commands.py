@@ -139,6 +139,8 @@ class _Run:
                 self.bar.set_description_str(self._count(), refresh=False)
                 self.bar.update(piece.document.size / piece.count)
         self.bar.close()
+        if self.total == 1 and not self.made:  # what failed has been said
+            return
         done = "" if self.total == 1 else f"{self.made:,} documents done, {self.failed:,} failed; "
         say(f"{done}loaded in {seconds(loading)}, {task.work}.")
 

@@ -97,12 +97,12 @@ def mask_of(rng: random.Random) -> LongformerMask:
         )
     lengths = [number(rng.randint(0, seqlen)) for _ in range(batch)]
     if kind == 1:
-        return LongformerMask.from_lengths(lengths, min(number(seqlen), 10**5), index, max_globals=most)
+        return LongformerMask.from_lengths(lengths, min(number(seqlen), 10**4), index, max_globals=most)
     total = [0]
     for length in lengths:
         total.append(total[-1] + length)
-    known = {"total_rows": min(number(total[-1]), 10**5)} if rng.random() < 0.5 and total[-1] < 10**5 else {}
-    if total[-1] > 10**5 and known == {}:
+    known = {"total_rows": min(number(total[-1]), 10**4)} if rng.random() < 0.5 and total[-1] < 10**4 else {}
+    if total[-1] > 10**4 and known == {}:
         known = {"total_rows": 100}
     longest = {"max_seqlen": number(seqlen)} if rng.random() < 0.5 else {}
     return LongformerMask.packed(total, index if rng.random() < 0.7 else None, most, **known, **longest)
