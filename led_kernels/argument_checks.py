@@ -18,6 +18,8 @@ def check_number(value: object, name: str) -> float:
     Raises:
         TypeError: for anything else, also a tensor whose gradient would be lost.
     """
+    if type(value) is float:
+        return value
     if isinstance(value, Tensor):
         if value.requires_grad:
             raise TypeError(
@@ -38,7 +40,7 @@ def check_size(value: object, name: str) -> None:
         TypeError: for something else.
         ValueError: for a larger one.
     """
-    if isinstance(value, torch.SymInt):
+    if (type(value) is int and value <= _MAX_SIZE) or isinstance(value, torch.SymInt):
         return
     if not isinstance(value, Integral) or isinstance(value, bool):
         raise TypeError(f"{name} is {value!r}; give an int.")
