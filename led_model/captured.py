@@ -10,10 +10,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import _get_current_function_mode_stack
-from torch.utils._device import DeviceContext
-from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
+from led_kernels.eager import is_plain_surroundings
 from led_kernels.projection import has_global_hooks
 
 Parts = tuple[nn.Module, ...]
@@ -59,12 +57,7 @@ def runs_only_layers(parts: Parts) -> bool:
 
 def is_plain_here() -> bool:
     """Whether operations do, where this is called, what they do everywhere: no mode and no autocast looks on."""
-    return not (
-        torch.is_autocast_enabled("cpu")
-        or _get_current_dispatch_mode_stack()
-        # what says where tensors are made changes nothing else
-        or any(type(mode) is not DeviceContext for mode in _get_current_function_mode_stack())
-    )
+    return not torch.is_autocast_enabled("cpu") and is_plain_surroundings()
 
 
 class _Methods:
