@@ -91,7 +91,9 @@ def test_weights_that_are_no_tensors():
 
 @pytest.mark.parametrize("name", ["q_global", "k_global", "v_global"])
 @pytest.mark.parametrize(
-    "change", [lambda x: x[:, :, :1], lambda x: x[..., :1], lambda x: x.double()], ids=str
+    "change",
+    [lambda x: x[:, :, :1], lambda x: x[..., :1], lambda x: x.double()],
+    ids=["one head", "one column", "double"],
 )
 def test_global_tensors_are_not_broadcast(name, change):
     given = {"q_global": X, "k_global": X, "v_global": X}
