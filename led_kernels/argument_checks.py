@@ -42,6 +42,8 @@ def check_size(value: object, name: str) -> None:
     """
     if (type(value) is int and value <= _MAX_SIZE) or isinstance(value, torch.SymInt):
         return
+    if isinstance(value, Tensor) and torch.jit.is_tracing():  # where some releases make tensors of sizes
+        return
     if not isinstance(value, Integral) or isinstance(value, bool):
         raise TypeError(f"{name} is {value!r}; give an int.")
     if value > _MAX_SIZE:
