@@ -168,11 +168,11 @@ def test_caches(model):
         (pairs(lambda k, v: (k, v, v)), ValueError, "cross_keys_values is a list"),
         (pairs(lambda k, v: None), ValueError, "cross_keys_values is a list"),
         (pairs(lambda k, v: (k.double(), v)), ValueError, "cross_keys_values holds what is torch.float64"),
-        (lambda: StaticKVCache(config, 3, 0), ValueError, "max_length is 0; give 1 or more"),
+        (lambda: StaticKVCache(config, 3, 0), ValueError, "max_length is 0; give a whole number from 1"),
         (lambda: StaticKVCache(config, 3, -1), ValueError, "max_length is -1"),
         (lambda: StaticKVCache(config, 3, 2.0), ValueError, "max_length is 2.0"),
         (lambda: StaticKVCache(config, 1.5, 2), ValueError, "batch is 1.5"),
-        (lambda: BeamKVCache(config, 3, 0, 8), ValueError, "beams is 0; give 1 or more"),
+        (lambda: BeamKVCache(config, 3, 0, 8), ValueError, "beams is 0; give a whole number from 1"),
         (lambda: BeamKVCache(config, 3, 2, 0), ValueError, "max_length is 0"),
     ):
         with pytest.raises(kind, match=f"^{re.escape(said)}"):
