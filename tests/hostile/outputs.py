@@ -82,8 +82,8 @@ def _kills(number: int) -> str | None:
 
 
 def _cuts(number: int) -> str | None:
-    """``number`` outputs of which the end is missing, as a crash or a full disk leaves them, taken up again, a hundred by each
-    process."""
+    """``number`` outputs of which the end is missing, as a crash or a full disk leaves them, taken up again: a hundred
+    by each process."""
     texts = {f"d{n}": f"text ☕ {n}" for n in range(40)}
     documents = [Document(name, "docs.jsonl", text, 9, has_own_id=True) for name, text in texts.items()]
 
