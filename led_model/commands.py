@@ -210,7 +210,11 @@ class _Run:
         if self.format is None:
             return
         encoding = sys.stdout.encoding or "utf-8"
-        text = as_text(record) if self.format == "text" else to_line(record, is_ascii(encoding))
+        text = (
+            as_text(record)
+            if self.format == "text"
+            else to_line(record, is_ascii=not _holds_any_letter(encoding))
+        )
         if self.streamer is not None:
             self.streamer.finish(text)
             return
@@ -224,9 +228,8 @@ class _Run:
         return f"{self.made + self.earlier}{of_all} documents"
 
 
-def is_ascii(encoding: str) -> bool:
-    """Whether what is printed may need other letters than the stream has."""
-    return not codecs.lookup(encoding).name.startswith("utf")
+def _holds_any_letter(encoding: str) -> bool:
+    return codecs.lookup(encoding).name.startswith("utf")
 
 
 def _set_threads(wanted: int | None) -> None:
