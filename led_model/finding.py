@@ -69,8 +69,8 @@ def _expand(item: str, problems: list[str]) -> list[str]:
     if os.path.isdir(item):
         found = (
             os.path.join(directory, name)
-            for directory in _directories(item, problems)
-            for name in _names_in(directory, problems)
+            for directory, names in _directories(item, problems)
+            for name in names
             if os.path.splitext(name)[1].lower() in SUFFIXES and not name.startswith(".")
         )
         return sorted(os.path.normpath(path) for path in found if _is_document(path, problems))
@@ -104,18 +104,19 @@ def _glob(pattern: str, problems: list[str]) -> Iterator[str]:
     at = parts.index(_ANY_DEPTH)
     below = os.sep.join(parts[at + 1 :]) or "*"
     for base in glob.glob(os.sep.join([*parts[:at], ""])) if at else [""]:
-        for directory in _directories(base or ".", problems):
+        for directory, _ in _directories(base or ".", problems):
             name = "" if directory == "." and not base else glob.escape(directory)
             yield from _glob(os.path.join(name, below), problems)
 
 
-def _directories(top: str, problems: list[str]) -> Iterator[str]:
-    """``top`` and all directories below it that are not hidden, each once."""
+def _directories(top: str, problems: list[str]) -> Iterator[tuple[str, list[str]]]:
+    """``top`` and all directories below it that are not hidden, each once, with the names in it."""
     waiting, seen = [top], {identity(top)}
     while waiting:
         directory = waiting.pop()
-        yield directory
-        for name in _names_in(directory, []):  # who looks for files there says what is wrong
+        names = _names_in(directory, problems)
+        yield directory, names
+        for name in names:
             path = os.path.join(directory, name)
             if not name.startswith(".") and os.path.isdir(path) and identity(path) not in seen:
                 seen.add(identity(path))

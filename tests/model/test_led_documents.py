@@ -487,6 +487,9 @@ def test_what_cannot_be_looked_into_is_said(tree, monkeypatch):
     assert [source.path for source in sources] == ["docs/a.MD", "docs/b.txt"]
     assert any("docs/sub cannot be looked into (Permission denied)" in problem for problem in problems)
     assert sum("leads to no file that can be reached" in problem for problem in problems) == 2
+    sources, problems = find_sources(["docs/**/*.txt"])
+    assert [source.path for source in sources] == ["docs/b.txt"]
+    assert problems == ["docs/sub cannot be looked into (Permission denied); check its permissions."]
 
 
 def test_the_output_is_no_input_by_any_name(tree):
