@@ -1,1 +1,1 @@
-"""Speed and memory of the kernels beside their peers: ``python -m benchmarks.run``, ``plot``, ``summary``."""
+"""Speed and memory of the kernels beside their peers: ``python -m benchmarks SUITE``."""

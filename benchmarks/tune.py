@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator
 import torch
 from tqdm import tqdm
 
-from benchmarks.shapes import Shape
+from benchmarks.harness.shapes import Shape
 from led_kernels.backends.triton import configs
 from led_kernels.backends.triton.configs import KERNELS, Row, TileConfig
 from led_kernels.mask import LongformerMask

@@ -4,35 +4,35 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from led_model.cache import BeamKVCache, StaticKVCache
     from led_model.config import LEDConfig
-    from led_model.generate import GenerateOutput
-    from led_model.generation_config import GenerationConfig
-    from led_model.heads import LEDForQuestionAnswering, LEDForSequenceClassification
-    from led_model.model import LEDForConditionalGeneration, LEDModel
-    from led_model.outputs import (
+    from led_model.generation.cache import BeamKVCache, StaticKVCache
+    from led_model.generation.generate import GenerateOutput
+    from led_model.generation.generation_config import GenerationConfig
+    from led_model.modeling.heads import LEDForQuestionAnswering, LEDForSequenceClassification
+    from led_model.modeling.model import LEDForConditionalGeneration, LEDModel
+    from led_model.modeling.outputs import (
         Seq2SeqLMOutput,
         Seq2SeqModelOutput,
         Seq2SeqQuestionAnsweringModelOutput,
         Seq2SeqSequenceClassifierOutput,
     )
-    from led_model.tokenizer import LEDTokenizer
+    from led_model.tokenization.tokenizer import LEDTokenizer
 
 _MODULE_OF = {
-    "BeamKVCache": "led_model.cache",
-    "StaticKVCache": "led_model.cache",
+    "BeamKVCache": "led_model.generation.cache",
+    "StaticKVCache": "led_model.generation.cache",
     "LEDConfig": "led_model.config",
-    "GenerateOutput": "led_model.generate",
-    "GenerationConfig": "led_model.generation_config",
-    "LEDForQuestionAnswering": "led_model.heads",
-    "LEDForSequenceClassification": "led_model.heads",
-    "LEDForConditionalGeneration": "led_model.model",
-    "LEDModel": "led_model.model",
-    "Seq2SeqLMOutput": "led_model.outputs",
-    "Seq2SeqModelOutput": "led_model.outputs",
-    "Seq2SeqQuestionAnsweringModelOutput": "led_model.outputs",
-    "Seq2SeqSequenceClassifierOutput": "led_model.outputs",
-    "LEDTokenizer": "led_model.tokenizer",
+    "GenerateOutput": "led_model.generation.generate",
+    "GenerationConfig": "led_model.generation.generation_config",
+    "LEDForQuestionAnswering": "led_model.modeling.heads",
+    "LEDForSequenceClassification": "led_model.modeling.heads",
+    "LEDForConditionalGeneration": "led_model.modeling.model",
+    "LEDModel": "led_model.modeling.model",
+    "Seq2SeqLMOutput": "led_model.modeling.outputs",
+    "Seq2SeqModelOutput": "led_model.modeling.outputs",
+    "Seq2SeqQuestionAnsweringModelOutput": "led_model.modeling.outputs",
+    "Seq2SeqSequenceClassifierOutput": "led_model.modeling.outputs",
+    "LEDTokenizer": "led_model.tokenization.tokenizer",
 }
 
 

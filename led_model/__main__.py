@@ -5,7 +5,7 @@ import sys
 
 def main() -> int:
     try:
-        from led_model.cli import main as run
+        from led_model.cli.parser import main as run
 
         return run()
     except KeyboardInterrupt:  # while torch is imported

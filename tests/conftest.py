@@ -20,7 +20,7 @@ from tests.backends import backends_on, reason_against
 # Unless named on the command line: processes of their own. The conftest of interpreter has to come before Triton, which
 # led_kernels imports through torch.compiler, that of host_cuda before led_kernels._C: hence the imports inside
 # functions here.
-collect_ignore = ["interpreter", "host_cuda"]
+collect_ignore = ["emulation/interpreter", "emulation/host_cuda"]
 
 settings.register_profile("fixed", derandomize=True, database=None, deadline=None, max_examples=60)
 settings.register_profile("random", deadline=None, max_examples=1000)

@@ -41,15 +41,15 @@ PYTHON_AND_TORCH = (("3.10", "2.11"), ("3.12", "2.12"), ("3.11", "2.13"), ("3.11
 DROP_IN = {"drop-in": ["tests/hf"]}
 EVERY_LAYER = {
     "attention": [
-        "tests/test_attention.py",
+        "tests/kernels/test_attention.py",
         "-k",
         "cpu and (against_loops or strides or deterministic or window)",
     ],
-    "interpreter": ["tests/interpreter", "-k", "against_loops or test_window"],
+    "interpreter": ["tests/emulation/interpreter", "-k", "against_loops or test_window"],
     "drop-in": ["tests/hf/test_parity.py", "tests/hf/test_heads.py", "tests/hf/test_probe.py"],
 }
 DEMO = {"tokens": 2048, "compare-tokens": 1024, "layers": 1, "window": 256, "new-tokens": 4}
-RUN_LED = "import sys; from led_model.cli import main; sys.exit(main())"
+RUN_LED = "import sys; from led_model.cli.parser import main; sys.exit(main())"
 VERSIONS = """
 import json, platform, torch, transformers, triton
 print(json.dumps([platform.python_version(), torch.__version__, triton.__version__, transformers.__version__]))

@@ -49,7 +49,7 @@ isas=$("$python" -c "import torch; from led_kernels import _C; print(*_C.cpu_isa
 pids=()
 for isa in $isas; do
   # uncaptured, as a report is written to the process's own stderr just before it ends
-  LED_KERNELS_CPU_ISA=$isa "$python" -m pytest tests/test_attention.py tests/test_decode.py tests/test_properties.py -q -k "$cases" \
+  LED_KERNELS_CPU_ISA=$isa "$python" -m pytest tests/kernels/test_attention.py tests/kernels/test_decode.py tests/kernels/test_properties.py -q -k "$cases" \
     --capture=no -p no:faulthandler -p no:cacheprovider >"$work/$isa.log" 2>&1 &
   pids+=($!)
 done

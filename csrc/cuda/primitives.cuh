@@ -1,7 +1,7 @@
 // What the kernels take from the hardware, each as one function: 16-bit floats, tensor-core products,
 // ldmatrix, asynchronous copies, the fast exponential. Source: PTX ISA, "Matrix fragments for mma.m16n8k16".
 //
-// Without nvcc the bodies come from tests/host_cuda, which executes the kernels on the CPU.
+// Without nvcc the bodies come from tests/emulation/host_cuda, which executes the kernels on the CPU.
 #pragma once
 
 #include <cuda_runtime.h>

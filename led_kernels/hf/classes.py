@@ -17,15 +17,15 @@ from transformers.models.longformer.modeling_longformer import (
     LongformerSelfAttention,
 )
 
-from led_kernels.hf.decoder import (
+from led_kernels.hf.led_decoder import (
     CautiousLEDDecoder,
     FusedLEDDecoder,
     FusedLEDDecoderAttention,
     FusedLEDDecoderLayer,
     FusedLEDLearnedPositionalEmbedding,
 )
-from led_kernels.hf.led import FusedLEDEncoder, FusedLEDEncoderLayer, FusedLEDEncoderSelfAttention
-from led_kernels.hf.longformer import (
+from led_kernels.hf.led_encoder import FusedLEDEncoder, FusedLEDEncoderLayer, FusedLEDEncoderSelfAttention
+from led_kernels.hf.longformer_encoder import (
     FusedLongformerEncoder,
     FusedLongformerModel,
     FusedLongformerSelfAttention,

@@ -15,8 +15,8 @@ from transformers.models.longformer.modeling_longformer import LongformerModel
 
 from led_kernels.hf.classes import CAUTIOUS_LED_DECODER, LED_DECODER, LED_ENCODER, LONGFORMER
 from led_kernels.hf.compat import TESTED, is_newer_than_tested
-from led_kernels.hf.encoder import Options
 from led_kernels.hf.probe import Decoder, encoder_difference, right_decoder
+from led_kernels.hf.shared import Options
 from led_kernels.hf.swap import Table, class_of_ours, stock_class, swap, swap_back
 
 _ROOTS = (LEDEncoder, LongformerModel, LEDDecoder)  # their constructors build all the others

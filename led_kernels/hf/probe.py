@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers import LEDConfig, LEDForConditionalGeneration, LongformerConfig, LongformerModel
 
 from led_kernels.hf.classes import LED_DECODER, LED_ENCODER, LONGFORMER
-from led_kernels.hf.encoder import Options
+from led_kernels.hf.shared import Options
 from led_kernels.hf.swap import Table, swap
 
 _DOCUMENTS = {

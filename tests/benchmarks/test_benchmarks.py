@@ -9,9 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import attention, generation, plot, run, summary, table, verify
-from benchmarks.registry import SMOKE
-from benchmarks.shapes import Shape, attention_pairs
+from benchmarks.harness import runner, table, verify
+from benchmarks.harness.cases import SMOKE
+from benchmarks.harness.shapes import Shape, attention_pairs
+from benchmarks.report import plot, summary
+from benchmarks.suites import attention, generation
 
 ROOT = Path(__file__).parents[2]
 TORCH_ONLY = ["--smoke", "--only", f"attention_{SMOKE.seqlen}, banded {attention.TORCH}"]
@@ -20,7 +22,16 @@ TORCH_ONLY = ["--smoke", "--only", f"attention_{SMOKE.seqlen}, banded {attention
 @pytest.fixture(scope="module")
 def smoke_csv(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("benchmarks") / "smoke.csv"
-    command = [sys.executable, "-m", "benchmarks.run", "--smoke", "--repeats", "2", "--out", str(out)]
+    command = [
+        sys.executable,
+        "-m",
+        "benchmarks.harness.runner",
+        "--smoke",
+        "--repeats",
+        "2",
+        "--out",
+        str(out),
+    ]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     assert "| encoder (led_model) vs transformers |" in result.stdout
@@ -89,7 +100,16 @@ def test_figures_of_generation() -> None:
 @pytest.mark.slow
 def test_smoke_run_of_generation(tmp_path: Path) -> None:
     out = tmp_path / "smoke.csv"
-    command = [sys.executable, "-m", "benchmarks.generation", "--smoke", "--repeats", "2", "--out", str(out)]
+    command = [
+        sys.executable,
+        "-m",
+        "benchmarks.suites.generation",
+        "--smoke",
+        "--repeats",
+        "2",
+        "--out",
+        str(out),
+    ]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     assert {row.what for row in table.read(out)} == {"read", "step", "greedy", "4 beams", "memory"}
@@ -131,7 +151,7 @@ def test_wrong_result_stops_the_run(
     right = attention.BANDED[attention.TORCH]
     monkeypatch.setitem(attention.BANDED, attention.TORCH, replace(right, build=build_with_one_key_too_few))
     out = tmp_path / "out.csv"
-    assert run.main([*TORCH_ONLY, "--out", str(out)]) == 1
+    assert runner.main([*TORCH_ONLY, "--out", str(out)]) == 1
     assert "led_kernels torch, forward: out is off" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())  # nothing was timed
 
@@ -153,9 +173,9 @@ def test_interrupted_run_keeps_its_rows(tmp_path: Path, monkeypatch: pytest.Monk
         except StopIteration:
             raise KeyboardInterrupt from None
 
-    monkeypatch.setattr(run, "_time", time_some)
+    monkeypatch.setattr(runner, "_time", time_some)
     out = tmp_path / "out.csv"
-    assert run.main([*TORCH_ONLY, "--repeats", "4", "--out", str(out)]) == 130
+    assert runner.main([*TORCH_ONLY, "--repeats", "4", "--out", str(out)]) == 130
     rows = table.read(out.with_suffix(".csv.partial"))
     assert not out.exists()
     # mm, copy, forward, forward+backward took their first turn, and two of them a second one
@@ -163,11 +183,11 @@ def test_interrupted_run_keeps_its_rows(tmp_path: Path, monkeypatch: pytest.Monk
 
 
 def test_slow_case_gets_fewer_turns_spread_evenly() -> None:
-    turns = [turn for turn in range(15) if run._is_turn(turn, 4, 15)]
+    turns = [turn for turn in range(15) if runner._is_turn(turn, 4, 15)]
     assert turns[0] == 0
     assert len(turns) == 4
     assert max(later - earlier for earlier, later in itertools.pairwise(turns)) <= 4
 
 
 def test_only_refuses_what_names_no_case(tmp_path: Path) -> None:
-    assert run.main(["--smoke", "--only", "nothing like it", "--out", str(tmp_path / "out.csv")]) == 2
+    assert runner.main(["--smoke", "--only", "nothing like it", "--out", str(tmp_path / "out.csv")]) == 2

@@ -13,9 +13,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import gpu_attention, gpu_checks, gpu_report, run, table
-from benchmarks.gpu_report import Report, Step
-from benchmarks.registry import SMOKE, Group
+from benchmarks.harness import runner, table
+from benchmarks.harness.cases import SMOKE, Group
+from benchmarks.report import gpu_checks, gpu_report
+from benchmarks.report.gpu_report import Report, Step
+from benchmarks.suites import gpu_attention
 from led_kernels.dispatch import BackendUnavailable
 
 ROOT = Path(__file__).parents[2]
@@ -53,7 +55,7 @@ def test_help(capsys: pytest.CaptureFixture[str]) -> None:
 
 @without_gpu
 def test_needs_a_gpu_and_says_so_in_one_sentence(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "benchmarks.gpu_report", "--out", str(tmp_path / "report.md")]
+    command = [sys.executable, "-m", "benchmarks.report.gpu_report", "--out", str(tmp_path / "report.md")]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 2
     assert len(result.stderr.splitlines()) == 1
@@ -237,7 +239,7 @@ def test_ours_that_fails_is_not_timed(
 
 
 def test_interrupted_report_keeps_what_is_done(report: Report, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(run, "_time", interrupting_after(3))
+    monkeypatch.setattr(runner, "_time", interrupting_after(3))
     build = gpu_report.steps([])[0]
     assert gpu_report.write_report([build, timings(window_groups())], report, 600.0) == 130
     assert "## Build" in report.markdown.read_text()
@@ -357,6 +359,6 @@ def test_gpu_timer_measures_between_its_events(monkeypatch: pytest.MonkeyPatch) 
             order.append("write")
 
     monkeypatch.setattr(torch.cuda, "Event", Event)
-    monkeypatch.setattr(run, "_buffer_beyond_cache", Buffer)
-    assert run._time_on_gpu(lambda: order.append("call")) == 1.5
-    assert order == ["write"] * run.WRITES + ["event", "call", "event", "wait"]
+    monkeypatch.setattr(runner, "_buffer_beyond_cache", Buffer)
+    assert runner._time_on_gpu(lambda: order.append("call")) == 1.5
+    assert order == ["write"] * runner.WRITES + ["event", "call", "event", "wait"]

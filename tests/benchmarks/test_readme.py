@@ -9,13 +9,15 @@ import tokenizers
 import torch
 import transformers
 
-from benchmarks import quantisation, summary, table
+from benchmarks.harness import table
+from benchmarks.report import summary
+from benchmarks.suites import quantization
 
 ROOT = Path(__file__).parents[2]
 TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
 TEST_COMMAND = (
     "python -m venv .venv && . .venv/bin/activate && pip install -e '.[test]' "
-    "&& pytest -n 2 --dist worksteal && pytest tests/interpreter && pytest tests/host_cuda"
+    "&& pytest -n 2 --dist worksteal && pytest tests/emulation/interpreter && pytest tests/emulation/host_cuda"
 )
 
 
@@ -68,7 +70,7 @@ def test_figures_are_those_of_the_committed_runs() -> None:
 
 def test_table_of_smaller_weights_is_that_of_the_committed_run() -> None:
     block = TEXT.partition("<!-- quantisation -->")[2].partition("<!-- /quantisation -->")[0].strip()
-    assert block == quantisation.markdown(quantisation.read(quantisation.DEFAULT))
+    assert block == quantization.markdown(quantization.read(quantization.DEFAULT))
 
 
 def test_pictures_are_there_when_the_run_is() -> None:

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from benchmarks import tune
-from benchmarks.fake_driver import captured_launches
-from benchmarks.shapes import Shape
+from benchmarks.harness.shapes import Shape
+from benchmarks.static.fake_driver import captured_launches
 from led_kernels.backends.triton import configs
 from led_kernels.backends.triton.configs import Row, TileConfig
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from benchmarks import attention, verify
-from benchmarks.shapes import Shape
+from benchmarks.harness import verify
+from benchmarks.harness.shapes import Shape
+from benchmarks.suites import attention
 from led_kernels import LongformerMask, banded_attention, longformer_attention
 from led_kernels.testing import assert_within_error_bound
 

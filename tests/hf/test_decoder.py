@@ -24,7 +24,7 @@ from transformers.models.led.modeling_led import (
 
 from led_kernels.hf import apply_led_kernels, revert_led_kernels
 from led_kernels.hf.compat import cache_argument, is_newer_than_tested
-from led_kernels.hf.decoder import FusedLEDDecoderAttention
+from led_kernels.hf.led_decoder import FusedLEDDecoderAttention
 
 pytestmark = pytest.mark.skipif(
     VERSION < (4, 56), reason="before 4.56 LED has no static cache and keeps its decoder"

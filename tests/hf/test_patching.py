@@ -26,7 +26,7 @@ from transformers.models.led.modeling_led import LEDEncoder, LEDEncoderSelfAtten
 from transformers.models.longformer.modeling_longformer import LongformerSelfAttention
 
 from led_kernels.hf import apply_led_kernels, is_applied, revert_led_kernels
-from led_kernels.hf.encoder import FusedSelfAttention
+from led_kernels.hf.shared import FusedSelfAttention
 from led_model import LEDConfig as OwnConfig
 from led_model import LEDModel as OwnModel
 

@@ -18,10 +18,10 @@ from transformers import LEDForConditionalGeneration, StaticCache
 from transformers.models.led.modeling_led import LEDDecoder
 
 from led_kernels.hf import apply_led_kernels, compat, decoder_report, is_applied, patching, probe
-from led_kernels.hf import led as fused_led
+from led_kernels.hf import led_encoder as fused_led
 from led_kernels.hf.classes import LED_DECODER, LED_ENCODER, LONGFORMER
 from led_kernels.hf.compat import is_newer_than_tested
-from led_kernels.hf.decoder import FusedLEDDecoder, FusedLEDDecoderAttention
+from led_kernels.hf.led_decoder import FusedLEDDecoder, FusedLEDDecoderAttention
 from led_kernels.hf.probe import Decoder, encoder_difference, right_decoder
 
 CASE = HFCase(globals_per_row=((0, 9), (4,)), padding=("none", "right"))

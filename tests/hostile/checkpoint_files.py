@@ -173,7 +173,7 @@ def _lengthen(name: str, directory: Path) -> None:
 
 def _backend(changes: dict[str, Any], directory: Path) -> None:
     """A tokenizer.json of the checkpoint's vocabulary, with some of its entries replaced."""
-    from led_model.tokenizer import LEDTokenizer
+    from led_model.tokenization.tokenizer import LEDTokenizer
 
     LEDTokenizer.from_pretrained(directory).save_pretrained(directory)
     edit("tokenizer.json", changes, directory)

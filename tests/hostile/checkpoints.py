@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from led_model import LEDConfig
-from led_model.cli import main
+from led_model.cli.parser import main
 from tests.hostile import checkpoint_files, checkpoint_weights
 from tests.hostile.damage import Case, Damage, cut, edit, edit_tensor, index, pickle, short, write
 from tests.hostile.documents import prepare

@@ -26,7 +26,7 @@ from led_model import (
     LEDForQuestionAnswering,
     LEDForSequenceClassification,
 )
-from led_model.cli import main
+from led_model.cli.parser import main
 from tests.hostile.processes import Trial, in_process
 from tests.model.small import small_config
 

@@ -16,7 +16,7 @@ from led_model import (
     LEDForQuestionAnswering,
     LEDForSequenceClassification,
 )
-from led_model.cache import StaticKVCache
+from led_model.generation.cache import StaticKVCache
 from tests.model.small import random_inputs, small_config
 
 WILD: tuple[Any, ...] = (

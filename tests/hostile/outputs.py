@@ -13,9 +13,9 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
-from led_model.cli import main
-from led_model.documents import Document
-from led_model.results import ResultFile
+from led_model.cli.documents import Document
+from led_model.cli.parser import main
+from led_model.cli.results import ResultFile
 from tests.hostile.documents import prepare
 from tests.hostile.processes import Ended, Process, Trial, in_process
 

@@ -8,8 +8,8 @@ from pathlib import Path
 import torch
 
 from led_model import LEDForConditionalGeneration
-from led_model.cli import main
-from led_model.tokenizer import LEDTokenizer
+from led_model.cli.parser import main
+from led_model.tokenization.tokenizer import LEDTokenizer
 
 LIMIT = 136  # tokens that the models of the fixture ``save`` read
 TEXT = "The encoder reads a long text. The decoder writes a short one.\n"

@@ -9,8 +9,8 @@ import pytest
 from safetensors.torch import save_file
 
 from led_model import LEDConfig, LEDForConditionalGeneration
-from led_model.tensor_names import to_hf_state_dict
-from led_model.tokenizer import LEDTokenizer
+from led_model.checkpoint.tensor_names import to_hf_state_dict
+from led_model.tokenization.tokenizer import LEDTokenizer
 from tests.model.commands import LIMIT, TEXTS
 from tests.model.small import randomize, small_config
 

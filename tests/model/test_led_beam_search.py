@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from led_kernels.decode import decode_attention
-from led_model import LEDForConditionalGeneration, decoding
-from led_model.cache import BeamKVCache
+from led_model import LEDForConditionalGeneration
+from led_model.generation import step as decoder_step
+from led_model.generation.cache import BeamKVCache
 from tests.model.small import VOCAB_SIZE, random_inputs
 
 SCORES = {"return_dict_in_generate": True, "output_scores": True}
@@ -101,7 +102,7 @@ def test_looking_for_the_end_now_and_then_changes_nothing(small_model, monkeypat
     settings |= {"early_stopping": early_stopping, "return_dict_in_generate": True}
     steps = []
     expected = model.generate(**inputs, on_token=steps.append, **settings)
-    monkeypatch.setattr(decoding.Search, "should_stop", lambda self, ended, length: False)
+    monkeypatch.setattr(decoder_step.Search, "should_stop", lambda self, ended, length: False)
     output = model.generate(**inputs, **settings)
     assert len(steps) < 40
     assert torch.equal(output.sequences, expected.sequences)
@@ -124,7 +125,7 @@ def test_cross_attention_is_held_once_per_document(small_model, monkeypatch):
         seen.append((q.shape, k.shape))
         return decode_attention(q, k, *args)
 
-    monkeypatch.setattr("led_model.attention.decode_attention", spy)
+    monkeypatch.setattr("led_model.modeling.attention.decode_attention", spy)
     model.generate(**inputs, num_beams=4, max_new_tokens=3)
     cross = [(q, k) for q, k in seen if k[2] == inputs["input_ids"].shape[1]]
     assert cross

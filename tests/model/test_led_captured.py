@@ -12,9 +12,9 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from led_kernels.decode import CapturedCalls
-from led_model.captured import Watched
-from led_model.layers import DecoderLayer
-from led_model.model import LEDDecoder
+from led_model.generation.captured import Watched
+from led_model.modeling.layers import DecoderLayer
+from led_model.modeling.model import LEDDecoder
 from tests.backends import needs_extension
 from tests.model.small import random_inputs
 

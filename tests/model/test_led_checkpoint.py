@@ -15,8 +15,8 @@ from safetensors.torch import load_file, save_file
 from led_model import (
     LEDForConditionalGeneration,
 )
-from led_model import hub as led_hub
-from led_model.tensor_names import EMBEDDINGS, hf_names, to_hf_state_dict
+from led_model.checkpoint import hub as led_hub
+from led_model.checkpoint.tensor_names import EMBEDDINGS, hf_names, to_hf_state_dict
 from tests.model.checkpoints import assert_same_weights, edit_tensors
 from tests.model.small import random_inputs
 

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from led_model.cli import main
-from led_model.demo import demo_ids
+from led_model.cli.demo import demo_ids
+from led_model.cli.parser import main
 
 
 @pytest.mark.parametrize(
@@ -107,8 +107,8 @@ def test_demo_compares_with_transformers(capfd):
 
 
 def test_demo_without_transformers(capfd, monkeypatch):
-    monkeypatch.setattr("led_model.demo.importlib.util.find_spec", lambda name: None)
-    monkeypatch.setattr("led_model.demo._in_own_process", lambda function, *args: function(*args))
+    monkeypatch.setattr("led_model.cli.demo.importlib.util.find_spec", lambda name: None)
+    monkeypatch.setattr("led_model.cli.demo._in_own_process", lambda function, *args: function(*args))
     flags = "--tokens 128 --compare-tokens 64 --layers 1 --window 64 --new-tokens 1"
     assert main(["demo", *flags.split()]) == 0
     output = capfd.readouterr().out

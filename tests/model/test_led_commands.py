@@ -19,8 +19,8 @@ from led_model import (
     LEDForQuestionAnswering,
     LEDForSequenceClassification,
 )
-from led_model.tokenizer import LEDTokenizer
-from led_model.writers import mean_log_probs
+from led_model.cli.writers import mean_log_probs
+from led_model.tokenization.tokenizer import LEDTokenizer
 from tests.model.commands import LIMIT, PARAGRAPHS, TEXT, TEXTS, inputs, led, records, written
 
 QUESTION = "Who reads?"
@@ -81,7 +81,7 @@ def test_progress_on_a_terminal(save, documents, capsys, monkeypatch):
     directory = save()
     bars = Terminal()
     monkeypatch.setattr("sys.stderr", bars)
-    monkeypatch.setattr("led_model.terminal.tqdm.update", lambda bar, n=1: True)  # as when it redraws
+    monkeypatch.setattr("led_model.cli.terminal.tqdm.update", lambda bar, n=1: True)  # as when it redraws
     flags = ["--model", directory, "--max-new-tokens", 20]
     assert led("summarize", "docs/0.txt", *flags) == 0
     assert capsys.readouterr().out == written(directory, TEXTS[0], max_new_tokens=20) + "\n"
@@ -342,7 +342,9 @@ def test_bad_text_is_one_sentence(tmp_path, capsys, content, message):
 
 
 def test_wrong_models_and_flags(save, documents, capsys, monkeypatch):
-    monkeypatch.setattr("led_model.model.LEDModel.encode", None)  # nothing is read before the refusal
+    monkeypatch.setattr(
+        "led_model.modeling.model.LEDModel.encode", None
+    )  # nothing is read before the refusal
     writer, finder = save(), save(LEDForQuestionAnswering)
     small = save(LEDForSequenceClassification, vocab_size=20)
     asked, writing = ["--model", finder, "--question", "a"], ["--model", writer]
@@ -413,7 +415,7 @@ def test_long_texts_are_read_in_windows(save, documents, monkeypatch):
     directory = save()
     Path("long.txt").write_text("".join(PARAGRAPHS) * 3)
     assert led("summarize", "long.txt", "--model", directory, "--long", "chunk", "--output", "a.jsonl") == 0
-    monkeypatch.setattr("led_model.pieces._WINDOW", 50)
+    monkeypatch.setattr("led_model.cli.pieces._WINDOW", 50)
     assert led("summarize", "long.txt", "--model", directory, "--long", "chunk", "--output", "b.jsonl") == 0
     assert records("a.jsonl") == records("b.jsonl")
     encoded = []
@@ -421,7 +423,7 @@ def test_long_texts_are_read_in_windows(save, documents, monkeypatch):
     monkeypatch.setattr(
         LEDTokenizer, "__call__", lambda self, text, **k: encoded.append(text) or call(self, text, **k)
     )
-    monkeypatch.setattr("led_model.pieces._WINDOW", 500)
+    monkeypatch.setattr("led_model.cli.pieces._WINDOW", 500)
     Path("longer.txt").write_text(TEXT * 1000)
     assert led("summarize", "longer.txt", "--model", directory, "--long", "truncate") == 0
     assert len(encoded) <= 3
@@ -445,7 +447,7 @@ def test_only_what_is_about_memory_is_said_to_be(monkeypatch, documents, capsys)
     def fails(args):
         raise errors.pop()
 
-    monkeypatch.setattr("led_model.cli.run_on_documents", fails)
+    monkeypatch.setattr("led_model.cli.parser.run_on_documents", fails)
     for _ in of_memory:
         assert led("summarize", "docs/0.txt", "--model", ".") == 1
         assert "memory ran out" in capsys.readouterr().err

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch._dynamo.utils import counters
 
-from led_model import decoding
+from led_model.generation import step as decoder_step
 from tests.model.small import random_inputs
 
 LENGTHS = (50, 60, 33, 96)
@@ -53,8 +53,8 @@ def test_encoder_compiles_whole_and_not_for_each_length(
 @pytest.mark.parametrize("beams", [1, 3])
 def test_one_step_serves_all_tokens_of_documents_of_any_length(small_model, graphs_made, monkeypatch, beams):
     model = small_model(0)
-    step = torch.compile(decoding._step, fullgraph=True, backend="aot_eager")
-    monkeypatch.setattr(decoding, "_compiled_step", lambda device_type: step)
+    step = torch.compile(decoder_step._step, fullgraph=True, backend="aot_eager")
+    monkeypatch.setattr(decoder_step, "_compiled_step", lambda device_type: step)
     for graphs, length in zip((1, 2, 2, 2), LENGTHS, strict=False):
         inputs = inputs_of(length)
         settings = {"num_beams": beams, "max_new_tokens": 12, "eos_token_id": None}

@@ -11,7 +11,7 @@ import torch
 
 from led_kernels import __version__
 from led_model import LEDForConditionalGeneration, LEDForQuestionAnswering, LEDForSequenceClassification
-from led_model.cli import main
+from led_model.cli.parser import main
 from tests.model.commands import LIMIT, TEXT, inputs, led, records, written
 
 SIZES = {"d_model": 32, "encoder_attention_heads": 4, "decoder_attention_heads": 2}
@@ -161,7 +161,8 @@ def test_threads(save, monkeypatch, capsys, there, taken):
     seen = []
     monkeypatch.setattr("os.cpu_count", lambda: there)
     monkeypatch.setattr(
-        "led_model.model.LEDModel.encode", lambda *_, **__: seen.append(torch.get_num_threads()) or 1 / 0
+        "led_model.modeling.model.LEDModel.encode",
+        lambda *_, **__: seen.append(torch.get_num_threads()) or 1 / 0,
     )
     directory = save()
     try:

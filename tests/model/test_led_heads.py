@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from led_model import LEDConfig, LEDForQuestionAnswering, LEDForSequenceClassification
-from led_model.tensor_names import to_hf_state_dict
+from led_model.checkpoint.tensor_names import to_hf_state_dict
 from tests.model.small import random_inputs, randomize, small_config
 from tests.model.test_led_outputs import ASK, assert_same_outputs
 

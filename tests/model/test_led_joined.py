@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from led_model import LEDForConditionalGeneration, LEDForQuestionAnswering
-from led_model.documents import Document
-from led_model.pieces import Reader
-from led_model.tokenizer import LEDTokenizer
+from led_model.cli.documents import Document
+from led_model.cli.pieces import Reader
+from led_model.tokenization.tokenizer import LEDTokenizer
 from tests.model.commands import TEXT, led, records, written
 
 PARTS = ["The first text.", "A <doc-sep> in </s> a text.", "The last one."]

@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from led_kernels import LongformerMask
-from led_model import LEDForConditionalGeneration, layers
-from led_model.tensor_names import to_hf_state_dict
+from led_model import LEDForConditionalGeneration
+from led_model.checkpoint.tensor_names import to_hf_state_dict
+from led_model.modeling import layers
 from tests.model.small import random_inputs
 
 TOLERANCE = {"atol": 1e-4, "rtol": 0}
@@ -234,5 +235,5 @@ def test_tied_weights_are_one_parameter(small_model):
 
 
 def test_transformers_is_not_imported():
-    code = "import sys, led_model.cli; sys.exit('transformers' in sys.modules)"
+    code = "import sys, led_model.cli.parser; sys.exit('transformers' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from led_model import Seq2SeqModelOutput
-from led_model.outputs import Seq2SeqOutput
+from led_model.modeling.outputs import Seq2SeqOutput
 from tests.model.small import random_inputs
 
 TOLERANCE = {"atol": 1e-4, "rtol": 0}

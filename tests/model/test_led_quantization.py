@@ -18,8 +18,8 @@ from led_model import (
     LEDForQuestionAnswering,
     LEDForSequenceClassification,
 )
-from led_model.checkpoint import load_pretrained
-from led_model.quantization import choose_quantizer, quantizable_linears
+from led_model.checkpoint.checkpoint import load_pretrained
+from led_model.checkpoint.quantization import choose_quantizer, quantizable_linears
 from tests.model.small import random_inputs, randomize, small_config
 
 HEADS = [LEDForConditionalGeneration, LEDForQuestionAnswering, LEDForSequenceClassification]

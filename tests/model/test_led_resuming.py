@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file, save_file
 
-from led_model.fingerprint import fingerprint
-from led_model.results import ResultFile
+from led_model.checkpoint.fingerprint import fingerprint
+from led_model.cli.results import ResultFile
 from tests.model.commands import PARAGRAPHS, TEXT, TEXTS, inputs, led, records
 
 
@@ -45,7 +45,7 @@ def test_interruption(save, documents, capsys, monkeypatch):
     assert "interrupted; out.jsonl holds 2 results. Give the same command again" in error
     assert led("summarize", *arguments) == 0
     assert [record["id"] for record in records()] == ["d0", "d1", "d2", "d3"]
-    monkeypatch.setattr("led_model.commands.load_task", None)  # nothing is left to do
+    monkeypatch.setattr("led_model.cli.commands.load_task", None)  # nothing is left to do
     assert led("summarize", *arguments) == 0
     assert len(records()) == 4
 

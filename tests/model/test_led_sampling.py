@@ -7,7 +7,8 @@ import json
 import pytest
 import torch
 
-from led_model import GenerationConfig, decoding
+from led_model import GenerationConfig
+from led_model.generation import step as decoder_step
 from tests.model.small import VOCAB_SIZE
 from tests.model.test_led_beam_search import encoder_inputs
 
@@ -96,10 +97,10 @@ def test_looking_for_the_end_now_and_then_changes_nothing(small_model, monkeypat
     expected = model.generate(**inputs, **settings)
     assert expected.shape[1] < 40
     calls = []
-    step = decoding.DecoderStep.__call__
-    monkeypatch.setattr(decoding.DecoderStep, "__call__", lambda *args: (calls.append(1), step(*args))[1])
+    step = decoder_step.DecoderStep.__call__
+    monkeypatch.setattr(decoder_step.DecoderStep, "__call__", lambda *args: (calls.append(1), step(*args))[1])
     monkeypatch.setattr(
-        decoding.Search, "should_stop", lambda self, ended, length: length % interval == 0 and bool(ended)
+        decoder_step.Search, "should_stop", lambda self, ended, length: length % interval == 0 and bool(ended)
     )
     assert torch.equal(model.generate(**inputs, **settings), expected)
     assert len(calls) == min(40, -(-(expected.shape[1] - 1) // interval) * interval)

@@ -13,7 +13,7 @@ from led_model import (
     LEDForSequenceClassification,
     LEDModel,
 )
-from led_model.tensor_names import EMBEDDINGS, to_hf_state_dict
+from led_model.checkpoint.tensor_names import EMBEDDINGS, to_hf_state_dict
 from tests.model.checkpoints import assert_same_weights, edit_tensors
 from tests.model.small import random_inputs, randomize, small_config
 

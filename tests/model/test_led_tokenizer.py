@@ -15,8 +15,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from led_kernels import LongformerMask
-from led_model.batch_encoding import BatchEncoding
-from led_model.tokenizer import LEDTokenizer
+from led_model.tokenization.batch_encoding import BatchEncoding
+from led_model.tokenization.tokenizer import LEDTokenizer
 from tests.model.bart_vocabulary import Unreachable, bart_files
 
 TEXT = "The encoder reads the whole text; 12 words, naïve café ☕\n\n and two  spaces."

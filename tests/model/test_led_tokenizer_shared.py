@@ -13,7 +13,7 @@ from collections import Counter
 import pytest
 import torch
 
-from led_model.tokenizer import LEDTokenizer
+from led_model.tokenization.tokenizer import LEDTokenizer
 
 TEXT = "The encoder reads the whole text and the decoder writes a short one. " * 40
 

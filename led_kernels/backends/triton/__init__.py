@@ -1,8 +1,8 @@
 """The `triton` backend: fused kernels for NVIDIA GPUs from Ampere on and for AMD's CDNA 3.
 
-No GPU has run them yet: what stands behind them is Triton's interpreter (``tests/interpreter``), ahead-of-time
-compilation, mostly for sm_80 and sm_90 (``tests/triton_aot``), and the execution of the sm_80 PTX by an interpreter
-(``tests/ptx``).
+No GPU has run them yet: what stands behind them is Triton's interpreter (``tests/emulation/interpreter``),
+ahead-of-time compilation, mostly for sm_80 and sm_90 (``tests/emulation/aot``), and the execution of the sm_80 PTX
+by an interpreter (``tests/emulation/ptx``).
 
 Source of the algorithm: Dao, "FlashAttention-2", 2023; of the pattern: Beltagy et al., "Longformer", 2020.
 """

@@ -1,0 +1,1 @@
+"""What is made of the rows: figures, pictures, and the report of a GPU."""

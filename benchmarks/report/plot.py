@@ -1,0 +1,183 @@
+"""``python -m benchmarks.report.plot``: the README's pictures, from the CSV of a run; the pattern's from the mask."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import torch
+from matplotlib.axes import Axes
+from matplotlib.colors import ListedColormap
+from matplotlib.figure import Figure
+from matplotlib.patches import Patch
+
+from benchmarks.harness import table
+from benchmarks.harness.cases import FORWARD, FORWARD_BACKWARD
+from benchmarks.report.summary import Run, efficiency, ratio
+from benchmarks.suites import attention, encoder
+from led_kernels import LongformerMask
+from led_kernels.mask import GLOBAL, PADDING
+
+INK, GRID, OURS, PEER, BAND, COLUMN, ROW = (
+    "#333333", "#e4e4e4", "#3a6ea5", "#b8bec6", "#8fb3d9", "#e8a33d", "#c8553d",
+)  # fmt: skip
+STYLE = {
+    "font.size": 10,
+    "text.color": INK,
+    "axes.labelcolor": INK,
+    "axes.edgecolor": GRID,
+    "xtick.color": INK,
+    "ytick.color": INK,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.axisbelow": True,
+    "figure.facecolor": "white",
+    "savefig.dpi": 150,
+    "savefig.bbox": "tight",
+}
+
+
+def plot_pattern(path: Path) -> None:
+    """Who sees whom, for 24 tokens of which two are global and the last four padding."""
+    seqlen, window = 24, 4
+    mask = LongformerMask.from_lengths([seqlen - 4], seqlen, [0, 9])
+    kind = mask.token_kind[0]
+    position = torch.arange(seqlen)
+    real = (kind[:, None] != PADDING) & (kind != PADDING)
+    picture = ((position[:, None] - position).abs() <= window).int()
+    picture[:, kind == GLOBAL] = 2
+    picture[kind == GLOBAL] = 3
+    picture[~real] = 0
+    figure, axes = plt.subplots(figsize=(5.2, 5.2))
+    axes.pcolormesh(
+        picture.numpy(), cmap=ListedColormap(["#f4f4f4", BAND, COLUMN, ROW]), vmin=0, vmax=3,
+        edgecolors="white", linewidth=1,
+    )  # fmt: skip
+    axes.set(aspect="equal", xticks=[], yticks=[], xlabel="key", ylabel="query")
+    axes.invert_yaxis()
+    axes.xaxis.set_label_position("top")
+    axes.spines[:].set_visible(False)
+    labels = {
+        BAND: f"band, ±{window} tokens",
+        COLUMN: "global keys, seen by all",
+        ROW: "global queries, see all",
+    }
+    patches = [Patch(color=color, label=label) for color, label in labels.items()]
+    patches.append(
+        Patch(facecolor="#f4f4f4", edgecolor="#cccccc", label="not seen (the last four tokens are padding)")
+    )
+    axes.legend(
+        handles=patches, loc="upper center", bbox_to_anchor=(0.5, -0.01), ncol=2, frameon=False, fontsize=9
+    )
+    _save(figure, path)
+
+
+def plot_efficiency(run: Run, path: Path) -> None:
+    """FLOP per second of the banded attention as a fraction of ``torch.mm``'s in the same run."""
+    figure, panels = plt.subplots(1, 2, figsize=(9, 2.6), sharex=True, layout="constrained")
+    for axes, direction in zip(panels, (FORWARD, FORWARD_BACKWARD), strict=True):
+        bars = []
+        for group in _layers(run):
+            for provider in attention.BANDED:
+                row = run.row(group, "banded", provider, direction)
+                if row:
+                    bars.append((f"{provider}, {row.seqlen:,}", efficiency(row, run.rate(group)), provider))
+        _bars(axes, bars, attention.CPU)
+        axes.set(title=direction, xlabel="FLOP/s in the band ÷ torch.mm's")
+    _save(figure, path)
+
+
+def plot_speedup(run: Run, path: Path) -> None:
+    """How many times as long the peers take as the compiled kernels."""
+    peers = (("banded", attention.TORCH), ("banded", attention.FLEX), ("core", attention.STOCK))
+    figure, panels = plt.subplots(1, 2, figsize=(9, 2.6), sharex=True, layout="constrained")
+    for axes, direction in zip(panels, (FORWARD, FORWARD_BACKWARD), strict=True):
+        bars = []
+        for group in _layers(run):
+            for what, provider in peers:
+                peer, ours = (run.row(group, what, name, direction) for name in (provider, attention.CPU))
+                if peer and ours:
+                    bars.append((f"{provider}, {peer.seqlen:,}", ratio(peer, ours), provider))
+        _bars(axes, bars, unit=" ×")
+        axes.set(title=direction, xlabel="time ÷ time of led_kernels cpu", xscale="log")
+        axes.set_xlim(left=1)
+        axes.xaxis.set_major_formatter("{x:g}")
+        axes.xaxis.set_minor_formatter("")
+    _save(figure, path)
+
+
+def plot_encoder(run: Run, path: Path) -> None:
+    """Time and peak memory of a whole encoder beside transformers'."""
+    figure, panels = plt.subplots(1, 2, figsize=(9, 2.2), layout="constrained")
+    for axes, what, column in zip(panels, ("encoder", "memory"), ("median_ms", "peak_mib"), strict=True):
+        bars = []
+        for group in (group for group in run.groups if group.startswith("encoder_")):
+            stock = run.row(group, what, encoder.STOCK)
+            rows = [run.row(group, what, provider) for provider in encoder.PROVIDERS]
+            if what == "encoder":
+                rows.insert(0, run.row(group, "linears", "torch.nn"))
+            bars += [
+                (_label(row), ratio(row, stock, column), "" if row.what == "linears" else row.provider)
+                for row in rows
+                if row and stock
+            ]
+        _bars(axes, bars, encoder.OWN, encoder.DROP_IN)
+        title = "time" if what == "encoder" else "peak memory above the weights"
+        axes.set(title=f"{title} ÷ transformers'")
+    _save(figure, path)
+
+
+def _label(row: table.Row) -> str:
+    return "its linear layers alone" if row.what == "linears" else row.provider
+
+
+def _layers(run: Run) -> list[str]:
+    return [group for group in run.groups if group.startswith("attention_")]
+
+
+def _bars(axes: Axes, bars: list[tuple[str, float, str]], *ours: str, unit: str = "") -> None:
+    """Horizontal bars ``(label, value, provider)``, first on top, ours in colour, with their values."""
+    labels, values, providers = zip(*bars, strict=True) if bars else ((), (), ())
+    drawn = axes.barh(labels, values, color=[OURS if provider in ours else PEER for provider in providers])
+    axes.bar_label(drawn, [f"{value:.{2 if value < 10 else 0}f}{unit}" for value in values], padding=3)
+    axes.invert_yaxis()
+    axes.grid(axis="x", color=GRID)
+    axes.tick_params(length=0)
+    axes.margins(x=0.12)
+
+
+def _save(figure: Figure, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, metadata={"Software": None})
+    plt.close(figure)
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.report.plot", description=__doc__.splitlines()[0]
+    )
+    parser.add_argument("csv", type=Path, nargs="?", default=table.DEFAULT)
+    parser.add_argument("--out", type=Path, default=table.RESULTS, help="directory for the PNG files")
+    arguments = parser.parse_args(argv)
+    with plt.rc_context(STYLE):
+        plot_pattern(arguments.out / "pattern.png")
+        if not arguments.csv.exists():
+            print(
+                f"{arguments.csv} is not there; run python -m benchmarks.harness.runner first.",
+                file=sys.stderr,
+            )
+            return 1
+        run = Run(table.read(arguments.csv))
+        plot_efficiency(run, arguments.out / "efficiency.png")
+        plot_speedup(run, arguments.out / "speedup.png")
+        plot_encoder(run, arguments.out / "encoder.png")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

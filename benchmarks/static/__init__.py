@@ -1,0 +1,1 @@
+"""What is read from compiled kernels, on machines without a GPU."""

@@ -1,0 +1,1 @@
+"""What is measured: each module is a suite of cases with their providers."""

@@ -1,0 +1,150 @@
+"""``python -m benchmarks.suites.generation``: writing 128 tokens about a document, led_model beside transformers.
+
+The encoder's output is given, so that a case is what the decoder does: projecting it to cross-attention's keys and
+values once, and then a step for each token. Peak memory is that of the whole, encoder included. The models are of
+led-base's shape with its vocabulary and the same seeded random weights; nothing ends a sequence.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks.harness import table
+from benchmarks.harness.cases import FORWARD, SMOKE, Call, Case, Group
+from benchmarks.harness.shapes import Shape
+from benchmarks.suites import encoder
+from benchmarks.suites.encoder import OWN, STOCK, make_arguments
+
+GREEDY, BEAMS = "greedy", "4 beams"
+VOCAB_SIZE = 50265
+NEW_TOKENS = 128
+SEARCHES = {GREEDY: 1, BEAMS: 4}  # and their numbers of beams
+GENERATE = "generate"
+_POSITION = 64  # of the step that is timed by itself
+
+
+def groups(smoke: bool = False) -> list[Group]:
+    shape = SMOKE if smoke else Shape()
+    cases = [Case("read", "torch.sum", FORWARD, _read, bytes=step_bytes(shape))]
+    for search in SEARCHES:
+        cases.append(
+            Case("step", OWN, search, functools.partial(_prepare_step, search), bytes=step_bytes(shape))
+        )
+        for provider, load in _MODELS.items():
+            cases.append(Case(search, provider, GENERATE, functools.partial(_prepare, load, search)))
+    return [Group(f"generation_{shape.seqlen}", shape, tuple(cases), memory=(OWN, STOCK))]
+
+
+def step_bytes(shape: Shape) -> int:
+    """What a step reads at least: the decoder's weights but for cross-attention's key and value projections, the head,
+    and every layer's keys and values of the document."""
+    d_model = shape.d_model
+    weights = 6 * d_model**2 + 2 * d_model * shape.ffn_dim  # q, k, v, out, and cross-attention's q, out
+    keys_values = 2 * shape.seqlen * d_model
+    return shape.torch_dtype.itemsize * (shape.layers * (weights + keys_values) + VOCAB_SIZE * d_model)
+
+
+def tokens_of(search: str, shape: Shape) -> dict[str, Tensor]:
+    """What transformers writes."""
+    return _prepare(stock_model, search, shape)()
+
+
+def stock_model(shape: Shape) -> nn.Module:
+    model = encoder.stock_model(
+        shape, vocab_size=VOCAB_SIZE, decoder_layers=shape.layers, max_decoder_position_embeddings=1024
+    )
+    model.generation_config.eos_token_id = None
+    return model
+
+
+def _settings(search: str) -> dict[str, int | bool | None]:
+    return {
+        "num_beams": SEARCHES[search],
+        "max_new_tokens": NEW_TOKENS,
+        "do_sample": False,
+        "eos_token_id": None,
+    }
+
+
+def _load_own(shape: Shape) -> nn.Module:
+    return encoder.own_model(stock_model(shape))
+
+
+_MODELS = {OWN: _load_own, STOCK: stock_model}
+
+
+def _prepare(load: Callable[[Shape], nn.Module], search: str, shape: Shape) -> Call:
+    model, (ids, attention_mask, _) = _model_of(load, shape), make_arguments(shape)
+    encoded = _encoded(shape)
+    if load is stock_model:
+        from transformers.modeling_outputs import BaseModelOutput
+
+        # generate expands what it is given in place
+        given = lambda: {"encoder_outputs": BaseModelOutput(last_hidden_state=encoded)}  # noqa: E731
+    else:
+        given = lambda: {"encoded": encoded}  # noqa: E731
+
+    @torch.no_grad()
+    def generate() -> dict[str, Tensor]:
+        tokens = model.generate(input_ids=ids, attention_mask=attention_mask, **given(), **_settings(search))
+        return {"tokens": tokens}
+
+    return generate
+
+
+def _prepare_step(search: str, shape: Shape) -> Call:
+    from led_model.generation.step import DecoderStep
+
+    model, attention_mask = _model_of(_load_own, shape), make_arguments(shape)[1]
+    rows = SEARCHES[search]
+    with torch.no_grad():
+        step = DecoderStep(model, _encoded(shape), attention_mask, None, rows, NEW_TOKENS, compiled=False)
+    tokens = torch.full((1, rows), 5)
+    return torch.no_grad()(lambda: {"logits": step(tokens, _POSITION)})
+
+
+def _read(shape: Shape) -> Call:
+    weights = torch.ones(step_bytes(shape) // shape.torch_dtype.itemsize, dtype=shape.torch_dtype)
+    return lambda: {"sum": weights.sum()}
+
+
+@functools.lru_cache(maxsize=2)
+def _model_of(load: Callable[[Shape], nn.Module], shape: Shape) -> nn.Module:
+    return load(shape)
+
+
+@functools.lru_cache(maxsize=1)
+def _encoded(shape: Shape) -> Tensor:
+    return torch.randn(1, shape.seqlen, shape.d_model, generator=torch.Generator().manual_seed(1))
+
+
+def _build(load: Callable[[Shape], nn.Module], shape: Shape) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    model = load(shape)
+
+    @torch.no_grad()
+    def summarize(ids: Tensor, attention_mask: Tensor, global_attention_mask: Tensor) -> Tensor:
+        return model.generate(
+            input_ids=ids,
+            attention_mask=attention_mask,
+            global_attention_mask=global_attention_mask,
+            **_settings(BEAMS),
+        )
+
+    return summarize
+
+
+PROVIDERS: dict[str, Callable[[Shape], Callable[[Tensor, Tensor, Tensor], Tensor]]] = {
+    provider: functools.partial(_build, load) for provider, load in _MODELS.items()
+}
+
+if __name__ == "__main__":
+    from benchmarks.harness import runner
+    from benchmarks.suites import generation
+
+    prog = "python -m benchmarks.suites.generation"
+    sys.exit(runner.main(groups=generation.groups, out=table.GENERATION, prog=prog))

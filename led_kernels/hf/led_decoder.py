@@ -1,0 +1,302 @@
+"""LED's decoder: SDPA for its attentions, and causal masks that hold with every cache.
+
+The decoder of transformers builds its causal mask only for two tokens and more. A step of one token then attends to
+the empty slots of a static cache, and to padding of the prompt.
+"""
+
+from __future__ import annotations
+
+import torch
+import transformers
+from torch import Tensor, nn
+from transformers import EncoderDecoderCache
+from transformers.cache_utils import Cache
+from transformers.models.led.modeling_led import (
+    LEDDecoder,
+    LEDDecoderAttention,
+    LEDDecoderLayer,
+    LEDLearnedPositionalEmbedding,
+)
+
+from led_kernels.attention_weights import attention_weights
+from led_kernels.hf.checks import check_shapes
+from led_kernels.hf.compat import (
+    accepts,
+    as_cache,
+    cache_argument,
+    cached_keys,
+    decoder_output,
+    is_static,
+    layer_states,
+    new_cache,
+    takes_arguments_of,
+)
+from led_kernels.hf.layers import FusedLayer
+from led_kernels.hf.shared import Options
+
+# how this release calls a layer and its attentions, which may be subclasses with a forward of their own
+_LAYER_CACHE = cache_argument(LEDDecoderLayer.forward)
+_ATTENTION_CACHE = cache_argument(LEDDecoderAttention.forward)
+_PASSES_POSITIONS = accepts(LEDDecoderLayer.forward, "cache_position")
+
+
+class FusedLEDDecoderAttention(LEDDecoderAttention):
+    """Self- and cross-attention by SDPA; the projections are the model's own modules."""
+
+    led_kernels_options = Options()
+    must_not_be_overridden = True
+
+    @takes_arguments_of(LEDDecoderAttention.forward)
+    def forward(
+        self,
+        hidden_states: Tensor,
+        key_value_states: Tensor | None = None,
+        cache: Cache | None = None,
+        attention_mask: Tensor | None = None,
+        output_attentions: bool = False,
+        cache_position: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor | None, Cache | None]:
+        """
+        Args:
+            hidden_states: ``[batch, tgt_len, d_model]``.
+            key_value_states: ``[batch, src_len, d_model]``, the encoder's states; makes this a cross-attention,
+                whose keys and values are projected once per cache.
+            attention_mask: broadcasts to ``[batch, heads, tgt_len, keys]``; bool, true where a query sees a key,
+                or a number to add to each score. A query that sees no key gets zeros.
+            output_attentions: also return the probabilities, before dropout.
+            cache_position: int64 ``[tgt_len]``, where a static cache before 5.23 stores the tokens.
+
+        Returns:
+            ``[batch, tgt_len, d_model]``; the probabilities ``[batch, heads, tgt_len, keys]`` or None; the cache.
+        """
+        q = self._split_heads(self.q_proj(hidden_states))
+        k, v = self._keys_values(hidden_states, key_value_states, cache, cache_position)
+        if attention_mask is not None and attention_mask.is_floating_point():
+            attention_mask = attention_mask.to(q.dtype)
+        dropout_p = self.dropout if self.training else 0.0
+        weights = _probabilities(q, k, attention_mask) if output_attentions else None
+        if weights is not None and torch.is_grad_enabled():  # gradients of the probabilities are wanted, too
+            out = nn.functional.dropout(weights, dropout_p) @ v
+        else:
+            out = nn.functional.scaled_dot_product_attention(
+                q, k, v, attn_mask=attention_mask, dropout_p=dropout_p
+            )
+        return self.out_proj(out.transpose(1, 2).flatten(2)), weights, cache
+
+    def _keys_values(
+        self,
+        hidden_states: Tensor,
+        key_value_states: Tensor | None,
+        cache: Cache | None,
+        cache_position: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        """All keys and values, cached ones included, ``[batch, heads, keys, head_dim]``."""
+        is_cross, of_layer = key_value_states is not None, cache
+        if isinstance(cache, EncoderDecoderCache):
+            of_layer = cache.cross_attention_cache if is_cross else cache.self_attention_cache
+            if is_cross and cache.is_updated.get(self.layer_idx):
+                return layer_states(of_layer, self.layer_idx)
+        states = key_value_states if is_cross else hidden_states
+        k, v = self._split_heads(self.k_proj(states)), self._split_heads(self.v_proj(states))
+        if of_layer is not None:
+            position = None if is_cross else cache_position
+            k, v = of_layer.update(k, v, self.layer_idx, {"cache_position": position})
+            if is_cross and isinstance(cache, EncoderDecoderCache):
+                cache.is_updated[self.layer_idx] = True
+        return k, v
+
+    def _split_heads(self, x: Tensor) -> Tensor:
+        """``[batch, rows, d_model]`` to ``[batch, heads, rows, head_dim]``"""
+        return x.unflatten(-1, (self.num_heads, self.head_dim)).transpose(1, 2)
+
+
+class FusedLEDDecoderLayer(FusedLayer, LEDDecoderLayer):
+    """The stock layer, over attentions that any release's layer would call in its own way."""
+
+    led_kernels_options = Options()
+
+    @takes_arguments_of(LEDDecoderLayer.forward)
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        encoder_hidden_states: Tensor | None = None,
+        encoder_attention_mask: Tensor | None = None,
+        cache: Cache | None = None,
+        output_attentions: bool = False,
+        use_cache: bool = True,
+        cache_position: Tensor | None = None,
+    ) -> tuple:
+        """Arguments as in :class:`FusedLEDDecoderAttention`, outputs as in transformers' LEDDecoderLayer."""
+        common = {_ATTENTION_CACHE: cache, "output_attentions": output_attentions}
+        attended, weights, _ = self.self_attn(
+            hidden_states, attention_mask=attention_mask, **common, **_positions(cache_position)
+        )
+        hidden_states = self.self_attn_layer_norm(hidden_states + self._dropout(attended, self.dropout))
+        cross_weights = None
+        if encoder_hidden_states is not None:
+            attended, cross_weights, _ = self.encoder_attn(
+                hidden_states,
+                key_value_states=encoder_hidden_states,
+                attention_mask=encoder_attention_mask,
+                **common,
+            )
+            attended = self._dropout(attended, self.dropout)
+            hidden_states = self.encoder_attn_layer_norm(hidden_states + attended)
+        attentions = (weights, cross_weights) if output_attentions else ()
+        return self._feed_forward(hidden_states), *attentions, *((cache,) if use_cache else ())
+
+
+class FusedLEDLearnedPositionalEmbedding(LEDLearnedPositionalEmbedding):
+    """The stock embedding, but a number of past tokens that is a tensor stays on its device."""
+
+    led_kernels_options = Options()
+
+    def forward(self, input_ids_shape: torch.Size, past_length: int | Tensor = 0) -> Tensor:
+        positions = torch.arange(input_ids_shape[1], device=self.weight.device) + past_length
+        return nn.Embedding.forward(self, positions)
+
+
+class CautiousLEDDecoder(LEDDecoder):
+    """A decoder that does not know the empty slots of a cache, nor padding once it is cached, and refuses them."""
+
+    led_kernels_options = Options()
+
+    def forward(self, *args, **kwargs):
+        caches = [value for value in (*args, *kwargs.values()) if isinstance(value, Cache)]
+        if any(map(is_static, caches)):
+            raise ValueError(
+                f'cache_implementation="static" gives wrong tokens with the LED decoder of transformers '
+                f"{transformers.__version__}; leave it out, for a dynamic cache."
+            )
+        mask = kwargs.get("attention_mask")
+        if mask is not None and any(cache.get_seq_length() > 0 for cache in caches) and not bool(mask.all()):
+            raise ValueError(
+                f"decoder_attention_mask is forgotten by the LED decoder of transformers {transformers.__version__} "
+                "once its prompt is cached; give use_cache=False, or prompts of one length."
+            )
+        return super().forward(*args, **kwargs)
+
+
+class FusedLEDDecoder(LEDDecoder):
+    """Builds the masks once per forward, for any number of tokens and any cache."""
+
+    led_kernels_options = Options()
+    where_overridden = CautiousLEDDecoder
+
+    @takes_arguments_of(LEDDecoder.forward, ignores=("global_attention_mask",))
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        encoder_hidden_states: Tensor | None = None,
+        encoder_attention_mask: Tensor | None = None,
+        cache: Cache | tuple | None = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        cache_position: Tensor | None = None,
+    ):
+        """Arguments and outputs as in transformers' LEDDecoder, which ignores ``global_attention_mask``, too."""
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError(
+                "decoder_input_ids and decoder_inputs_embeds are both given or both missing; give one of them."
+            )
+        config = self.config
+        use_cache = config.use_cache if use_cache is None else use_cache
+        output_attentions = config.output_attentions if output_attentions is None else output_attentions
+        if output_hidden_states is None:
+            output_hidden_states = config.output_hidden_states
+        if inputs_embeds is None:
+            inputs_embeds = self.embed_tokens(input_ids.view(-1, input_ids.shape[-1]))
+        shape = inputs_embeds.shape[:2]
+        cache = as_cache(cache)
+        if use_cache and cache is None and not (self.gradient_checkpointing and self.training):
+            cache = new_cache(config)
+        check_shapes(
+            shape, attention_mask, encoder_hidden_states, encoder_attention_mask, is_cached=cache is not None
+        )
+        if cache_position is None or not is_static(
+            cache
+        ):  # which a tuned prefix has made longer than it says
+            past_length = 0 if cache is None else cache.get_seq_length()
+            cache_position = torch.arange(shape[1], device=inputs_embeds.device) + past_length
+
+        mask = _causal_mask(cache_position, attention_mask, cache)
+        cross_mask = encoder_attention_mask
+        if cross_mask is not None and cross_mask.dim() == 2:
+            cross_mask = cross_mask.bool()[:, None, None, :]
+        hidden_states = self.layernorm_embedding(
+            inputs_embeds + self.embed_positions(shape, cache_position[:1])
+        )
+        hidden_states = nn.functional.dropout(hidden_states, p=self.dropout, training=self.training)
+
+        states, attentions, cross_attentions = [], [], []
+        for layer in self.layers:
+            if output_hidden_states:
+                states.append(hidden_states)
+            if self.training and self.layerdrop > 0 and torch.rand([]) < self.layerdrop:
+                continue
+            # both states go by position: reentrant checkpointing sees no gradient in keywords
+            hidden_states, *weights = layer(
+                hidden_states,
+                mask,
+                encoder_hidden_states,
+                encoder_attention_mask=cross_mask,
+                output_attentions=output_attentions,
+                use_cache=False,
+                **{_LAYER_CACHE: cache},
+                **_positions(cache_position),
+            )
+            attentions += weights[:1]
+            cross_attentions += weights[1:]
+        return decoder_output(
+            config.return_dict if return_dict is None else return_dict,
+            cache,
+            last_hidden_state=hidden_states,
+            hidden_states=(*states, hidden_states) if output_hidden_states else None,
+            attentions=tuple(attentions) if output_attentions else None,
+            cross_attentions=tuple(cross_attentions) if output_attentions else None,
+        )
+
+
+def _positions(cache_position: Tensor | None) -> dict[str, Tensor | None]:
+    """Where a static cache stores the tokens, for releases whose caches do not count them."""
+    return {"cache_position": cache_position} if _PASSES_POSITIONS else {}
+
+
+def _causal_mask(positions: Tensor, attention_mask: Tensor | None, cache: Cache | None) -> Tensor:
+    """True where a token sees a key: bool ``[batch or 1, 1, tgt_len, keys]``, with a key per slot of the cache.
+
+    ``positions``: int64 ``[tgt_len]``. ``attention_mask``: ``[batch, keys]``, of which the last may be missing; one
+    of four dimensions is taken as it is.
+    """
+    if attention_mask is not None and attention_mask.dim() == 4:
+        if attention_mask.dtype != torch.bool and not attention_mask.is_floating_point():
+            raise ValueError(
+                f"decoder_attention_mask has four dimensions and holds {attention_mask.dtype}; give bool, true where "
+                "a token is seen, or floating-point numbers to add to the scores."
+            )
+        return attention_mask
+    keys = positions.shape[0]
+    if cache is not None:
+        keys = cached_keys(cache, positions)
+    elif attention_mask is not None:
+        keys = attention_mask.shape[1]
+    mask = (torch.arange(keys, device=positions.device) <= positions[:, None])[None, None]
+    if attention_mask is None:
+        return mask
+    exists = attention_mask[:, :keys].bool()
+    exists = nn.functional.pad(exists, (0, keys - exists.shape[1]))
+    return mask & exists[:, None, None, :]
+
+
+def _probabilities(q: Tensor, k: Tensor, mask: Tensor | None) -> Tensor:
+    """Of the attention that :class:`FusedLEDDecoderAttention` computes: ``[batch, heads, tgt_len, keys]``."""
+    if mask is not None and mask.dtype != torch.bool:
+        return ((q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2) + mask).softmax(-1)
+    return attention_weights(
+        q, k, torch.ones((), dtype=torch.bool, device=q.device) if mask is None else mask
+    )

@@ -1,0 +1,95 @@
+"""LED's encoder."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from transformers.models.led.modeling_led import (
+    LEDEncoder,
+    LEDEncoderBaseModelOutput,
+    LEDEncoderLayer,
+    LEDEncoderSelfAttention,
+)
+
+from led_kernels.hf.compat import takes_arguments_of
+from led_kernels.hf.layers import FusedLayer
+from led_kernels.hf.shared import STOCK_MASKS, FusedSelfAttention, Options, run_layers
+from led_kernels.mask import LongformerMask
+
+
+class FusedLEDEncoderSelfAttention(FusedSelfAttention, LEDEncoderSelfAttention):
+    forward = takes_arguments_of(LEDEncoderSelfAttention.forward, STOCK_MASKS)(FusedSelfAttention.forward)
+
+
+class FusedLEDEncoderLayer(FusedLayer, LEDEncoderLayer):
+    """The stock layer, but fp16 states are clamped without asking the device whether they need it."""
+
+    @takes_arguments_of(LEDEncoderLayer.forward, STOCK_MASKS)
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: LongformerMask | Tensor,
+        output_attentions: bool = False,
+    ) -> tuple[Tensor, ...]:
+        """Arguments and further outputs as in :class:`FusedSelfAttention`."""
+        attended, *weights = self.self_attn(
+            hidden_states=hidden_states, attention_mask=attention_mask, output_attentions=output_attentions
+        )
+        hidden_states = self.self_attn_layer_norm(hidden_states + self._dropout(attended, self.dropout))
+        del attended  # the memory peak is yet to come
+        hidden_states = self._feed_forward(hidden_states)
+        if hidden_states.dtype == torch.float16:
+            limit = torch.finfo(torch.float16).max - 1000
+            hidden_states = hidden_states.clamp(-limit, limit)
+        return hidden_states, *weights
+
+
+class FusedLEDEncoder(LEDEncoder):
+    """Builds one mask per forward, and pads nothing."""
+
+    led_kernels_options = Options()
+
+    @takes_arguments_of(LEDEncoder.forward)
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        global_attention_mask: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+    ):
+        """Arguments and outputs as in transformers' LEDEncoder."""
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("input_ids and inputs_embeds are both given or both missing; give one of them.")
+        if inputs_embeds is None:
+            inputs_embeds = self.embed_tokens(input_ids)
+        shape = inputs_embeds.shape[:2]
+        positions = self.embed_positions.weight.shape[
+            0
+        ]  # not the config's, as the table may have been extended
+        if shape[1] > positions:
+            raise IndexError(
+                f"the input has {shape[1]} tokens and the model {positions} positions; truncate the input."
+            )
+        if attention_mask is None:
+            attention_mask = torch.ones(shape, dtype=torch.long, device=inputs_embeds.device)
+        mask = LongformerMask.from_padding(
+            attention_mask, global_attention_mask, self.led_kernels_options.max_globals
+        )
+        hidden_states = self.layernorm_embedding(inputs_embeds + self.embed_positions(shape))
+        hidden_states = nn.functional.dropout(hidden_states, p=self.dropout, training=self.training)
+        config = self.config
+        return run_layers(
+            self.layers,
+            hidden_states,
+            mask,
+            layerdrop=self.layerdrop if self.training else 0.0,
+            output_attentions=config.output_attentions if output_attentions is None else output_attentions,
+            output_hidden_states=(
+                config.output_hidden_states if output_hidden_states is None else output_hidden_states
+            ),
+            output_class=LEDEncoderBaseModelOutput,
+            return_dict=config.return_dict if return_dict is None else return_dict,
+        )

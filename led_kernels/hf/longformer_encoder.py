@@ -1,0 +1,58 @@
+"""Longformer's encoder."""
+
+from __future__ import annotations
+
+from torch import Tensor
+from transformers.models.longformer.modeling_longformer import (
+    LongformerBaseModelOutput,
+    LongformerEncoder,
+    LongformerModel,
+    LongformerSelfAttention,
+)
+
+from led_kernels.hf.compat import takes_arguments_of
+from led_kernels.hf.shared import STOCK_MASKS, FusedSelfAttention, Options, mask_of, run_layers
+
+
+class FusedLongformerSelfAttention(FusedSelfAttention, LongformerSelfAttention):
+    forward = takes_arguments_of(LongformerSelfAttention.forward, STOCK_MASKS)(FusedSelfAttention.forward)
+
+
+class FusedLongformerEncoder(LongformerEncoder):
+    """Builds one mask per forward."""
+
+    led_kernels_options = Options()
+
+    @takes_arguments_of(LongformerEncoder.forward)
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        output_attentions: bool = False,
+        output_hidden_states: bool = False,
+        return_dict: bool = True,
+        padding_len: int = 0,
+    ):
+        """Arguments and outputs as in LongformerEncoder; the last ``padding_len`` rows are cut."""
+        seqlen = hidden_states.shape[1] - padding_len
+        hidden_states = hidden_states[:, :seqlen]
+        if attention_mask is not None:
+            attention_mask = attention_mask[:, :seqlen]
+        return run_layers(
+            self.layer,
+            hidden_states,
+            mask_of(attention_mask, hidden_states, self.led_kernels_options.max_globals),
+            output_attentions=output_attentions,
+            output_hidden_states=output_hidden_states,
+            output_class=LongformerBaseModelOutput,
+            return_dict=return_dict,
+        )
+
+
+class FusedLongformerModel(LongformerModel):
+    """The stock model without its padding to a multiple of the window."""
+
+    def _pad_to_window_size(
+        self, input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, pad_token_id
+    ):
+        return 0, input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds

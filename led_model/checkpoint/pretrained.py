@@ -1,0 +1,269 @@
+"""What all models share: checkpoints in and out, tied weights, a vocabulary that can grow."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from led_model.checkpoint.checkpoint import Model, load_pretrained, save_pretrained
+from led_model.checkpoint.hub import HUB_OPTIONS
+from led_model.checkpoint.quantization import choose_quantizer
+from led_model.checkpoint.weights import WEIGHT_DTYPES
+from led_model.checks import check_id_shape
+from led_model.config import LEDConfig
+from led_model.schema import check_names
+
+
+class LEDPreTrainedModel(nn.Module):
+    """Base of :class:`LEDModel` and of the models with a head, whose ``led`` it is."""
+
+    base_prefix = "led."  # of the encoder's and decoder's tensors in this class's checkpoints
+    is_quantized = False
+
+    def __init__(self, config: LEDConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.register_load_state_dict_post_hook(_tie_again)  # assign=True makes a parameter for each name
+
+    @classmethod
+    def from_pretrained(
+        cls: type[Model],
+        path_or_id: str | os.PathLike[str],
+        *,
+        dtype: torch.dtype | str | None = None,
+        torch_dtype: torch.dtype | str | None = None,
+        device: torch.device | str = "cpu",
+        device_map: str | torch.device | Mapping[str, Any] | None = None,
+        revision: str | None = None,
+        load_in_4bit: bool = False,
+        load_in_8bit: bool = False,
+        quantization_config: Any | None = None,
+        **settings: Any,
+    ) -> Model:
+        """A model, in eval mode, from a directory that transformers wrote or from the Hugging Face hub.
+
+        A checkpoint of another head's model will do: its head is left aside. A question answering or
+        classification head that the checkpoint lacks starts out random, with a warning.
+
+        Args:
+            path_or_id: directory with config.json and the weights (``model.safetensors``,
+                ``pytorch_model.bin``, or either in shards with its index), or a hub id (extra ``text``).
+            dtype: also by its name, ``"bfloat16"``; default, or ``"auto"``: the checkpoint's own.
+            torch_dtype: the older name of ``dtype``.
+            device_map: a device instead of ``device``, also as transformers' ``{"": device}``; ``"auto"``: the
+                accelerator if there is one.
+            revision: branch, tag or commit on the hub.
+            load_in_4bit: keep the weights of the layers as NF4 (bitsandbytes; extra ``quant``), multiplied in
+                the model's dtype.
+            load_in_8bit: keep them as int8, one scale per output (torchao; extra ``quant``).
+            quantization_config: transformers' BitsAndBytesConfig with ``load_in_4bit=True``, for its other
+                4-bit settings.
+            settings: replace those of config.json, ``num_labels=5``; and ``cache_dir``, ``force_download``,
+                ``local_files_only`` and ``token``, as ``huggingface_hub.hf_hub_download`` takes them.
+
+        Raises:
+            FileNotFoundError: when a file is not there.
+            ValueError: when a file cannot be read, or tensors are missing, unexpected or of another shape; for
+                another ``dtype`` or ``device_map``, and for arguments that contradict each other.
+            TypeError: for a setting that neither config.json nor the hub has.
+            ImportError: when the package that quantises is not installed.
+        """
+        if dtype is not None and torch_dtype is not None and dtype != torch_dtype:
+            raise ValueError(f"dtype is {dtype} and torch_dtype {torch_dtype}; give dtype alone.")
+        hub_options = {name: settings.pop(name) for name in HUB_OPTIONS if name in settings}
+        own = set(inspect.signature(LEDPreTrainedModel.from_pretrained).parameters) - {"settings"}
+        fields = {field.name for field in dataclasses.fields(LEDConfig)}
+        check_names(settings, own | fields | {*HUB_OPTIONS, "label2id"}, "from_pretrained")
+        if (
+            label2id := settings.pop("label2id", None)
+        ) is not None:  # the same as id2label, the other way round
+            settings.setdefault("id2label", {label_id: label for label, label_id in dict(label2id).items()})
+        return load_pretrained(
+            cls,
+            path_or_id,
+            dtype=_dtype(dtype if torch_dtype is None else torch_dtype),
+            device=device if device_map is None else _device(device_map),
+            revision=revision,
+            quantize=choose_quantizer(load_in_4bit, load_in_8bit, quantization_config),
+            settings=settings,
+            hub_options=hub_options,
+        )
+
+    def save_pretrained(self, directory: str | os.PathLike[str]) -> None:
+        """Writes config.json, model.safetensors and, for a generating model, generation_config.json.
+
+        :meth:`from_pretrained` and transformers read them back, every bit the same. Tied tensors are stored
+        once. The directory is made if need be; files of these names in it are replaced.
+
+        Raises:
+            ValueError: when embeddings that the config ties are no longer one tensor, or weights are quantised.
+        """
+        save_pretrained(self, Path(directory))
+
+    @property
+    def device(self) -> torch.device:
+        """Where the parameters are: the first one's device."""
+        return next(self.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What the model computes in: the embeddings' dtype."""
+        return self.base_model.shared.weight.dtype
+
+    def num_parameters(self, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
+        """Numbers in all parameters, each counted once, or in those that are to be trained."""
+        left_out = {m.weight for m in self.modules() if exclude_embeddings and isinstance(m, nn.Embedding)}
+        counted = (p for p in self.parameters() if p not in left_out)
+        return sum(p.numel() for p in counted if p.requires_grad or not only_trainable)
+
+    def gradient_checkpointing_enable(
+        self, gradient_checkpointing_kwargs: Mapping[str, Any] | None = None
+    ) -> None:
+        """Recomputes the encoder's layers, whose activations are the long ones, in the backward.
+
+        Args:
+            gradient_checkpointing_kwargs: for transformers' callers, ``{"use_reentrant": False}`` at most.
+
+        Raises:
+            ValueError: for other settings of the checkpointing.
+        """
+        given = dict(gradient_checkpointing_kwargs or {})
+        if given.get("use_reentrant") or given.keys() - {"use_reentrant"}:
+            raise ValueError(
+                f"gradient_checkpointing_kwargs is {given}; give {{'use_reentrant': False}} or nothing."
+            )
+        self.base_model.encoder.gradient_checkpointing = True
+
+    def gradient_checkpointing_disable(self) -> None:
+        """Keeps activations for the backward again."""
+        self.base_model.encoder.gradient_checkpointing = False
+
+    @property
+    def is_gradient_checkpointing(self) -> bool:
+        return self.base_model.encoder.gradient_checkpointing
+
+    @property
+    def base_model(self) -> LEDPreTrainedModel:
+        """The :class:`LEDModel` itself."""
+        return self.get_submodule(self.base_prefix.removesuffix("."))
+
+    def tie_weights(self) -> None:
+        """Makes encoder, decoder and head read the shared embedding again, after it was replaced."""
+        base = self.base_model
+        if not self.config.tie_word_embeddings:
+            return
+        for stack in (base.encoder, base.decoder):
+            if type(base.shared) is not nn.Embedding or type(stack.embed_tokens) is not nn.Embedding:
+                stack.embed_tokens = base.shared  # a caller's own, which has more to it than a weight
+                continue
+            for name in ("weight", "num_embeddings", "embedding_dim", "padding_idx"):
+                setattr(stack.embed_tokens, name, getattr(base.shared, name))
+
+    def resize_token_embeddings(
+        self, new_num_tokens: int, pad_to_multiple_of: int | None = None
+    ) -> nn.Embedding:
+        """Gives every embedding table, and the head, ``new_num_tokens`` rows, and returns the shared table.
+
+        Old rows keep every bit; new ones are the mean of the old ones, with a logits bias of 0 (Hewitt, 2021,
+        "Initializing New Word Embeddings for Pretrained Language Models"). The parameters are new ones: build
+        the optimizer afterwards.
+
+        Args:
+            pad_to_multiple_of: rounds ``new_num_tokens`` up.
+
+        Raises:
+            ValueError: when the padding token would be cut off.
+        """
+        step = pad_to_multiple_of or 1
+        rows = -(-new_num_tokens // step) * step
+        lowest = 0 if self.config.pad_token_id is None else self.config.pad_token_id
+        if rows <= lowest:
+            raise ValueError(
+                f"new_num_tokens is {new_num_tokens} but the padding token has id {lowest}; "
+                f"keep at least {lowest + 1} rows."
+            )
+        base = self.base_model
+        tables = {base.shared}
+        if not self.config.tie_word_embeddings:
+            tables |= {base.encoder.embed_tokens, base.decoder.embed_tokens}
+        for table in tables:
+            table.weight = resized(table.weight, rows)
+            table.num_embeddings = rows
+        self.config.vocab_size = rows
+        self.tie_weights()
+        return base.shared
+
+    def shift_right(self, ids: Tensor, name: str = "ids") -> Tensor:
+        """Decoder input for teacher forcing: start token, then all but the last id; -100 becomes padding.
+
+        Raises:
+            ValueError: with the ``name`` of what are no ids ``[batch, length]``.
+        """
+        check_id_shape(name, ids)
+        start = torch.full_like(ids[:, :1], self.config.decoder_start_token_id)
+        shifted = torch.cat([start, ids[:, :-1]], dim=1)
+        if self.config.pad_token_id is None:
+            return shifted
+        return shifted.masked_fill(shifted == -100, self.config.pad_token_id)
+
+    def init_weights(self, module: nn.Module) -> None:
+        """Fills the linear layers and embeddings in ``module`` as before training; biases and padding: 0."""
+        filled = set()
+        for part in module.modules():
+            if (
+                not isinstance(part, (nn.Linear, nn.Embedding))
+                or part.weight in filled
+                or part.weight.is_meta
+            ):
+                continue  # numbers for the meta device would only take time
+            filled.add(part.weight)
+            nn.init.normal_(part.weight, std=self.config.init_std)
+            if getattr(part, "bias", None) is not None:
+                nn.init.zeros_(part.bias)
+            if getattr(part, "padding_idx", None) is not None:
+                with torch.no_grad():
+                    part.weight[part.padding_idx].zero_()
+
+
+def _tie_again(model: LEDPreTrainedModel, loaded: object) -> None:
+    model.tie_weights()
+
+
+def _dtype(given: torch.dtype | str | None) -> torch.dtype | None:
+    """``None`` for the checkpoint's own."""
+    if given is None or given == "auto":
+        return None
+    dtype = getattr(torch, given.removeprefix("torch."), None) if isinstance(given, str) else given
+    if dtype not in WEIGHT_DTYPES:
+        names = ", ".join(str(known).removeprefix("torch.") for known in WEIGHT_DTYPES)
+        raise ValueError(f"dtype is {given!r}; give 'auto' or one of {names}.")
+    return dtype
+
+
+def _device(device_map: Any) -> torch.device | str:
+    if device_map == "auto":
+        return torch.accelerator.current_accelerator(check_available=True) or "cpu"
+    place = device_map
+    if isinstance(device_map, Mapping) and list(device_map) == [""]:
+        place = device_map[""]
+    try:
+        if isinstance(place, (str, int, torch.device)):
+            return torch.device(place)
+    except RuntimeError:
+        pass  # refused below, in one sentence
+    raise ValueError(f'device_map is {device_map!r}; give "auto" or one device, such as "cpu" or "cuda:0".')
+
+
+def resized(table: nn.Parameter, rows: int) -> nn.Parameter:
+    """``[old rows, dim]`` cut or filled up to ``[rows, dim]`` with the mean row."""
+    with torch.no_grad():
+        mean = table.to(torch.promote_types(table.dtype, torch.float32)).mean(0).to(table.dtype)
+        filled = torch.cat([table[:rows], mean.expand(max(rows - len(table), 0), -1)])
+    return nn.Parameter(filled, requires_grad=table.requires_grad)

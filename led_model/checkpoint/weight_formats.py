@@ -1,0 +1,107 @@
+"""Opens files of weights, after a look at what they claim: reading them then takes no more than they are long."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import warnings
+import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+
+from led_model.checkpoint.hub import first_line
+
+MOST_TENSORS = 20_000  # of a checkpoint; LED-large has 700
+_MOST_LISTED = 4 << 20  # bytes that list the tensors in a file; LED-large needs 100,000
+_END, _END_64, _LOCATOR = b"PK\5\6", b"PK\6\6", b"PK\6\7"
+
+
+def read_file(path: Path) -> Any:
+    """What a ``.safetensors`` or ``.bin`` file holds, mapped into memory where that is possible.
+
+    Raises:
+        ValueError: when it cannot be read.
+    """
+    with _readable(path):
+        if path.suffix == ".safetensors":
+            _names_in_header(path)
+            return load_file(path)
+        is_archive = _check_archive(path)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what torch warns of is refused in a sentence
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=is_archive)
+
+
+def names_in_header(path: Path) -> list[str]:
+    """Of the tensors in a ``.safetensors`` file.
+
+    Raises: as for :func:`read_file`.
+    """
+    with _readable(path):
+        return _names_in_header(path)
+
+
+@contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except pickle.UnpicklingError:  # whose text is advice to trust the file
+        raise ValueError(
+            f"{path} holds no readable weights: it is damaged, or a pickle of other things than tensors; fetch it "
+            "again, or save the model's state_dict as safetensors."
+        ) from None
+    except Exception as error:  # on damaged files, both libraries and pickle raise whatever befell them
+        raise ValueError(f"{path} holds no readable weights ({first_line(error)}); fetch it again.") from None
+
+
+def _names_in_header(path: Path) -> list[str]:
+    """Of a file of safetensors: its length in 8 bytes, and an object of the tensors."""
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if length > _MOST_LISTED:
+            raise ValueError(f"its header is {length:,} bytes long")
+        header = json.loads(file.read(length))
+    if not isinstance(header, dict):
+        raise ValueError("its header is no object")
+    if len(header) > MOST_TENSORS:
+        raise ValueError(f"it has {len(header):,} tensors, more than any LED")
+    return [name for name in header if name != "__metadata__"]
+
+
+def _check_archive(path: Path) -> bool:
+    """Whether a file is a zip archive, as torch writes it since 1.6.
+
+    Raises:
+        ValueError: when its directory is damaged or far too large, or when an entry is compressed.
+    """
+    with path.open("rb") as file:
+        if file.read(4) != b"PK\3\4":
+            return False
+        size = path.stat().st_size
+        file.seek(max(size - 98, 0))
+        last = file.read()
+    # the records at the end: that of large archives (56 bytes), where it is (20), and the one of all archives (22)
+    large, locator, end = last[:-42], last[-42:-22], last[-22:]
+    if end[:4] != _END:
+        raise ValueError("its directory is missing")
+    entries, length = int.from_bytes(end[10:12], "little"), int.from_bytes(end[12:16], "little")
+    if locator[:4] == _LOCATOR:
+        if large[:4] != _END_64 or int.from_bytes(locator[8:16], "little") != size - 98:
+            raise ValueError("its directory is damaged")
+        entries, length = int.from_bytes(large[32:40], "little"), int.from_bytes(large[40:48], "little")
+    if entries > MOST_TENSORS or length > _MOST_LISTED:
+        raise ValueError(f"it has {entries:,} entries and a directory of {length:,} bytes")
+    with zipfile.ZipFile(path) as archive:
+        if any(name.endswith("/constants.pkl") for name in archive.namelist()):
+            raise pickle.UnpicklingError("TorchScript")
+        for entry in archive.infolist():
+            if entry.compress_type != zipfile.ZIP_STORED or entry.file_size != entry.compress_size:
+                raise ValueError("an entry is compressed")
+            if entry.filename.endswith("data.pkl") and entry.file_size > _MOST_LISTED:
+                raise ValueError(f"its list of tensors is {entry.file_size:,} bytes long")
+    return True

@@ -1,0 +1,1 @@
+"""The command ``led``: documents in, results out."""

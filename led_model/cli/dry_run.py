@@ -1,0 +1,77 @@
+"""``--dry-run``: how much there is to read, and what is too long, before a model is loaded."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+
+from led_model.checkpoint.checkpoint import read_config
+from led_model.checkpoint.hub import checkpoint_files
+from led_model.cli.commands import DONE, SOME_FAILED, find_documents
+from led_model.cli.documents import Document, Unreadable
+from led_model.cli.loading import finds_answers
+from led_model.cli.pieces import Reader
+from led_model.cli.tasks import longest_input
+from led_model.cli.terminal import complain, quiet
+from led_model.tokenization.tokenizer import LEDTokenizer
+
+
+def count_documents(args: Namespace) -> int:
+    """Prints the numbers of documents and tokens and each document longer than the model reads.
+
+    Returns:
+        The exit status that the run itself would have, as far as reading decides it.
+    """
+    sources, problems = find_documents(args)
+    reader = _reader(args)
+    failed = 0
+    lengths: list[int] = []
+    for problem in problems:
+        complain(problem, f"led {args.command}")
+        failed += 1
+    for source in sources:
+        for document in source.read():
+            try:
+                if isinstance(document, Unreadable):
+                    raise ValueError(document.message)
+                tokens, pieces = _measure(reader, document, args.long)
+            except ValueError as error:
+                complain(str(error), f"led {args.command}")
+                failed += 1
+                continue
+            lengths.append(tokens)
+            if tokens > reader.limit:
+                fate = {
+                    "error": "would be left out",
+                    "truncate": f"the first {reader.limit:,} would be read",
+                    "chunk": f"would be read in {pieces} pieces",
+                    "condense": f"would be read in {pieces} pieces, and their summaries again",
+                }[args.long]
+                print(f"{document.name} has {tokens:,} tokens: {fate}.")
+    too_long = sum(length > reader.limit for length in lengths)
+    print(
+        f"{len(lengths):,} document{'s' * (len(lengths) != 1)}, {sum(lengths):,} tokens, "
+        f"at most {max(lengths, default=0):,} in one; "
+        f"{too_long:,} longer than the {reader.limit:,} that the model reads, {failed:,} that cannot be read."
+    )
+    return SOME_FAILED if failed or (too_long and args.long == "error") else DONE
+
+
+def _reader(args: Namespace) -> Reader:
+    config, _ = read_config(checkpoint_files(args.model, args.revision), args.model)
+    writes = args.command == "summarize" or (args.command == "answer" and not finds_answers(args))
+    return Reader(
+        LEDTokenizer.from_pretrained(args.model, revision=args.revision),
+        longest_input(config, writes),
+        "chunk",
+        question=getattr(args, "question", None),
+    )
+
+
+def _measure(reader: Reader, document: Document, long: str) -> tuple[int, int]:
+    """Tokens of a document, special ones included, and the pieces that it would be read in, if it is cut in such."""
+    if long in ("error", "truncate"):
+        return reader.count(document), 1
+    with quiet():  # how it would be cut is said here
+        pieces = reader.pieces(document)
+    around = len(pieces[0].prefix) + len(pieces[0].suffix)
+    return around + sum(len(piece.ids) for piece in pieces), len(pieces)

@@ -1,0 +1,40 @@
+"""``--join``: all documents of a command as the parts of one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from led_model.cli.documents import MOST_BYTES, Document, Source, Unreadable, too_much
+
+
+@dataclass
+class Joined:
+    """One document, whose parts are those of ``sources`` in order; with one of them missing there is none."""
+
+    sources: Sequence[Source]
+
+    @property
+    def extent(self) -> tuple[int, int]:
+        """How many documents there are, one, and its bytes as far as they are known."""
+        return 1, sum(source.extent[1] for source in self.sources)
+
+    def read(self) -> Iterator[Document | Unreadable]:
+        parts: list[str] = []
+        size, missing = 0, False
+        for source in self.sources:
+            for document in source.read():
+                if isinstance(document, Unreadable):
+                    missing = True
+                    yield document
+                else:
+                    parts += document.parts or [document.text]
+                    size += document.size
+                if size > MOST_BYTES:
+                    yield Unreadable(f"what is joined {too_much()}", size)
+                    return
+        if missing:
+            yield Unreadable("nothing is joined, for a part is missing; repair it or leave it out.", size)
+        elif parts:
+            name = " + ".join(source.name for source in self.sources)
+            yield Document.of_parts(name, name, parts, size)

@@ -1,0 +1,184 @@
+"""What the commands do with a batch of pieces: find a span, give a class, or write (``writers.py``)."""
+
+from __future__ import annotations
+
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from led_model.checkpoint.pretrained import LEDPreTrainedModel
+from led_model.cli.documents import Document
+from led_model.cli.pieces import Piece, Reader
+from led_model.cli.streaming import TextStreamer
+from led_model.cli.terminal import layer_progress, seconds
+from led_model.config import LEDConfig
+from led_model.modeling.heads import LEDForQuestionAnswering, LEDForSequenceClassification
+from led_model.overflow import check_finite
+from led_model.tokenization.batch_encoding import BatchEncoding
+from led_model.tokenization.tokenizer import LEDTokenizer
+
+Found = dict[str, Any]  # what was found out about a piece, or about a document
+
+
+@dataclass
+class Work:
+    """Tokens read and written so far, and the seconds that took."""
+
+    read_tokens: int = 0
+    read_seconds: float = 0.0
+    written_tokens: int = 0
+    written_seconds: float = 0.0
+
+    def __str__(self) -> str:
+        text = f"read {self.read_tokens:,} tokens in {seconds(self.read_seconds)}"
+        if self.written_seconds:
+            speed = self.written_tokens / self.written_seconds
+            text += (
+                f", wrote {self.written_tokens:,} in {seconds(self.written_seconds)} ({speed:.1f} tokens/s)"
+            )
+        return text
+
+
+def longest_input(config: LEDConfig, writes: bool) -> int:
+    """How many tokens the model reads; a head sits on the decoder, which reads as many as the encoder."""
+    positions = config.max_encoder_position_embeddings
+    return positions if writes else min(positions, config.max_decoder_position_embeddings)
+
+
+class Task(ABC):
+    """A model at work. ``streamer``, if there is one, prints what it writes, where that is the result as it stands."""
+
+    writes = False
+    streamer: TextStreamer | None = None
+
+    def __init__(self, model: LEDPreTrainedModel, tokenizer: LEDTokenizer, **reading: Any) -> None:
+        """``reading``: the other fields of :class:`Reader`."""
+        check_weights(model)
+        self.model = model
+        self.device = next(model.parameters()).device
+        if len(tokenizer) > model.config.vocab_size:
+            raise ValueError(
+                f"the tokenizer has {len(tokenizer):,} tokens and the model {model.config.vocab_size:,}; use "
+                "the tokenizer that belongs to the checkpoint."
+            )
+        longest = longest_input(model.config, self.writes)
+        if longest < model.config.max_encoder_position_embeddings:
+            reading["bound_by"] = ", the positions of its decoder, which the head sits on"
+        self.reader = Reader(tokenizer, longest, **reading)
+        self.work = Work()
+
+    def run(self, pieces: Sequence[Piece]) -> list[Found]:
+        """Reads a batch, and returns what it found in each piece."""
+        inputs = self.reader.batch(pieces, self.device)
+        with torch.no_grad():
+            found = self._run(pieces, inputs)
+        self.work.read_tokens += int(inputs.attention_mask.sum())
+        return found
+
+    def read(self, inputs: BatchEncoding) -> AbstractContextManager[None]:
+        """A progress bar over the encoder's layers."""
+        return layer_progress(self.model.led.encoder.layers, f"reading {inputs.input_ids.numel():,} tokens")
+
+    @abstractmethod
+    def _run(self, pieces: Sequence[Piece], inputs: BatchEncoding) -> list[Found]: ...
+
+    @abstractmethod
+    def join(self, document: Document, found: Sequence[Found]) -> Found:
+        """A document's result, from those of its pieces in order."""
+
+
+class SpanFinder(Task):
+    """Finds the answer in the text, at most ``longest_answer`` tokens of it: start and end with the most logits."""
+
+    model: LEDForQuestionAnswering
+
+    def __init__(
+        self, model: LEDForQuestionAnswering, tokenizer: LEDTokenizer, longest_answer: int, **reading: Any
+    ) -> None:
+        super().__init__(model, tokenizer, **reading)
+        self.longest_answer = longest_answer
+
+    def _run(self, pieces: Sequence[Piece], inputs: BatchEncoding) -> list[Found]:
+        start = time.perf_counter()
+        with self.read(inputs):
+            output = self.model(**inputs)
+            start_logits, end_logits = output.start_logits.float().cpu(), output.end_logits.float().cpu()
+            check_finite(start_logits + end_logits, self.model.dtype)
+        self.work.read_seconds += time.perf_counter() - start
+        found = []
+        for row, piece in enumerate(pieces):
+            own = slice(piece.first, piece.first + len(piece.offsets))
+            first, last, score = best_span(start_logits[row, own], end_logits[row, own], self.longest_answer)
+            begin, end = int(piece.offsets[first][0]), int(piece.offsets[last][1])
+            answer = piece.document.text[begin:end].rstrip()  # a token of space may come last
+            found.append({"answer": answer, "score": score, "start": begin, "end": begin + len(answer)})
+        return found
+
+    def join(self, document: Document, found: Sequence[Found]) -> Found:
+        return {"question": self.reader.question} | max(found, key=lambda piece: piece["score"])
+
+
+class Classifier(Task):
+    """Gives probabilities of labels; a document's logits, up to a constant its log-probabilities, are the mean
+    of its pieces'."""
+
+    model: LEDForSequenceClassification
+
+    def _run(self, pieces: Sequence[Piece], inputs: BatchEncoding) -> list[Found]:
+        start = time.perf_counter()
+        with self.read(inputs):
+            logits = self.model(**inputs).logits.float().cpu()
+            check_finite(logits, self.model.dtype)
+        self.work.read_seconds += time.perf_counter() - start
+        return [{"logits": row} for row in logits]
+
+    def join(self, document: Document, found: Sequence[Found]) -> Found:
+        config = self.model.config
+        logits = torch.stack([piece["logits"] for piece in found]).mean(0)
+        labels = [(config.id2label or {}).get(i, f"LABEL_{i}") for i in range(len(logits))]
+        if config.problem_type == "regression" or len(labels) == 1:
+            return {"label": dict(zip(labels, logits.tolist(), strict=True))}
+        several = config.problem_type == "multi_label_classification"
+        probabilities = logits.sigmoid() if several else logits.softmax(-1)
+        by_label = dict(zip(labels, probabilities.tolist(), strict=True))
+        label: Any = max(by_label, key=lambda name: by_label[name])
+        if several:
+            label = [name for name, probability in by_label.items() if probability >= 0.5]
+        return {"label": label, "probabilities": by_label}
+
+
+def as_text(result: Found) -> str:
+    """A document's result for people: what was written or found, or labels with their numbers, a line each."""
+    if "label" not in result:
+        return result["answer"] if "answer" in result else result["summary"]
+    numbers = result.get("probabilities") or result["label"]
+    ranked = sorted(numbers.items(), key=lambda item: -item[1])
+    return "\n".join(f"{label}\t{number:.4f}" for label, number in ranked)
+
+
+def check_weights(model: nn.Module) -> None:
+    """Raises ValueError when a weight is NaN or infinite: every result would be made of it."""
+    for name, weight in chain(model.named_parameters(), model.named_buffers()):
+        four_bits = getattr(weight, "quant_state", None)
+        values = weight.data if four_bits is None else four_bits.absmax  # the largest of each block
+        if type(values) is not Tensor:  # int8, by torchao
+            values = values.dequantize()
+        forbids = values.isneginf() if name == "final_logits_bias" else False  # a token, by -inf
+        if values.is_floating_point() and not bool((values.isfinite() | forbids).all()):
+            raise ValueError(f"the model's {name} holds NaN or infinity; give a sound checkpoint.")
+
+
+def best_span(start_logits: Tensor, end_logits: Tensor, longest: int) -> tuple[int, int, float]:
+    """First and last token, both inclusive, and score of the best span of 1 to ``longest`` tokens; float ``[n]``."""
+    longest = min(longest, len(end_logits))
+    ends = torch.nn.functional.pad(end_logits, (0, longest - 1), value=float("-inf")).unfold(0, longest, 1)
+    score, best = (start_logits[:, None] + ends).flatten().max(0)  # [n, longest]: start, tokens after it
+    first, after = divmod(int(best), longest)
+    return first, first + after, float(score)

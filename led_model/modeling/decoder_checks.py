@@ -1,0 +1,112 @@
+"""Whether the arguments of a decoder's call go with its tokens; :mod:`led_model.checks` is for all others."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from led_model.checks import check_flags, check_mask, is_dense, may_look, outside, what
+from led_model.generation.cache import StaticKVCache
+from led_model.precision import autocast_dtype
+
+
+def check_decoder_call(
+    hidden: Tensor,
+    cross_keys_values: Any,
+    cross_mask: Any,
+    attention_mask: Any,
+    cache: Any,
+    position: Any,
+    stack: nn.Module,
+) -> None:
+    """Holds the decoder's arguments against its embedded tokens ``hidden`` ``[batch, target, d_model]``.
+
+    Raises:
+        ValueError: naming the one that is of another batch, length, width, dtype or device.
+        TypeError: for a cache of another kind.
+    """
+    batch, target, _ = hidden.shape
+    source = _check_cross_keys_values(cross_keys_values, hidden, stack)
+    if cross_mask is not None and (
+        not is_dense(cross_mask)
+        or cross_mask.shape != (batch, 1, 1, source)
+        or not (cross_mask.dtype == torch.bool or cross_mask.is_floating_point())
+        or cross_mask.device != hidden.device
+    ):
+        raise ValueError(
+            f"cross_mask {what(cross_mask)}; give [batch, 1, 1, source] = {(batch, 1, 1, source)} on {hidden.device}, "
+            "bool or numbers to add to the scores."
+        )
+    places = stack.embed_positions.weight.shape[0]
+    if cache is None:
+        check_mask("attention_mask", attention_mask, hidden, "the decoder's input")
+        check_flags("attention_mask", attention_mask)
+        count = target
+    else:
+        if not isinstance(cache, StaticKVCache):
+            raise TypeError(f"cache is a {type(cache).__name__}; give a StaticKVCache or a BeamKVCache.")
+        cache.check(hidden, attention_mask, stack)
+        places, count = min(places, cache.max_length), cache.positions_of(target)
+    if position is None:
+        if cache is not None:
+            raise ValueError(
+                "position is missing; give int64 [target], where in the cache the tokens belong."
+            )
+        return
+    if not is_dense(position) or position.dtype != torch.int64 or position.shape != (count,):
+        raise ValueError(f"position {what(position)}; give int64 [{count}], the places of the tokens.")
+    if position.device != hidden.device:
+        raise ValueError(
+            f"position is on {position.device} and the decoder's input on {hidden.device}; move both to one device."
+        )
+    wrong = outside(position, 0, places - 1)
+    if wrong is not None:
+        raise ValueError(f"position holds {wrong}; give 0 to {places - 1}, the places that there are.")
+    if cache is not None and attention_mask is None and may_look(position) and count:
+        first = int(position.min())
+        if first > 0 and cache.is_empty_at(first - 1):
+            raise ValueError(
+                f"position begins with {first} but the cache holds nothing at {first - 1}; write the places before it "
+                "first, or hide them by attention_mask."
+            )
+
+
+def _check_cross_keys_values(pairs: Any, hidden: Tensor, stack: nn.Module) -> int | None:
+    """Returns how many tokens of the encoder they are for, ``None`` where there are no layers.
+
+    Raises:
+        ValueError: naming ``cross_keys_values``.
+    """
+    batch, _, d_model = hidden.shape
+    if (
+        not isinstance(pairs, Sequence)
+        or len(pairs) != len(stack.layers)
+        or not all(isinstance(pair, Sequence) and len(pair) == 2 for pair in pairs)
+    ):
+        raise ValueError(
+            f"cross_keys_values {what(pairs)}; give what cross_keys_values(encoded) returns, "
+            f"one pair for each of {len(stack.layers)} layers."
+        )
+    heads = stack.layers[0].encoder_attn.num_heads if len(stack.layers) else 0
+    # under autocast they are narrower than what they are made of
+    mixed = autocast_dtype(hidden.device) is not None
+    dtype, source = stack.embed_positions.weight.dtype, None
+    for pair in pairs:
+        for tensor in pair:
+            if source is None and is_dense(tensor) and tensor.dim() == 4:
+                source = tensor.shape[2]
+            expected = (batch, heads, source, d_model // heads)
+            if not is_dense(tensor) or tensor.shape != expected:
+                raise ValueError(
+                    f"cross_keys_values holds what {what(tensor)}; give [batch, heads, source, head_dim] = "
+                    f"{expected}, made from the encoder's output for the same documents."
+                )
+            if tensor.device != hidden.device or (tensor.dtype != dtype and not mixed):
+                raise ValueError(
+                    f"cross_keys_values holds what {what(tensor)}; the model computes in {dtype} on {hidden.device}, "
+                    "make them by the model as it is now."
+                )
+    return source

@@ -1,0 +1,103 @@
+"""One encoder layer and one decoder layer: attention, residual, norm, feed-forward, residual, norm."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from led_kernels import LongformerMask
+from led_kernels.decode import few_rows_add_norm, few_rows_linear
+from led_kernels.eager import is_eager
+from led_kernels.projection import runs_its_own_code
+from led_model.activations import ACTIVATIONS
+from led_model.config import LEDConfig
+from led_model.generation.cache import StaticKVCache
+from led_model.modeling.attention import CrossAttention, DecoderSelfAttention, EncoderSelfAttention
+from led_model.modeling.outputs import LayerRecord
+
+# Rows of the feed-forward computed at a time in inference, so that [rows, ffn_dim] stays small.
+_FEED_FORWARD_ROWS = 1024
+
+
+class _Layer(nn.Module):
+    """What both layers share: dropout, residual and norm after each block, and the feed-forward."""
+
+    def __init__(self, config: LEDConfig, ffn_dim: int) -> None:
+        super().__init__()
+        self.activation = ACTIVATIONS[config.activation_function]
+        self.dropout = config.dropout
+        self.activation_dropout = config.activation_dropout
+        self.self_attn_layer_norm = nn.LayerNorm(config.d_model)
+        self.fc1 = nn.Linear(config.d_model, ffn_dim)
+        self.fc2 = nn.Linear(ffn_dim, config.d_model)
+        self.final_layer_norm = nn.LayerNorm(config.d_model)
+
+    def add_and_norm(self, residual: Tensor, block: Tensor, norm: nn.LayerNorm) -> Tensor:
+        if self.training:
+            block = F.dropout(block, self.dropout)
+        return few_rows_add_norm(residual, block, norm)
+
+    def feed_forward(self, hidden: Tensor) -> Tensor:
+        """The second half of a layer; in inference a long ``hidden`` in pieces, unless hooks shall see it whole."""
+        is_short = hidden.numel() <= _FEED_FORWARD_ROWS * hidden.shape[-1]
+        if is_short or self.training or torch.is_grad_enabled() or not is_eager(hidden):
+            return self._feed_forward(hidden)
+        if not all(runs_its_own_code(module) for module in (self.fc1, self.fc2, self.final_layer_norm)):
+            return self._feed_forward(hidden)
+        out = torch.empty_like(hidden)
+        pieces = (x.view(-1, x.shape[-1]).split(_FEED_FORWARD_ROWS) for x in (hidden, out))
+        for rows, out_rows in zip(*pieces, strict=True):
+            out_rows.copy_(self._feed_forward(rows))
+        return out
+
+    def _feed_forward(self, hidden: Tensor) -> Tensor:
+        if self.activation is F.gelu:
+            inner = few_rows_linear(self.fc1, hidden, gelu=True)
+        else:
+            inner = self.activation(few_rows_linear(self.fc1, hidden))
+        if self.training:
+            inner = F.dropout(inner, self.activation_dropout)
+        return self.add_and_norm(hidden, few_rows_linear(self.fc2, inner), self.final_layer_norm)
+
+
+class EncoderLayer(_Layer):
+    def __init__(self, config: LEDConfig, layer: int) -> None:
+        super().__init__(config, config.encoder_ffn_dim)
+        self.self_attn = EncoderSelfAttention(config, layer)
+
+    def forward(self, hidden: Tensor, mask: LongformerMask) -> Tensor:
+        hidden = self.add_and_norm(hidden, self.self_attn(hidden, mask), self.self_attn_layer_norm)
+        hidden = self.feed_forward(hidden)
+        if hidden.dtype == torch.float16:  # cut what overflowed, without asking whether any did; NaN stays
+            limit = torch.finfo(torch.float16).max - 1000
+            hidden = hidden.clamp(-limit, limit)
+        return hidden
+
+
+class DecoderLayer(_Layer):
+    def __init__(self, config: LEDConfig, layer: int) -> None:
+        super().__init__(config, config.decoder_ffn_dim)
+        self.self_attn = DecoderSelfAttention(config, layer)
+        self.encoder_attn = CrossAttention(config)
+        self.encoder_attn_layer_norm = nn.LayerNorm(config.d_model)
+
+    def forward(
+        self,
+        hidden: Tensor,
+        mask: Tensor | None,
+        slots: Tensor | None,
+        cross_keys_values: tuple[Tensor, Tensor],
+        cross_mask: Tensor | None,
+        cache: StaticKVCache | None,
+        record: LayerRecord | None = None,
+    ) -> Tensor:
+        if record is not None:
+            record.self_attention.append((self.self_attn, hidden))
+        attended = self.self_attn(hidden, mask, slots, cache)
+        hidden = self.add_and_norm(hidden, attended, self.self_attn_layer_norm)
+        if record is not None:
+            record.cross_attention.append((self.encoder_attn, hidden))
+        attended = self.encoder_attn(hidden, cross_keys_values, cross_mask)
+        hidden = self.add_and_norm(hidden, attended, self.encoder_attn_layer_norm)
+        return self.feed_forward(hidden)
