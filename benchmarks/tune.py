@@ -20,6 +20,7 @@ from tqdm import tqdm
 from benchmarks.harness.shapes import Shape
 from led_kernels.backends.triton import configs
 from led_kernels.backends.triton.configs import KERNELS, Row, TileConfig
+from led_kernels.call import AttentionCall
 from led_kernels.mask import LongformerMask
 
 _MANY = 64  # global tokens, where a kernel is for many
@@ -53,17 +54,16 @@ def calls(kernel: str, shape: Shape, dropout_p: float) -> Callable[[], object]:
     mask = LongformerMask.from_lengths(lengths, shape.seqlen, global_index=list(tokens)).to(device)
     qkv = torch.randn(1, shape.seqlen, 3, shape.heads, shape.head_dim, dtype=dtype, device=device)
     q, k, v = qkv.unbind(2)
-    window = (shape.window, shape.window) if op.startswith("banded") else ()
-    if op.startswith("global"):
+    window = (shape.window, shape.window) if op.startswith("banded") else None
+    if window is None:
         q = q[:, : mask.max_globals].contiguous()
     seed = torch.zeros(1, dtype=torch.int64, device=device)
-    settings = (mask, *window, shape.head_dim**-0.5, dropout_p, seed)
-    forward = getattr(backend, op.replace("backward", "forward"))
+    call = AttentionCall(q, k, v, mask, window, shape.head_dim**-0.5, dropout_p, seed)
     if op.endswith("forward"):
-        return lambda: forward(q, k, v, *settings)
-    out, lse = forward(q, k, v, *settings)
+        return lambda: backend.forward(call)
+    out, lse = backend.forward(call)
     d_out = torch.randn_like(out)
-    return lambda: getattr(backend, op)(d_out, None, q, k, v, out, lse, *settings)
+    return lambda: backend.backward(call, out, lse, d_out, None)
 
 
 @contextlib.contextmanager

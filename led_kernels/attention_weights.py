@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from led_kernels.call_checks import lse_dtype
+from led_kernels.call import lse_dtype
 from led_kernels.mask import LOCAL, PADDING, LongformerMask
 
 _BLOCK_M = 128  # queries scored at once

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import InitVar, dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,6 +13,17 @@ from torch import Tensor
 from led_kernels.argument_checks import as_integers, check_marks, check_size, whole_numbers
 from led_kernels.mask_checks import GLOBAL, PADDING, check_structure, check_values, is_checkable
 from led_kernels.mask_checks import LOCAL as LOCAL
+
+
+class MaskTensors(NamedTuple):
+    """The tensors of a mask."""
+
+    seq_start: Tensor
+    seq_len: Tensor
+    token_kind: Tensor
+    padding_before: Tensor
+    global_index: Tensor
+    num_globals: Tensor
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,11 +73,16 @@ class LongformerMask:
         if not are_values_checked and is_checkable(*self.tensors()):
             check_values(self)
 
-    def tensors(self) -> tuple[Tensor, ...]:
+    def tensors(self) -> MaskTensors:
         """All fields but ``max_seqlen``, in their order."""
-        return (
+        return MaskTensors(
             self.seq_start, self.seq_len, self.token_kind, self.padding_before, self.global_index, self.num_globals,
         )  # fmt: skip
+
+    @classmethod
+    def from_tensors(cls, tensors: Sequence[Tensor], max_seqlen: int) -> LongformerMask:
+        """The inverse of :meth:`tensors`, whose values were checked before."""
+        return cls(*tensors, max_seqlen, are_values_checked=True)
 
     @property
     def is_packed(self) -> bool:
@@ -87,8 +104,7 @@ class LongformerMask:
         """The same mask on another device."""
         if isinstance(device, torch.dtype):
             raise TypeError(f"device is {device}; a mask has dtypes of its own, give a device.")
-        tensors = (x.to(device) for x in self.tensors())
-        return LongformerMask(*tensors, self.max_seqlen, are_values_checked=True)
+        return LongformerMask.from_tensors([x.to(device) for x in self.tensors()], self.max_seqlen)
 
     @classmethod
     def from_padding(

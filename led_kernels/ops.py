@@ -1,17 +1,16 @@
-"""The custom ops: schemas, fake functions and autograd. Flat tensors, ints and a backend name.
+"""The custom operators: schemas, fake functions and autograd.
 
-Public functions have validated their arguments for people; here, where a traced graph arrives too, shapes are compared
-once more, so that no backend makes a pointer to less than it reads.
+torch.library takes flat tensors, numbers and the backend's name, so an :class:`AttentionCall` is taken apart here and
+put together again inside of an operator. Public functions have validated their arguments for people; here, where a
+traced graph arrives too, shapes are compared once more, so that no backend makes a pointer to less than it reads.
 
-``banded_forward`` and ``global_forward`` return ``(out, lse)``; their backward ops recompute the probabilities from
-``lse`` and so save only q, k, v, out and lse.
+``banded_forward`` and ``global_forward`` return ``(out, lse)``; their backward operators recompute the probabilities
+from ``lse`` and so save only q, k, v, out and lse.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import wraps
-from inspect import signature
 
 import torch
 from torch import Tensor
@@ -20,17 +19,11 @@ from torch._library.custom_ops import CustomOpDef
 from torch.autograd import forward_ad
 
 from led_kernels.argument_checks import check_storage
-from led_kernels.call_checks import (
-    check_lse,
-    check_rows,
-    check_seed,
-    check_slots,
-    check_window,
-    lse_dtype,
-)
+from led_kernels.call import AttentionCall, lse_dtype
+from led_kernels.call_checks import check_call, check_gradients
 from led_kernels.dispatch import backend_module
 from led_kernels.eager import is_transformed
-from led_kernels.mask import LongformerMask
+from led_kernels.mask import LongformerMask, MaskTensors
 
 _NO_FORWARD_MODE = (
     "forward-mode differentiation through led_kernels attention is not supported; use reverse mode: torch.func.grad, "
@@ -41,16 +34,78 @@ _NO_DOUBLE_BACKWARD = (
     "derivatives are needed."
 )
 
+# An operator's arguments: `{}` stands for what public functions append to the names of global attention's tensors.
+_RESULTS = "Tensor out, Tensor lse"
+_GRADIENTS = "Tensor d_out, Tensor? d_lse"
+_INPUTS = "Tensor q{0}, Tensor k{0}, Tensor v{0}"
+_MASK = ", ".join(f"Tensor {name}" for name in MaskTensors._fields)
+_WINDOW = "SymInt window_left, SymInt window_right"
+_SOFTMAX = "float softmax_scale, float dropout_p, str backend"
+_NUM_MASK_TENSORS = len(MaskTensors._fields)
 
-def _operator(function: Callable) -> Callable:
-    """``function`` as the body of an operator, without autocast and on memory that is there.
+
+def attend(call: AttentionCall, backend: str) -> tuple[Tensor, Tensor]:
+    """Runs a call on the named backend -> out, lse, both with gradients."""
+    op = _global if call.is_global else _banded
+    return op(*_flatten(call), backend)
+
+
+def _flatten(call: AttentionCall) -> tuple:
+    """All of a call, in the order of the operators' schemas."""
+    window = () if call.window is None else call.window
+    return (
+        call.q, call.k, call.v, *call.mask.tensors(), call.seed, call.mask.max_seqlen, *window,
+        call.softmax_scale, call.dropout_p,
+    )  # fmt: skip
+
+
+def _unflatten(q: Tensor, k: Tensor, v: Tensor, *rest) -> AttentionCall:
+    """The call that :func:`_flatten` took apart."""
+    seed, max_seqlen, *window, softmax_scale, dropout_p = rest[_NUM_MASK_TENSORS:]
+    mask = LongformerMask.from_tensors(rest[:_NUM_MASK_TENSORS], max_seqlen)
+    return AttentionCall(q, k, v, mask, tuple(window) or None, softmax_scale, dropout_p, seed)
+
+
+def _forward(*args) -> tuple[Tensor, Tensor]:
+    *flat, backend = args
+    call = _unflatten(*flat)
+    check_call(call)
+    return backend_module(backend).forward(call)
+
+
+def _backward(
+    d_out: Tensor, d_lse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, *rest
+) -> tuple[Tensor, Tensor, Tensor]:
+    *flat, backend = rest
+    call = _unflatten(q, k, v, *flat)
+    check_call(call)
+    check_gradients(call, out, lse, d_out, d_lse)
+    return backend_module(backend).backward(call, out, lse, d_out, d_lse)
+
+
+def _fake_forward(q: Tensor, k: Tensor, v: Tensor, *rest) -> tuple[Tensor, Tensor]:
+    # padded [batch, seqlen, heads, head_dim] -> [batch, heads, seqlen]; packed [rows, heads, head_dim] -> [heads, rows]
+    *lead, rows, heads, _ = q.shape
+    return q.new_empty(q.shape), q.new_empty((*lead, heads, rows), dtype=lse_dtype(q.dtype))
+
+
+def _fake_backward(
+    d_out: Tensor, d_lse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, *rest
+) -> tuple[Tensor, Tensor, Tensor]:
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+
+
+def _define(
+    name: str, arguments: list[str], num_results: int, function: Callable, fake: Callable
+) -> CustomOpDef:
+    """Registers an operator whose body runs without autocast and on memory that is there.
 
     api.py has cast the inputs; from there on autocast must not round what a backend computes in torch operations. The
     compiled backends compare the memory of each tensor with what they read; torch and Triton do not.
     """
-    names = tuple(signature(function).parameters)
+    schema = f"({', '.join(arguments)}) -> ({', '.join(['Tensor'] * num_results)})"
+    names = [argument.split()[-1] for argument in ", ".join(arguments).split(", ")]
 
-    @wraps(function)
     def run(*args):
         if args[-1] not in ("cpu", "cuda"):
             for name, x in zip(names, args, strict=True):
@@ -59,160 +114,15 @@ def _operator(function: Callable) -> Callable:
         with torch.autocast(args[0].device.type, enabled=False):
             return function(*args)
 
-    return run
-
-
-@torch.library.custom_op("led_kernels::banded_forward", mutates_args=())
-@_operator
-def banded_forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    seq_start: Tensor,
-    seq_len: Tensor,
-    token_kind: Tensor,
-    padding_before: Tensor,
-    global_index: Tensor,
-    num_globals: Tensor,
-    seed: Tensor | None,
-    max_seqlen: int,
-    window_left: int,
-    window_right: int,
-    softmax_scale: float,
-    dropout_p: float,
-    backend: str,
-) -> tuple[Tensor, Tensor]:
-    mask = _mask(seq_start, seq_len, token_kind, padding_before, global_index, num_globals, max_seqlen)
-    check_rows(mask, {"q": q, "k": k, "v": v})
-    check_window(mask, window_left, window_right)
-    check_seed(seed, dropout_p, q)
-    return backend_module(backend).banded_forward(
-        q, k, v, mask, window_left, window_right, softmax_scale, dropout_p, seed
-    )
-
-
-@torch.library.custom_op("led_kernels::banded_backward", mutates_args=())
-@_operator
-def banded_backward(
-    d_out: Tensor,
-    d_lse: Tensor | None,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    seq_start: Tensor,
-    seq_len: Tensor,
-    token_kind: Tensor,
-    padding_before: Tensor,
-    global_index: Tensor,
-    num_globals: Tensor,
-    seed: Tensor | None,
-    max_seqlen: int,
-    window_left: int,
-    window_right: int,
-    softmax_scale: float,
-    dropout_p: float,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    mask = _mask(seq_start, seq_len, token_kind, padding_before, global_index, num_globals, max_seqlen)
-    check_rows(mask, {"q": q, "k": k, "v": v, "d_out": d_out, "out": out})
-    check_window(mask, window_left, window_right)
-    check_lse(q, {"lse": lse, "d_lse": d_lse})
-    check_seed(seed, dropout_p, q)
-    return backend_module(backend).banded_backward(
-        d_out, d_lse, q, k, v, out, lse, mask, window_left, window_right, softmax_scale, dropout_p, seed
-    )
-
-
-@torch.library.custom_op("led_kernels::global_forward", mutates_args=())
-@_operator
-def global_forward(
-    q_global: Tensor,
-    k_global: Tensor,
-    v_global: Tensor,
-    seq_start: Tensor,
-    seq_len: Tensor,
-    token_kind: Tensor,
-    padding_before: Tensor,
-    global_index: Tensor,
-    num_globals: Tensor,
-    seed: Tensor | None,
-    max_seqlen: int,
-    softmax_scale: float,
-    dropout_p: float,
-    backend: str,
-) -> tuple[Tensor, Tensor]:
-    mask = _mask(seq_start, seq_len, token_kind, padding_before, global_index, num_globals, max_seqlen)
-    check_rows(mask, {"k_global": k_global, "v_global": v_global})
-    check_slots(mask, k_global, {"q_global": q_global})
-    check_seed(seed, dropout_p, q_global)
-    return backend_module(backend).global_forward(
-        q_global, k_global, v_global, mask, softmax_scale, dropout_p, seed
-    )
-
-
-@torch.library.custom_op("led_kernels::global_backward", mutates_args=())
-@_operator
-def global_backward(
-    d_out: Tensor,
-    d_lse: Tensor | None,
-    q_global: Tensor,
-    k_global: Tensor,
-    v_global: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    seq_start: Tensor,
-    seq_len: Tensor,
-    token_kind: Tensor,
-    padding_before: Tensor,
-    global_index: Tensor,
-    num_globals: Tensor,
-    seed: Tensor | None,
-    max_seqlen: int,
-    softmax_scale: float,
-    dropout_p: float,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    mask = _mask(seq_start, seq_len, token_kind, padding_before, global_index, num_globals, max_seqlen)
-    check_rows(mask, {"k_global": k_global, "v_global": v_global})
-    check_slots(mask, k_global, {"q_global": q_global, "d_out": d_out, "out": out})
-    check_lse(q_global, {"lse": lse, "d_lse": d_lse})
-    check_seed(seed, dropout_p, q_global)
-    return backend_module(backend).global_backward(
-        d_out, d_lse, q_global, k_global, v_global, out, lse, mask, softmax_scale, dropout_p, seed
-    )
-
-
-def _mask(*fields: Tensor | int) -> LongformerMask:
-    """The mask of all its fields, which an operator takes one by one."""
-    return LongformerMask(*fields, are_values_checked=True)
-
-
-@banded_forward.register_fake
-def _(q, k, v, *args):
-    # padded [batch, seqlen, heads, head_dim] -> [batch, heads, seqlen]; packed [rows, heads, head_dim] -> [heads, rows]
-    *lead, rows, heads, _ = q.shape
-    return q.new_empty(q.shape), q.new_empty((*lead, heads, rows), dtype=lse_dtype(q.dtype))
-
-
-@global_forward.register_fake
-def _(q_global, k_global, v_global, *args):
-    batch, max_globals, heads, _ = q_global.shape
-    lse = q_global.new_empty((batch, heads, max_globals), dtype=lse_dtype(q_global.dtype))
-    return q_global.new_empty(q_global.shape), lse
-
-
-def _fake_backward(d_out, d_lse, q, k, v, *args):
-    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+    op = torch.library.custom_op(f"led_kernels::{name}", run, mutates_args=(), schema=schema)
+    op.register_fake(fake)
+    return op
 
 
 def _save(ctx, inputs, output):
     q, k, v, *rest = inputs
-    tensors, ctx.settings = (
-        rest[:7],
-        rest[7:],
-    )  # the six of the mask and the seed; sizes, scale, dropout, backend
+    num_tensors = _NUM_MASK_TENSORS + 1  # and the seed
+    tensors, ctx.settings = rest[:num_tensors], rest[num_tensors:]
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(q, k, v, *output, *tensors)
 
@@ -281,12 +191,21 @@ def _refuse_tangents(op: CustomOpDef) -> None:
         op._lib.impl(op._name, run, key, with_keyset=True)
 
 
-for _forward, _backward in ((banded_forward, banded_backward), (global_forward, global_backward)):
-    _forward.register_autograd(_backward_through(_backward), setup_context=_save)
-    _backward.register_fake(_fake_backward)
-    _backward.register_autograd(_refuse_double_backward)
-    for _op in (_forward, _backward):
-        _refuse_tangents(_op)
+def _define_attention(name: str, suffix: str, *window: str) -> tuple[CustomOpDef, CustomOpDef]:
+    """Registers the forward and the backward operator of banded or of global attention."""
+    inputs, settings = _INPUTS.format(suffix), [_MASK, "Tensor? seed, SymInt max_seqlen", *window, _SOFTMAX]
+    forward = _define(f"{name}_forward", [inputs, *settings], 2, _forward, _fake_forward)
+    backward = _define(
+        f"{name}_backward", [_GRADIENTS, inputs, _RESULTS, *settings], 3, _backward, _fake_backward
+    )
+    forward.register_autograd(_backward_through(backward), setup_context=_save)
+    backward.register_autograd(_refuse_double_backward)
+    for op in (forward, backward):
+        _refuse_tangents(op)
+    return forward, backward
 
-banded = _transformable(banded_forward, banded_backward)
-global_ = _transformable(global_forward, global_backward)
+
+banded_forward, banded_backward = _define_attention("banded", "", _WINDOW)
+global_forward, global_backward = _define_attention("global", "_global")
+_banded = _transformable(banded_forward, banded_backward)
+_global = _transformable(global_forward, global_backward)

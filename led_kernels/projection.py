@@ -8,13 +8,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from led_kernels.api import (
-    absorbed_global_attention,
-    add_global_rows,
-    banded_attention,
-    gather_global_rows,
-    global_attention,
-)
+from led_kernels.absorbed import absorbed_global_attention
+from led_kernels.api import banded_attention, global_attention
+from led_kernels.global_rows import add_global_rows, gather_global_rows
 from led_kernels.mask import LongformerMask
 
 # As torch has them: what a caller puts in their place later is seen.
@@ -52,7 +48,9 @@ def encoder_self_attention(
             ``[total_rows, num_heads, head_dim]``), any strides with a contiguous last dimension.
         query_global, key_global, value_global: modules from ``[..., d_model]`` to
             ``[..., num_heads * head_dim]``.
-        mask, window_size, dropout_p, backend: as in :func:`led_kernels.banded_attention`.
+        mask, window_size, dropout_p: as in :func:`led_kernels.banded_attention`.
+        backend: of banded attention, and of global attention unless it attends over the hidden states, which is
+            done by torch whatever backend is named.
 
     Returns:
         ``[batch, seqlen, num_heads * head_dim]`` (packed ``[total_rows, num_heads * head_dim]``), zeros on

@@ -15,7 +15,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from led_kernels.api import banded_attention, gather_global_rows, global_attention, longformer_attention
+from led_kernels.api import banded_attention, global_attention, longformer_attention
+from led_kernels.global_rows import gather_global_rows
 from led_kernels.mask import LongformerMask
 
 

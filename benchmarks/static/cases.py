@@ -18,6 +18,7 @@ import torch
 from benchmarks.harness.shapes import Shape
 from benchmarks.static.fake_driver import Launch, captured_launches
 from benchmarks.static.gpus import TARGETS
+from led_kernels.call import AttentionCall
 from led_kernels.mask import LongformerMask
 
 OPS = ("banded_forward", "banded_backward", "global_forward", "global_backward")
@@ -110,18 +111,16 @@ def launches(case: Case) -> list[Launch]:
     scale = case.head_dim**-0.5
     dtype = torch.float32 if case.dtype == "tf32" else getattr(torch, case.dtype)
     q, k, v = torch.zeros(1, SEQLEN, 3, HEADS, case.head_dim, dtype=dtype).unbind(2)
-    if case.op.startswith("banded"):
-        settings = (mask, WINDOW, WINDOW, scale, *dropout)
-    else:
+    window = (WINDOW, WINDOW) if case.op.startswith("banded") else None
+    if window is None:
         q = q[:, : mask.max_globals].contiguous()
-        settings = (mask, scale, *dropout)
-    if case.op.endswith("forward"):
-        arguments = (q, k, v, *settings)
-    else:
-        out, lse = torch.zeros(q.shape, dtype=dtype), torch.zeros(1, HEADS, q.shape[1])
-        arguments = (out, None, q, k, v, out, lse, *settings)
+    call = AttentionCall(q, k, v, mask, window, scale, *dropout)
     with _settings(case), captured_launches(case.target) as found:
-        getattr(backend, case.op)(*arguments)
+        if case.op.endswith("forward"):
+            backend.forward(call)
+        else:
+            out, lse = torch.zeros(q.shape, dtype=dtype), torch.zeros(call.lse_shape)
+            backend.backward(call, out, lse, out, None)
     return list({launch.kernel.hash: launch for launch in found}.values())
 
 

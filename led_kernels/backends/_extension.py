@@ -11,8 +11,8 @@ from torch import Tensor
 
 from led_kernels.argument_checks import check_storage
 from led_kernels.backends._results import new_gradients, new_results
+from led_kernels.call import AttentionCall
 from led_kernels.extras import REINSTALL
-from led_kernels.mask import LongformerMask
 
 
 def build_error(name: str) -> str | None:
@@ -36,44 +36,32 @@ def element_type(dtype: torch.dtype) -> _C.DType:
     return getattr(_C.DType, str(dtype).removeprefix("torch."))
 
 
-def attention_params(
-    q: Tensor, k: Tensor, v: Tensor, mask: LongformerMask, softmax_scale: float, dropout_p: float
-) -> _C.AttentionParams:
-    """Parameters of a kernel but for its outputs, window, seed and place of execution."""
+def attention_params(call: AttentionCall) -> _C.AttentionParams:
+    """Parameters of a kernel but for its outputs, seed and place of execution."""
+    q, mask = call.q, call.mask
     params = _C.AttentionParams()
     params.dtype = element_type(q.dtype)
     params.batch, params.max_seqlen = mask.batch, mask.max_seqlen
     params.heads, params.head_dim = q.shape[-2:]
-    params.softmax_scale = softmax_scale
-    params.dropout_p = dropout_p
+    if call.window is not None:
+        params.window_left, params.window_right = call.window
+    params.softmax_scale = call.softmax_scale
+    params.dropout_p = call.dropout_p
     params.set_mask(*map(memory, mask.tensors()), mask.token_kind.shape[-1], mask.max_globals, mask.is_packed)
     params.set_q(_rows(q))
-    params.set_k(_rows(k))
-    params.set_v(_rows(v))
+    params.set_k(_rows(call.k))
+    params.set_v(_rows(call.v))
     return params
-
-
-def banded_lse_shape(q: Tensor) -> tuple[int, ...]:
-    """``[batch, heads, seqlen]`` or ``[heads, total_rows]`` of q ``[(batch,) rows, heads, head_dim]``."""
-    *lead, rows, heads, _ = q.shape
-    return (*lead, heads, rows)
-
-
-def global_lse_shape(q_global: Tensor) -> tuple[int, int, int]:
-    """``[batch, heads, max_globals]`` of ``[batch, max_globals, heads, head_dim]``."""
-    batch, max_globals, heads, _ = q_global.shape
-    return batch, heads, max_globals
 
 
 def run_forward(
     kernel: Callable[[_C.AttentionParams], None],
     params: _C.AttentionParams,
-    q: Tensor,
-    lse_shape: tuple[int, ...],
+    call: AttentionCall,
     has_gaps: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Allocates out and lse, with ``has_gaps`` filled for rows that the kernel leaves, and runs a forward kernel."""
-    out, lse = new_results(q, lse_shape, has_gaps)
+    out, lse = new_results(call, has_gaps)
     params.set_out(_rows(out))
     params.set_lse(_lse(lse))
     kernel(params)
@@ -83,30 +71,29 @@ def run_forward(
 def run_backward(
     kernel: Callable[[_C.AttentionParams], None],
     params: _C.AttentionParams,
-    d_out: Tensor,
-    d_lse: Tensor | None,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
+    call: AttentionCall,
     out: Tensor,
     lse: Tensor,
+    d_out: Tensor,
+    d_lse: Tensor | None,
     has_gaps: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Allocates dq, dk and dv, with ``has_gaps`` as zeros, and runs a backward kernel."""
     if d_out.stride(-1) != 1 and d_out.shape[-1] > 1:
         d_out = copied("d_out", d_out)
     lse = lse if lse.is_contiguous() else copied("lse", lse)
-    grads = new_gradients((q, k, v), has_gaps)
+    dq, dk, dv = new_gradients(call, has_gaps)
     params.set_out(_rows(out))
     params.set_lse(_lse(lse))
     params.set_d_out(_rows(d_out))
     if d_lse is not None:
         d_lse = d_lse if d_lse.is_contiguous() else copied("d_lse", d_lse)
         params.set_d_lse(_lse(d_lse))
-    for set_grad, grad in zip((params.set_dq, params.set_dk, params.set_dv), grads, strict=True):
-        set_grad(_rows(grad))
+    params.set_dq(_rows(dq))
+    params.set_dk(_rows(dk))
+    params.set_dv(_rows(dv))
     kernel(params)
-    return grads
+    return dq, dk, dv
 
 
 def memory(x: Tensor) -> tuple[int, int]:

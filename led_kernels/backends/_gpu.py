@@ -1,37 +1,71 @@
-"""What both GPU backends do before they launch."""
+"""What both GPU backends do around their launches: the device, the limits of a grid, and the sign of the scale."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from dataclasses import replace
 
+import torch
 from torch import Tensor
 
-from led_kernels.mask import LongformerMask
+from led_kernels.call import AttentionCall
 
 _MAX_GRID = 65535  # of a grid's second and third dimensions
 
 
-def positive_scale(q: Tensor, softmax_scale: float) -> tuple[Tensor, float, float]:
+def run_forward(
+    launch: Callable[[AttentionCall], tuple[Tensor, Tensor]], call: AttentionCall
+) -> tuple[Tensor, Tensor]:
+    """``launch(call)`` on the device of the call, whose softmax_scale is above 0 for it.
+
+    Raises:
+        ValueError: for more sequences or heads than a grid holds.
+    """
+    check_grid(call)
+    call, _ = with_positive_scale(call)
+    with torch.cuda.device_of(call.q):
+        return launch(call)
+
+
+def run_backward(
+    launch: Callable[..., tuple[Tensor, Tensor, Tensor]],
+    call: AttentionCall,
+    out: Tensor,
+    lse: Tensor,
+    d_out: Tensor,
+    d_lse: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``launch(call, out, lse, d_out, d_lse)`` under the same conditions -> dq, dk, dv."""
+    check_grid(call)
+    call, sign = with_positive_scale(call)
+    with torch.cuda.device_of(call.q):
+        dq, dk, dv = launch(call, out, lse, d_out, d_lse)
+    return (dq if sign == 1 else dq * sign), dk, dv
+
+
+def with_positive_scale(call: AttentionCall) -> tuple[AttentionCall, float]:
     """``scale * q`` as ``|scale| * (sign * q)``: the kernels take the row maximum before they scale.
 
     Returns:
-        q with the sign, the sign (0 for a scale of 0, whose q becomes 0), and the scale to use.
+        The call with the sign in q, and the sign; it is 0 for a scale of 0, whose q becomes 0.
     """
-    if softmax_scale > 0:
-        return q, 1.0, softmax_scale
-    sign = math.copysign(1.0, softmax_scale) if softmax_scale else 0.0
-    return q * sign, sign, abs(softmax_scale) or 1.0
+    scale = call.softmax_scale
+    if scale > 0:
+        return call, 1.0
+    sign = math.copysign(1.0, scale) if scale else 0.0
+    return replace(call, q=call.q * sign, softmax_scale=abs(scale) or 1.0), sign
 
 
-def check_grid(mask: LongformerMask, heads: int) -> None:
+def check_grid(call: AttentionCall) -> None:
     """Refuses what no grid holds.
 
     Raises:
-        ValueError: too many sequences or heads.
+        ValueError: for too many sequences or heads.
     """
     for count, what, remedy in (
-        (mask.batch, "mask has {} sequences", "split the batch"),
-        (heads, "q has {} heads", "split the heads"),
+        (call.mask.batch, "mask has {} sequences", "split the batch"),
+        (call.heads, "q has {} heads", "split the heads"),
     ):
         if count > _MAX_GRID:
             raise ValueError(f"{what.format(count)}, a launch serves at most {_MAX_GRID:,}; {remedy}.")

@@ -16,88 +16,22 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from led_kernels.backends._results import new_gradients, new_results
+from led_kernels.call import AttentionCall, lse_dtype
 from led_kernels.mask import LOCAL, PADDING, LongformerMask
-from led_kernels.philox import BANDED_STREAM, GLOBAL_STREAM, keep_mask
+from led_kernels.philox import keep_mask
 
 _SCORES_PER_BLOCK = 2**21
 _PHILOX_COST = 16  # bytes that drawing the dropout of one score holds, in those of the score
 _BLOCK_SIZES = (256, 128, 64, 32, 16)
 
 
-def banded_forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    mask: LongformerMask,
-    window_left: int,
-    window_right: int,
-    softmax_scale: float,
-    dropout_p: float,
-    seed: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    """Banded attention -> out like q, lse ``[batch, heads, seqlen]`` (packed ``[heads, total_rows]``)."""
-    return _forward(q, k, v, mask, (window_left, window_right), softmax_scale, dropout_p, seed)
-
-
-def banded_backward(
-    d_out: Tensor,
-    d_lse: Tensor | None,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    mask: LongformerMask,
-    window_left: int,
-    window_right: int,
-    softmax_scale: float,
-    dropout_p: float,
-    seed: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of :func:`banded_forward` -> dq, dk, dv, zeros on padding rows."""
-    window = (window_left, window_right)
-    return _backward(d_out, d_lse, q, k, v, out, lse, mask, window, softmax_scale, dropout_p, seed)
-
-
-def global_forward(
-    q_global: Tensor,
-    k_global: Tensor,
-    v_global: Tensor,
-    mask: LongformerMask,
-    softmax_scale: float,
-    dropout_p: float,
-    seed: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    """Global attention -> out like q_global, lse ``[batch, heads, max_globals]``."""
-    return _forward(q_global, k_global, v_global, mask, None, softmax_scale, dropout_p, seed)
-
-
-def global_backward(
-    d_out: Tensor,
-    d_lse: Tensor | None,
-    q_global: Tensor,
-    k_global: Tensor,
-    v_global: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    mask: LongformerMask,
-    softmax_scale: float,
-    dropout_p: float,
-    seed: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of :func:`global_forward` -> dq, dk, dv, zeros in unused slots and on padding rows."""
-    return _backward(
-        d_out, d_lse, q_global, k_global, v_global, out, lse, mask, None, softmax_scale, dropout_p, seed
-    )
-
-
-def _forward(q: Tensor, k: Tensor, v: Tensor, mask: LongformerMask, *settings) -> tuple[Tensor, Tensor]:
-    *lead, rows, heads, _ = q.shape
-    out = torch.zeros(q.shape, dtype=q.dtype, device=q.device)
-    lse = torch.full((*lead, heads, rows), float("inf"), dtype=_accumulation_dtype(q), device=q.device)
-    for part in _parts(mask):
+def forward(call: AttentionCall) -> tuple[Tensor, Tensor]:
+    """Attention by blocks of queries -> out, lse."""
+    out, lse = new_results(call, has_gaps=True)
+    for part in _parts(call.mask):
         part_out, part_lse = part.rows(out), part.lse(lse)
-        problem = _Problem(part, q, k, v, *settings)
+        problem = _Problem(part, call)
         for block in problem.blocks():
             scores = block.scores()
             peak = scores.amax(-1, keepdim=True)  # [batch, heads, rows, 1]
@@ -111,11 +45,16 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, mask: LongformerMask, *settings) -
     return out, lse
 
 
-def _backward(d_out, d_lse, q, k, v, out, lse, mask: LongformerMask, *settings) -> tuple[Tensor, ...]:
-    """From p = exp(s - lse): dv = pᵀ d_out, ds = p (d_out vᵀ - delta), dq = ds k, dk = dsᵀ q."""
-    targets = [torch.zeros(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v)]
-    for part in _parts(mask):
-        problem = _Problem(part, q, k, v, *settings)
+def backward(
+    call: AttentionCall, out: Tensor, lse: Tensor, d_out: Tensor, d_lse: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of :func:`forward` -> dq, dk, dv.
+
+    From p = exp(s - lse): dv = pᵀ d_out, ds = p (d_out vᵀ - delta), dq = ds k, dk = dsᵀ q.
+    """
+    results = new_gradients(call, has_gaps=True)
+    for part in _parts(call.mask):
+        problem = _Problem(part, call)
         part_d_out, part_out = (_heads_first(part.rows(x), problem.is_query) for x in (d_out, out))
         part_lse = part.lse(lse)[..., None]
         delta = (part_d_out * part_out).sum(-1, keepdim=True)  # [batch, heads, queries, 1]
@@ -137,9 +76,9 @@ def _backward(d_out, d_lse, q, k, v, out, lse, mask: LongformerMask, *settings) 
                 grad[:, :, block.band] += update[:, :, :in_band]
                 grad_columns += update[:, :, in_band:]
         dk, dv = problem.add_columns(dk, dk_columns), problem.add_columns(dv, dv_columns)
-        for target, grad in zip(targets, (dq.mul_(problem.softmax_scale), dk, dv), strict=True):
-            part.rows(target).copy_(grad.transpose(1, 2))
-    return tuple(targets)
+        for result, grad in zip(results, (dq.mul_(call.softmax_scale), dk, dv), strict=True):
+            part.rows(result).copy_(grad.transpose(1, 2))
+    return results
 
 
 @dataclass(frozen=True)
@@ -199,34 +138,25 @@ class _Problem:
     ``window`` is None for global attention: there the queries are the global tokens, and see every key.
     """
 
-    def __init__(
-        self,
-        part: _Part,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        window: tuple[int, int] | None,
-        softmax_scale: float,
-        dropout_p: float,
-        seed: Tensor | None,
-    ) -> None:
+    def __init__(self, part: _Part, call: AttentionCall) -> None:
         self.is_key = part.token_kind != PADDING  # [batch, seqlen]
         seqlen, max_globals = self.is_key.shape[1], part.global_index.shape[1]
-        if window is None:
-            slot = torch.arange(max_globals, device=q.device)
+        device = call.q.device
+        if call.window is None:
+            slot = torch.arange(max_globals, device=device)
             self.is_query = slot < part.num_globals[:, None]  # [batch, queries], the rows that have a result
             self.left = self.right = seqlen + max_globals
             self.columns = part.global_index[:, :0].long()  # [batch, columns], -1 for none
-            self.query_position, self.stream = part.global_index, GLOBAL_STREAM
+            self.query_position = part.global_index
         else:
             self.is_query = part.token_kind == LOCAL
-            self.left, self.right = window
+            self.left, self.right = call.window
             self.columns = part.global_index.long()
-            self.query_position, self.stream = torch.arange(seqlen, device=q.device)[None], BANDED_STREAM
+            self.query_position = torch.arange(seqlen, device=device)[None]
         # [batch, heads, rows, head_dim], in the accumulation dtype, zeros in padding
-        self.q = _heads_first(part.rows(q), self.is_query).mul_(softmax_scale)
-        self.k, self.v = (_heads_first(part.rows(x), self.is_key) for x in (k, v))
-        self.softmax_scale, self.dropout_p, self.seed = softmax_scale, dropout_p, seed
+        self.q = _heads_first(part.rows(call.q), self.is_query).mul_(call.softmax_scale)
+        self.k, self.v = (_heads_first(part.rows(x), self.is_key) for x in (call.k, call.v))
+        self.call = call
         self.first_batch = part.batch.start
 
     def blocks(self) -> Iterator[_Block]:
@@ -248,7 +178,7 @@ class _Problem:
                 key = torch.cat([key, column], -1)
                 k, v = torch.cat([k, k_columns], 2), torch.cat([v, v_columns], 2)
             keep = self._keep(rows, key)
-            yield _Block(rows, band, self.q[:, :, rows], k, v, ~allowed[:, None], keep, self.dropout_p)
+            yield _Block(rows, band, self.q[:, :, rows], k, v, ~allowed[:, None], keep, self.call.dropout_p)
 
     def gather_columns(self, x: Tensor) -> Tensor:
         """-> [batch, heads, max_globals, head_dim]; an unused column holds some row"""
@@ -267,17 +197,18 @@ class _Problem:
 
     def _keep(self, rows: slice, key: Tensor) -> Tensor | None:
         """-> bool [batch, heads, rows, keys]"""
-        if self.seed is None:
+        if self.call.seed is None:
             return None
         batch, heads, _, _ = self.q.shape
         first = self.first_batch * heads
         batch_head = torch.arange(first, first + batch * heads, device=key.device).view(batch, heads, 1, 1)
         query = self.query_position[:, None, rows, None]
-        return keep_mask(self.seed, query, key[:, None], batch_head, self.stream, self.dropout_p)
+        call = self.call
+        return keep_mask(call.seed, query, key[:, None], batch_head, call.philox_stream, call.dropout_p)
 
     def _block_size(self) -> int:
         batch, heads, _, _ = self.q.shape
-        budget = _SCORES_PER_BLOCK // (1 if self.seed is None else _PHILOX_COST)
+        budget = _SCORES_PER_BLOCK // (1 if self.call.seed is None else _PHILOX_COST)
         for size in _BLOCK_SIZES:
             keys = min(self.k.shape[2], self.left + size + self.right) + self.columns.shape[1]
             if batch * heads * size * keys <= budget:
@@ -287,13 +218,9 @@ class _Problem:
 
 def _heads_first(x: Tensor, exists: Tensor) -> Tensor:
     """[batch, rows, heads, head_dim] -> new [batch, heads, rows, head_dim], zeros where no row exists"""
-    x = x.transpose(1, 2).to(_accumulation_dtype(x), memory_format=torch.contiguous_format, copy=True)
+    x = x.transpose(1, 2).to(lse_dtype(x.dtype), memory_format=torch.contiguous_format, copy=True)
     return x.masked_fill_(~exists[:, None, :, None], 0)
 
 
 def _rows_index(rows: Tensor, x: Tensor) -> Tensor:
     return rows[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[3])
-
-
-def _accumulation_dtype(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32

@@ -9,6 +9,8 @@ from __future__ import annotations
 import functools
 import os
 from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,15 +18,13 @@ from torch import Tensor
 from led_kernels.backends._extension import (
     _C,
     attention_params,
-    banded_lse_shape,
     copied,
     element_type,
-    global_lse_shape,
     memory,
     run_backward,
     run_forward,
 )
-from led_kernels.mask import LongformerMask
+from led_kernels.call import AttentionCall
 
 
 def _copies_misaligned(function: Callable) -> Callable:
@@ -35,88 +35,33 @@ def _copies_misaligned(function: Callable) -> Callable:
         try:
             return function(*args)
         except _C.Misaligned:
-            return function(*(copied("a misaligned tensor", x) if _is_misaligned(x) else x for x in args))
+            return function(*map(_aligned, args))
 
     return run
 
 
-def _is_misaligned(x: object) -> bool:
-    return isinstance(x, Tensor) and x.data_ptr() % x.itemsize != 0
+def _aligned(x: Any) -> Any:
+    if isinstance(x, AttentionCall):
+        return replace(x, q=_aligned(x.q), k=_aligned(x.k), v=_aligned(x.v))
+    if isinstance(x, Tensor) and x.data_ptr() % x.itemsize != 0:
+        return copied("a misaligned tensor", x)
+    return x
 
 
 @_copies_misaligned
-def banded_forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    mask: LongformerMask,
-    window_left: int,
-    window_right: int,
-    softmax_scale: float,
-    dropout_p: float,
-    seed: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    """Banded attention -> out like q, lse ``[batch, heads, seqlen]`` (packed ``[heads, total_rows]``)."""
-    params = _params(q, k, v, mask, softmax_scale, dropout_p, seed)
-    params.window_left, params.window_right = window_left, window_right
-    return run_forward(_kernel(_C.cpu_banded_forward), params, q, banded_lse_shape(q))
+def forward(call: AttentionCall) -> tuple[Tensor, Tensor]:
+    """Attention by the compiled kernels -> out, lse."""
+    kernel = _C.cpu_global_forward if call.is_global else _C.cpu_banded_forward
+    return run_forward(_on_this_processor(kernel), _params(call), call)
 
 
 @_copies_misaligned
-def global_forward(
-    q_global: Tensor,
-    k_global: Tensor,
-    v_global: Tensor,
-    mask: LongformerMask,
-    softmax_scale: float,
-    dropout_p: float,
-    seed: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    """Global attention -> out ``[batch, max_globals, heads, head_dim]``, lse ``[batch, heads, max_globals]``."""
-    params = _params(q_global, k_global, v_global, mask, softmax_scale, dropout_p, seed)
-    return run_forward(_kernel(_C.cpu_global_forward), params, q_global, global_lse_shape(q_global))
-
-
-@_copies_misaligned
-def banded_backward(
-    d_out: Tensor,
-    d_lse: Tensor | None,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    mask: LongformerMask,
-    window_left: int,
-    window_right: int,
-    softmax_scale: float,
-    dropout_p: float,
-    seed: Tensor | None,
+def backward(
+    call: AttentionCall, out: Tensor, lse: Tensor, d_out: Tensor, d_lse: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of :func:`banded_forward`."""
-    params = _params(q, k, v, mask, softmax_scale, dropout_p, seed)
-    params.window_left, params.window_right = window_left, window_right
-    return run_backward(_kernel(_C.cpu_banded_backward), params, d_out, d_lse, q, k, v, out, lse)
-
-
-@_copies_misaligned
-def global_backward(
-    d_out: Tensor,
-    d_lse: Tensor | None,
-    q_global: Tensor,
-    k_global: Tensor,
-    v_global: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    mask: LongformerMask,
-    softmax_scale: float,
-    dropout_p: float,
-    seed: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of :func:`global_forward`."""
-    params = _params(q_global, k_global, v_global, mask, softmax_scale, dropout_p, seed)
-    kernel = _kernel(_C.cpu_global_backward)
-    return run_backward(kernel, params, d_out, d_lse, q_global, k_global, v_global, out, lse)
+    """Gradients of :func:`forward` -> dq, dk, dv."""
+    kernel = _C.cpu_global_backward if call.is_global else _C.cpu_banded_backward
+    return run_backward(_on_this_processor(kernel), _params(call), call, out, lse, d_out, d_lse)
 
 
 Recording = _C.Recording
@@ -278,20 +223,12 @@ def instruction_set() -> str:
     return named
 
 
-def _kernel(function: Callable) -> Callable[[_C.AttentionParams], None]:
-    return lambda params: function(params, instruction_set())
+def _on_this_processor(kernel: Callable) -> Callable[[_C.AttentionParams], None]:
+    return lambda params: kernel(params, instruction_set())
 
 
-def _params(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    mask: LongformerMask,
-    softmax_scale: float,
-    dropout_p: float,
-    seed: Tensor | None,
-) -> _C.AttentionParams:
-    params = attention_params(q, k, v, mask, softmax_scale, dropout_p)
-    params.dropout_seed = 0 if seed is None else int(seed)
+def _params(call: AttentionCall) -> _C.AttentionParams:
+    params = attention_params(call)
+    params.dropout_seed = 0 if call.seed is None else int(call.seed)
     params.num_threads = torch.get_num_threads()
     return params

@@ -11,19 +11,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from led_kernels.backends._extension import (
-    _C,
-    attention_params,
-    banded_lse_shape,
-    build_error,
-    global_lse_shape,
-    memory,
-    run_backward,
-    run_forward,
-)
-from led_kernels.backends._gpu import check_grid, positive_scale
+from led_kernels.backends import _extension, _gpu
+from led_kernels.backends._extension import _C, attention_params, build_error, memory
+from led_kernels.call import AttentionCall
 from led_kernels.extras import REINSTALL
-from led_kernels.mask import LongformerMask
 
 if not hasattr(_C, "cuda_banded_forward"):
     raise ImportError(
@@ -33,85 +24,25 @@ if not hasattr(_C, "cuda_banded_forward"):
     )
 
 
-def banded_forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    mask: LongformerMask,
-    window_left: int,
-    window_right: int,
-    softmax_scale: float,
-    dropout_p: float,
-    seed: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    """Banded attention -> out like q, lse ``[batch, heads, seqlen]`` (packed ``[heads, total_rows]``)."""
-    q, _, scale = positive_scale(q, softmax_scale)
-    params = _params(q, k, v, mask, scale, dropout_p, seed)
-    params.window_left, params.window_right = window_left, window_right
-    return run_forward(_kernel("banded_forward", q.device), params, q, banded_lse_shape(q), mask.is_packed)
+def forward(call: AttentionCall) -> tuple[Tensor, Tensor]:
+    """Attention by the compiled kernels -> out, lse."""
+
+    def launch(call: AttentionCall) -> tuple[Tensor, Tensor]:
+        return _extension.run_forward(_kernel("forward", call), _params(call), call, call.mask.is_packed)
+
+    return _gpu.run_forward(launch, call)
 
 
-def global_forward(
-    q_global: Tensor,
-    k_global: Tensor,
-    v_global: Tensor,
-    mask: LongformerMask,
-    softmax_scale: float,
-    dropout_p: float,
-    seed: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    """Global attention -> out ``[batch, max_globals, heads, head_dim]``, lse ``[batch, heads, max_globals]``."""
-    q_global, _, scale = positive_scale(q_global, softmax_scale)
-    params = _params(q_global, k_global, v_global, mask, scale, dropout_p, seed)
-    kernel = _kernel("global_forward", q_global.device)
-    return run_forward(kernel, params, q_global, global_lse_shape(q_global), mask.is_packed)
-
-
-def banded_backward(
-    d_out: Tensor,
-    d_lse: Tensor | None,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    mask: LongformerMask,
-    window_left: int,
-    window_right: int,
-    softmax_scale: float,
-    dropout_p: float,
-    seed: Tensor | None,
+def backward(
+    call: AttentionCall, out: Tensor, lse: Tensor, d_out: Tensor, d_lse: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of :func:`banded_forward` -> dq, dk, dv, zeros on padding rows."""
-    q, sign, scale = positive_scale(q, softmax_scale)
-    params = _params(q, k, v, mask, scale, dropout_p, seed)
-    params.window_left, params.window_right = window_left, window_right
-    kernel = _kernel("banded_backward", q.device)
-    dq, dk, dv = run_backward(kernel, params, d_out, d_lse, q, k, v, out, lse, mask.is_packed)
-    return (dq if sign == 1 else dq * sign), dk, dv
+    """Gradients of :func:`forward` -> dq, dk, dv."""
 
+    def launch(call: AttentionCall, *others: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        kernel = _kernel("backward", call)
+        return _extension.run_backward(kernel, _params(call), call, *others, call.mask.is_packed)
 
-def global_backward(
-    d_out: Tensor,
-    d_lse: Tensor | None,
-    q_global: Tensor,
-    k_global: Tensor,
-    v_global: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    mask: LongformerMask,
-    softmax_scale: float,
-    dropout_p: float,
-    seed: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of :func:`global_forward` -> d(q_global), d(k_global), d(v_global), zeros on padding rows."""
-    q_global, sign, scale = positive_scale(q_global, softmax_scale)
-    params = _params(q_global, k_global, v_global, mask, scale, dropout_p, seed)
-    kernel = _kernel("global_backward", q_global.device)
-    dq, dk, dv = run_backward(
-        kernel, params, d_out, d_lse, q_global, k_global, v_global, out, lse, mask.is_packed
-    )
-    return (dq if sign == 1 else dq * sign), dk, dv
+    return _gpu.run_backward(launch, call, out, lse, d_out, d_lse)
 
 
 def architectures() -> tuple[list[int], int]:
@@ -131,33 +62,24 @@ def device_type() -> str:
     return _C.cuda_device_type()
 
 
-def _kernel(op: str, device: torch.device) -> Callable[[_C.AttentionParams], None]:
-    launch, workspace_floats = getattr(_C, f"cuda_{op}"), getattr(_C, f"cuda_{op}_workspace")
+def _kernel(direction: str, call: AttentionCall) -> Callable[[_C.AttentionParams], None]:
+    name = f"cuda_{'global' if call.is_global else 'banded'}_{direction}"
+    launch, workspace_floats = getattr(_C, name), getattr(_C, f"{name}_workspace")
 
     def run(params: _C.AttentionParams) -> None:
         # freed at once: torch gives the memory only to what comes later on the same stream
-        workspace = torch.empty(workspace_floats(params), dtype=torch.float32, device=device)
+        workspace = torch.empty(workspace_floats(params), dtype=torch.float32, device=call.q.device)
         params.set_workspace(memory(workspace))
-        with torch.cuda.device_of(workspace):
-            launch(params)
+        launch(params)
 
     return run
 
 
-def _params(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    mask: LongformerMask,
-    softmax_scale: float,
-    dropout_p: float,
-    seed: Tensor | None,
-) -> _C.AttentionParams:
-    check_grid(mask, heads=q.shape[-2])
-    params = attention_params(q, k, v, mask, softmax_scale, dropout_p)
-    if q.device.type == "cuda":
-        params.device = q.device.index
-        params.stream = torch.cuda.current_stream(q.device).cuda_stream
-    if seed is not None:
-        params.set_device_seed(memory(seed))
+def _params(call: AttentionCall) -> _C.AttentionParams:
+    params, device = attention_params(call), call.q.device
+    if device.type == "cuda":
+        params.device = device.index
+        params.stream = torch.cuda.current_stream(device).cuda_stream
+    if call.seed is not None:
+        params.set_device_seed(memory(call.seed))
     return params

@@ -5,137 +5,88 @@ Source: Beltagy et al., "Longformer: The Long-Document Transformer", 2020, and t
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
+from led_kernels.call import AttentionCall
 from led_kernels.mask import LOCAL, PADDING, LongformerMask
-from led_kernels.philox import BANDED_STREAM, GLOBAL_STREAM, keep_mask
+from led_kernels.philox import keep_mask
 
 
-def banded_forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    mask: LongformerMask,
-    window_left: int,
-    window_right: int,
-    softmax_scale: float,
-    dropout_p: float,
-    seed: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    """Banded attention -> out like q, lse ``[batch, heads, seqlen]`` (packed ``[heads, total_rows]``)."""
-    q_, k_, v_ = (_to_padded(x, mask) for x in (q, k, v))  # [batch, seqlen, heads, head_dim]
+def forward(call: AttentionCall) -> tuple[Tensor, Tensor]:
+    """Attention -> out, lse."""
+    return _global_forward(call) if call.is_global else _banded_forward(call)
+
+
+def backward(
+    call: AttentionCall, out: Tensor, lse: Tensor, d_out: Tensor, d_lse: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of :func:`forward` by autograd, from the inputs alone -> dq, dk, dv."""
+    outputs, vjp = torch.func.vjp(
+        lambda q, k, v: forward(replace(call, q=q, k=k, v=v)), call.q, call.k, call.v
+    )
+    return vjp((d_out, torch.zeros_like(outputs[1]) if d_lse is None else d_lse))
+
+
+def _banded_forward(call: AttentionCall) -> tuple[Tensor, Tensor]:
+    """The rows of local tokens, over the keys of their window and of global tokens."""
+    mask = call.mask
+    q, k, v = (_to_padded(x, mask) for x in (call.q, call.k, call.v))  # [batch, seqlen, heads, head_dim]
     kind = _kinds(mask)  # [batch, seqlen]
-    seqlen = q_.shape[1]
+    seqlen = q.shape[1]
     query, key = torch.arange(seqlen, device=q.device)[:, None], torch.arange(seqlen, device=q.device)
-    in_band = (key >= query - window_left) & (key <= query + window_right)  # [seqlen, seqlen]
+    left, right = call.window
+    in_band = (key >= query - left) & (key <= query + right)  # [seqlen, seqlen]
     is_global = torch.zeros_like(kind, dtype=torch.bool)
     for b in range(mask.batch):
         is_global[b, mask.global_index[b, : int(mask.num_globals[b])].long()] = True
     allowed = (kind != PADDING)[:, None, :] & (in_band | is_global[:, None, :])  # [batch, query, key]
-    is_row = kind == LOCAL
-    keep = _keep(query, key, q_, BANDED_STREAM, dropout_p, seed)
-    out, lse = _attend(q_, k_, v_, allowed, is_row, softmax_scale, dropout_p, keep)
-    return _from_padded(out, mask, q), _lse_from_padded(lse, mask, q)
+    out, lse = _attend(call, q, k, v, allowed, kind == LOCAL, query, key)
+    return _from_padded(out, mask, call.q), _lse_from_padded(lse, mask, call.q)
 
 
-def global_forward(
-    q_global: Tensor,
-    k_global: Tensor,
-    v_global: Tensor,
-    mask: LongformerMask,
-    softmax_scale: float,
-    dropout_p: float,
-    seed: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    """Global attention -> out ``[batch, max_globals, heads, head_dim]``, lse ``[batch, heads, max_globals]``."""
-    k_, v_ = _to_padded(k_global, mask), _to_padded(v_global, mask)
-    slot = torch.arange(mask.max_globals, device=q_global.device)
+def _global_forward(call: AttentionCall) -> tuple[Tensor, Tensor]:
+    """The rows of global tokens, ``[batch, max_globals, ...]``, over every key."""
+    mask = call.mask
+    k, v = _to_padded(call.k, mask), _to_padded(call.v, mask)
+    slot = torch.arange(mask.max_globals, device=k.device)
     is_row = slot < mask.num_globals[:, None]  # [batch, max_globals]
-    q_ = q_global.masked_fill(~is_row[:, :, None, None], 0)
+    q = call.q.masked_fill(~is_row[:, :, None, None], 0)
     allowed = (_kinds(mask) != PADDING)[:, None, :].expand(-1, mask.max_globals, -1)
     query = mask.global_index.clamp(min=0)[:, None, :, None]  # [batch, 1, max_globals, 1]
-    keep = _keep(query, torch.arange(k_.shape[1], device=k_.device), q_, GLOBAL_STREAM, dropout_p, seed)
-    return _attend(q_, k_, v_, allowed, is_row, softmax_scale, dropout_p, keep)
-
-
-def banded_backward(
-    d_out: Tensor,
-    d_lse: Tensor | None,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    mask: LongformerMask,
-    window_left: int,
-    window_right: int,
-    softmax_scale: float,
-    dropout_p: float,
-    seed: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of :func:`banded_forward` by autograd, from the inputs alone."""
-    args = (mask, window_left, window_right, softmax_scale, dropout_p, seed)
-    return _differentiate(banded_forward, (q, k, v), args, d_out, d_lse)
-
-
-def global_backward(
-    d_out: Tensor,
-    d_lse: Tensor | None,
-    q_global: Tensor,
-    k_global: Tensor,
-    v_global: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    mask: LongformerMask,
-    softmax_scale: float,
-    dropout_p: float,
-    seed: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of :func:`global_forward` by autograd, from the inputs alone."""
-    args = (mask, softmax_scale, dropout_p, seed)
-    return _differentiate(global_forward, (q_global, k_global, v_global), args, d_out, d_lse)
+    return _attend(call, q, k, v, allowed, is_row, query, torch.arange(k.shape[1], device=k.device))
 
 
 def _attend(
+    call: AttentionCall,
     q: Tensor,
     k: Tensor,
     v: Tensor,
     allowed: Tensor,
     is_row: Tensor,
-    softmax_scale: float,
-    dropout_p: float,
-    keep: Tensor | None,
+    query: Tensor,
+    key: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """softmax(scale · q kᵀ where allowed) v -> out [batch, rows, heads, head_dim], lse [batch, heads, rows]."""
-    scores = torch.einsum("bihd,bjhd->bhij", q * softmax_scale, k)
+    """softmax(scale · q kᵀ where allowed) v -> out [batch, rows, heads, head_dim], lse [batch, heads, rows].
+
+    ``allowed`` is [batch, rows, keys]; ``is_row``, [batch, rows], says which rows have a result; ``query`` and ``key``
+    are the positions that dropout draws for.
+    """
+    scores = torch.einsum("bihd,bjhd->bhij", q * call.softmax_scale, k)
     # a row without keys would be 0/0: give it finite scores here and select it away below
     dense = allowed | ~is_row[:, :, None]
     scores = scores.masked_fill(~dense[:, None], float("-inf"))
     p = torch.softmax(scores, dim=-1)
     lse = torch.logsumexp(scores if scores.dtype == torch.float64 else scores.float(), dim=-1)
-    if keep is not None:
-        p = torch.where(keep, p / (1 - dropout_p) if dropout_p < 1 else p, 0)
+    if call.dropout_p > 0:
+        batch, _, heads, _ = q.shape
+        batch_head = torch.arange(batch * heads, device=q.device).view(batch, heads, 1, 1)
+        keep = keep_mask(call.seed, query, key, batch_head, call.philox_stream, call.dropout_p)
+        p = torch.where(keep, p / (1 - call.dropout_p) if call.dropout_p < 1 else p, 0)
     out = torch.einsum("bhij,bjhd->bihd", p, v)
     return out.masked_fill(~is_row[:, :, None, None], 0), lse.masked_fill(~is_row[:, None, :], float("inf"))
-
-
-def _keep(
-    query: Tensor, key: Tensor, q: Tensor, stream: int, dropout_p: float, seed: Tensor | None
-) -> Tensor | None:
-    """-> bool [batch, heads, rows, keys]"""
-    if dropout_p == 0:
-        return None
-    batch, _, heads, _ = q.shape
-    batch_head = torch.arange(batch * heads, device=q.device).view(batch, heads, 1, 1)
-    return keep_mask(seed, query, key, batch_head, stream, dropout_p)
-
-
-def _differentiate(
-    forward, inputs, args, d_out: Tensor, d_lse: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor]:
-    outputs, vjp = torch.func.vjp(lambda *x: forward(*x, *args), *inputs)
-    return vjp((d_out, torch.zeros_like(outputs[1]) if d_lse is None else d_lse))
 
 
 def _rows(mask: LongformerMask) -> tuple[Tensor, Tensor]:

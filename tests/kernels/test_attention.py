@@ -17,8 +17,9 @@ from led_kernels import (
     global_attention,
     longformer_attention,
 )
-from led_kernels.api import gather_global_rows
 from led_kernels.backends import blockwise
+from led_kernels.call import AttentionCall
+from led_kernels.global_rows import gather_global_rows
 from led_kernels.testing import (
     AttentionCase,
     assert_matches_reference,
@@ -538,11 +539,11 @@ def test_torch_backend_keeps_to_the_device_of_its_inputs(dropout_p):
     q, k, v = (x.to("meta") for x in BASE.inputs(BASE.mask()))
     seed = torch.zeros(1, dtype=torch.int64, device="meta") if dropout_p else None
     q_global = torch.empty(2, mask.max_globals, *q.shape[2:], device="meta")
-    for inputs, name, window in (((q, k, v), "banded", (3, 4)), ((q_global, k, v), "global", ())):
-        settings = (mask, *window, 0.25, dropout_p, seed)
-        out, lse = getattr(blockwise, f"{name}_forward")(*inputs, *settings)
-        grads = getattr(blockwise, f"{name}_backward")(out, lse, *inputs, out, lse, *settings)
-        assert [grad.shape for grad in grads] == [x.shape for x in inputs]
+    for rows, window in ((q, (3, 4)), (q_global, None)):
+        call = AttentionCall(rows, k, v, mask, window, 0.25, dropout_p, seed)
+        out, lse = blockwise.forward(call)
+        grads = blockwise.backward(call, out, lse, out, lse)
+        assert [grad.shape for grad in grads] == [rows.shape, k.shape, v.shape]
         assert {x.device.type for x in (out, lse, *grads)} == {"meta"}
 
 

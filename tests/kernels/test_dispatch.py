@@ -14,7 +14,9 @@ import torch
 
 import led_kernels
 from led_kernels import BackendUnavailable, LongformerMask, backends, banded_attention, dispatch
+from led_kernels.backends import _availability
 from led_kernels.backends._gpu import check_grid
+from led_kernels.call import AttentionCall
 from tests.backends import has_extension, needs_extension, reason_against
 
 ROOT = Path(__file__).parents[2]
@@ -64,7 +66,7 @@ def extension(monkeypatch) -> Callable[..., None]:
         for name in ("_extension", "cuda"):  # imported anew, and after the test the old ones again
             monkeypatch.setattr(backends, name, None, raising=False)
             monkeypatch.delitem(sys.modules, f"led_kernels.backends.{name}", raising=False)
-        monkeypatch.setattr(dispatch, "_import_refusal", dispatch._import_refusal.__wrapped__)
+        monkeypatch.setattr(_availability, "import_refusal", _availability.import_refusal.__wrapped__)
 
     yield replace
     for name in ("_extension", "cuda"):
@@ -92,9 +94,9 @@ class TestCanRun:
 
     @needs_extension
     def test_cpu_takes_tensors_on_the_cpu(self):
-        assert dispatch.can_run_cpu(CPU, torch.float64)
+        assert dispatch.can_run("cpu", CPU, torch.float64)
         with pytest.raises(BackendUnavailable, match="it takes tensors on cpu, these are on cuda; move them"):
-            dispatch.can_run_cpu(CUDA, raise_error=True)
+            dispatch.can_run("cpu", CUDA, raise_error=True)
 
     @pytest.mark.parametrize("backend", ["triton", "cuda"])
     def test_gpu_backends_refuse_the_cpu(self, backend, extension):
@@ -108,27 +110,27 @@ class TestCanRun:
         pytest.importorskip("triton")
         gpu(capability)
         if capability >= (8, 0):
-            assert dispatch.can_run_triton(CUDA, torch.bfloat16, raise_error=True)
+            assert dispatch.can_run("triton", CUDA, torch.bfloat16, raise_error=True)
         else:
             with pytest.raises(
                 BackendUnavailable, match=r"no tensor cores on this GPU, .*; use backend='cuda'"
             ):
-                dispatch.can_run_triton(CUDA, raise_error=True)
+                dispatch.can_run("triton", CUDA, raise_error=True)
 
     def test_triton_refuses_old_releases(self, monkeypatch):
         triton = pytest.importorskip("triton")
         monkeypatch.setattr(triton, "__version__", "3.5.1")
-        monkeypatch.setattr(dispatch, "_triton_refusal", dispatch._triton_refusal.__wrapped__)
+        monkeypatch.setattr(_availability, "_missing_triton", _availability._missing_triton.__wrapped__)
         with pytest.raises(
             BackendUnavailable, match=r"Triton is 3\.5\.1, the kernels need 3\.6 or newer; upgrade"
         ):
-            dispatch.can_run_triton(CUDA, raise_error=True)
+            dispatch.can_run("triton", CUDA, raise_error=True)
 
     def test_triton_missing(self, monkeypatch):
         monkeypatch.setitem(sys.modules, "triton", None)
-        monkeypatch.setattr(dispatch, "_triton_refusal", dispatch._triton_refusal.__wrapped__)
+        monkeypatch.setattr(_availability, "_missing_triton", _availability._missing_triton.__wrapped__)
         with pytest.raises(BackendUnavailable, match=r"Triton cannot be imported .*'\.\[triton\]'"):
-            dispatch.can_run_triton(CUDA, raise_error=True)
+            dispatch.can_run("triton", CUDA, raise_error=True)
 
     @pytest.mark.skipif(HAS_GPU, reason="torch sees a GPU")
     @pytest.mark.parametrize("backend", ["triton", "cuda"])
@@ -164,12 +166,12 @@ class TestCanRunCuda:
             with pytest.raises(
                 BackendUnavailable, match="it computes in float16, bfloat16, float32, not float64"
             ):
-                dispatch.can_run_cuda(CUDA, dtype, raise_error=True)
+                dispatch.can_run("cuda", CUDA, dtype, raise_error=True)
         elif dtype == torch.bfloat16 and 75 in (compiled[-1], 10 * capability[0] + capability[1]):
             with pytest.raises(BackendUnavailable, match="runs the code for sm_75, bfloat16 needs sm_80"):
-                dispatch.can_run_cuda(CUDA, dtype, raise_error=True)
+                dispatch.can_run("cuda", CUDA, dtype, raise_error=True)
         else:
-            assert dispatch.can_run_cuda(CUDA, dtype, raise_error=True)
+            assert dispatch.can_run("cuda", CUDA, dtype, raise_error=True)
 
     @pytest.mark.parametrize(
         ("compiled", "ptx", "capability", "built"),
@@ -188,7 +190,7 @@ class TestCanRunCuda:
             rf"run `pip install \.` in a clone of the repository with LED_KERNELS_CUDA_ARCHS={major}\.{minor}, or"
         )
         with pytest.raises(BackendUnavailable, match=message):
-            dispatch.can_run_cuda(CUDA, raise_error=True)
+            dispatch.can_run("cuda", CUDA, raise_error=True)
 
     def test_too_old(self, extension, gpu):
         extension()
@@ -196,28 +198,28 @@ class TestCanRunCuda:
         with pytest.raises(
             BackendUnavailable, match=r"compute capability 7\.0, the kernels need 7\.5 or newer"
         ):
-            dispatch.can_run_cuda(CUDA, raise_error=True)
+            dispatch.can_run("cuda", CUDA, raise_error=True)
 
     def test_built_without(self, extension):
         extension(with_cuda=False)
         with pytest.raises(
             BackendUnavailable, match=r"built without the CUDA kernels \(.+\); install CUDA's nvcc"
         ):
-            dispatch.can_run_cuda(CUDA, raise_error=True)
+            dispatch.can_run("cuda", CUDA, raise_error=True)
 
     def test_rocm(self, extension, gpu, monkeypatch):
         extension()
         gpu((9, 4))
         monkeypatch.setattr(torch.version, "hip", "6.4")
         with pytest.raises(BackendUnavailable, match="for NVIDIA GPUs and this torch is for ROCm"):
-            dispatch.can_run_cuda(CUDA, raise_error=True)
+            dispatch.can_run("cuda", CUDA, raise_error=True)
 
     def test_compiled_for_the_cpu(self, extension, monkeypatch):
         monkeypatch.delenv("LED_KERNELS_BACKEND", raising=False)
         extension((), 0, device_type="cpu")
-        assert dispatch.can_run_cuda(CPU, torch.bfloat16, raise_error=True)
+        assert dispatch.can_run("cuda", CPU, torch.bfloat16, raise_error=True)
         with pytest.raises(BackendUnavailable, match="it takes tensors on cpu, these are on cuda"):
-            dispatch.can_run_cuda(CUDA, raise_error=True)
+            dispatch.can_run("cuda", CUDA, raise_error=True)
         assert dispatch.choose_backend(CPU, torch.bfloat16) != "cuda"
 
     @pytest.mark.parametrize("capability", [(7, 5), (8, 0)])
@@ -231,15 +233,19 @@ class TestCanRunCuda:
 
 
 def test_grid():
-    check_grid(LongformerMask.from_lengths([1] * 65535, 1), heads=65535)
+    def call_of(batch: int, heads: int) -> AttentionCall:
+        q = torch.empty(1, 1, 1, 1).expand(batch, 1, heads, 1)
+        return AttentionCall(q, q, q, LongformerMask.from_lengths([1] * batch, 1), (0, 0), 1.0)
+
+    check_grid(call_of(batch=65535, heads=65535))
     with pytest.raises(
         ValueError, match="mask has 65536 sequences, a launch serves at most 65,535; split the batch"
     ):
-        check_grid(LongformerMask.from_lengths([1] * 65536, 1), heads=1)
+        check_grid(call_of(batch=65536, heads=1))
     with pytest.raises(
         ValueError, match="q has 65536 heads, a launch serves at most 65,535; split the heads"
     ):
-        check_grid(LongformerMask.from_lengths([1], 1), heads=65536)
+        check_grid(call_of(batch=1, heads=65536))
 
 
 class TestChoice:

@@ -21,7 +21,7 @@ from led_kernels import (
     longformer_attention,
     ops,
 )
-from led_kernels.api import gather_global_rows
+from led_kernels.global_rows import gather_global_rows
 from led_kernels.testing import AttentionCase, attention_function
 
 OPS = ("banded", "global", "longformer")

@@ -9,12 +9,11 @@ Source of the algorithm: Dao, "FlashAttention-2", 2023; of the pattern: Beltagy 
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
-from led_kernels.backends._gpu import positive_scale
+from led_kernels.backends import _gpu
+from led_kernels.call import AttentionCall
 from led_kernels.extras import install_extra
-from led_kernels.mask import LongformerMask
 
 try:
     from led_kernels.backends.triton.banded_backward import launch_banded_backward
@@ -28,79 +27,14 @@ except ImportError as error:
     ) from error
 
 
-def banded_forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    mask: LongformerMask,
-    window_left: int,
-    window_right: int,
-    softmax_scale: float,
-    dropout_p: float,
-    seed: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    """Banded attention -> out like q, lse ``[batch, heads, seqlen]`` (packed ``[heads, total_rows]``)."""
-    q, _, scale = positive_scale(q, softmax_scale)
-    with torch.cuda.device_of(q):
-        return launch_banded_forward(q, k, v, mask, window_left, window_right, scale, dropout_p, seed)
+def forward(call: AttentionCall) -> tuple[Tensor, Tensor]:
+    """Attention by the Triton kernels -> out, lse."""
+    return _gpu.run_forward(launch_global_forward if call.is_global else launch_banded_forward, call)
 
 
-def global_forward(
-    q_global: Tensor,
-    k_global: Tensor,
-    v_global: Tensor,
-    mask: LongformerMask,
-    softmax_scale: float,
-    dropout_p: float,
-    seed: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    """Global attention -> out ``[batch, max_globals, heads, head_dim]``, lse ``[batch, heads, max_globals]``."""
-    q_global, _, scale = positive_scale(q_global, softmax_scale)
-    with torch.cuda.device_of(q_global):
-        return launch_global_forward(q_global, k_global, v_global, mask, scale, dropout_p, seed)
-
-
-def banded_backward(
-    d_out: Tensor,
-    d_lse: Tensor | None,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    mask: LongformerMask,
-    window_left: int,
-    window_right: int,
-    softmax_scale: float,
-    dropout_p: float,
-    seed: Tensor | None,
+def backward(
+    call: AttentionCall, out: Tensor, lse: Tensor, d_out: Tensor, d_lse: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of :func:`banded_forward` -> dq, dk, dv, zeros on padding rows."""
-    q, sign, scale = positive_scale(q, softmax_scale)
-    with torch.cuda.device_of(q):
-        dq, dk, dv = launch_banded_backward(
-            d_out, d_lse, q, k, v, out, lse, mask, window_left, window_right, scale, dropout_p, seed
-        )
-    return (dq if sign == 1 else dq * sign), dk, dv
-
-
-def global_backward(
-    d_out: Tensor,
-    d_lse: Tensor | None,
-    q_global: Tensor,
-    k_global: Tensor,
-    v_global: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    mask: LongformerMask,
-    softmax_scale: float,
-    dropout_p: float,
-    seed: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of :func:`global_forward` -> d(q_global), d(k_global), d(v_global), zeros on padding rows."""
-    q_global, sign, scale = positive_scale(q_global, softmax_scale)
-    with torch.cuda.device_of(q_global):
-        dq, dk, dv = launch_global_backward(
-            d_out, d_lse, q_global, k_global, v_global, out, lse, mask, scale, dropout_p, seed
-        )
-    return (dq if sign == 1 else dq * sign), dk, dv
+    """Gradients of :func:`forward` -> dq, dk, dv."""
+    launch = launch_global_backward if call.is_global else launch_banded_backward
+    return _gpu.run_backward(launch, call, out, lse, d_out, d_lse)

@@ -27,6 +27,7 @@ from led_kernels.backends.triton.launch import (
     lse_arguments,
     sequence_arguments,
     softmax_arguments,
+    window_arguments,
 )
 from led_kernels.backends.triton.primitives import (
     LOG2_E,
@@ -42,6 +43,7 @@ from led_kernels.backends.triton.primitives import (
     locate_sequence,
     store_rows,
 )
+from led_kernels.call import AttentionCall
 from led_kernels.mask import LongformerMask
 
 _QUERIES_IN_SPLIT = 256
@@ -470,42 +472,29 @@ def _sum_splits_kernel(
 
 
 def launch_banded_backward(
-    d_out: Tensor,
-    d_lse: Tensor | None,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    mask: LongformerMask,
-    window_left: int,
-    window_right: int,
-    softmax_scale: float,
-    dropout_p: float,
-    seed: Tensor | None,
+    call: AttentionCall, out: Tensor, lse: Tensor, d_out: Tensor, d_lse: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """-> dq, dk, dv like q, k, v; softmax_scale > 0."""
-    heads, head_dim = q.shape[-2:]
+    """Gradients of banded attention -> dq, dk, dv; softmax_scale is above 0."""
+    q, k, v, mask = call.q, call.k, call.v, call.mask
     d_out = d_out if d_out.stride(-1) == 1 else d_out.contiguous()
     lse = lse.contiguous()
     d_lse = None if d_lse is None else d_lse.contiguous()
-    dq, dk, dv = new_gradients((q, k, v), mask.is_packed)
+    dq, dk, dv = new_gradients(call, mask.is_packed)
     arguments = {
         **sequence_arguments(mask, q=q, k=k, v=v, out=out, d_out=d_out, dq=dq, dk=dk, dv=dv),
         **lse_arguments(lse=lse, d_lse=d_lse, delta=torch.empty_like(lse)),
-        **softmax_arguments(softmax_scale, dropout_p, seed),
-        "heads": heads,
-        "window_left": window_left,
-        "window_right": window_right,
+        **softmax_arguments(call),
+        **window_arguments(call),
+        "heads": call.heads,
     }
-    config = configs.choose("banded_dq", q.dtype, head_dim, dropout_p)
+    config = configs.choose("banded_dq", q.dtype, call.head_dim, call.dropout_p)
     arguments |= block_arguments(config, q) | {"BLOCK_G": global_block(mask.max_globals)}
-    grid = (triton.cdiv(mask.max_seqlen, config.block_m), heads, mask.batch)
+    grid = (triton.cdiv(mask.max_seqlen, config.block_m), call.heads, mask.batch)
     _banded_dq_kernel[grid](**_taken_by(_banded_dq_kernel, arguments))
 
-    config = configs.choose("banded_dkdv", q.dtype, head_dim, dropout_p)
+    config = configs.choose("banded_dkdv", q.dtype, call.head_dim, call.dropout_p)
     arguments |= block_arguments(config, q)
-    grid = (triton.cdiv(mask.max_seqlen, config.block_n), heads, mask.batch)
+    grid = (triton.cdiv(mask.max_seqlen, config.block_n), call.heads, mask.batch)
     _banded_dkdv_kernel[grid](**_taken_by(_banded_dkdv_kernel, arguments))
     if mask.max_globals > 0 and q.numel() > 0:
         _launch_dkdv_of_globals(arguments, q, mask)

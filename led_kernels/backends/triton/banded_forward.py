@@ -28,6 +28,7 @@ from led_kernels.backends.triton.launch import (
     lse_arguments,
     sequence_arguments,
     softmax_arguments,
+    window_arguments,
 )
 from led_kernels.backends.triton.primitives import (
     LN_2,
@@ -45,7 +46,7 @@ from led_kernels.backends.triton.primitives import (
     online_softmax_update,
     store_rows,
 )
-from led_kernels.mask import LongformerMask
+from led_kernels.call import AttentionCall
 
 
 @triton.jit
@@ -233,34 +234,23 @@ def _banded_forward_kernel(
     tl.store(lse_ptr + query, lse, mask=is_written)
 
 
-def launch_banded_forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    mask: LongformerMask,
-    window_left: int,
-    window_right: int,
-    softmax_scale: float,
-    dropout_p: float,
-    seed: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    """-> out like q, lse fp32 ``[batch, heads, seqlen]`` (packed ``[heads, total_rows]``); softmax_scale > 0."""
-    *lead, rows, heads, head_dim = q.shape
-    out, lse = new_results(q, (*lead, heads, rows), mask.is_packed)
-    config = configs.choose("banded_forward", q.dtype, head_dim, dropout_p)
+def launch_banded_forward(call: AttentionCall) -> tuple[Tensor, Tensor]:
+    """Banded attention -> out, lse; softmax_scale is above 0."""
+    q, k, v, mask = call.q, call.k, call.v, call.mask
+    out, lse = new_results(call, mask.is_packed)
+    config = configs.choose("banded_forward", q.dtype, call.head_dim, call.dropout_p)
     k_desc, v_desc = (
         descriptor(x, config.block_n) if configs.loads_by_descriptor() else None for x in (k, v)
     )
-    grid = (triton.cdiv(mask.max_seqlen, config.block_m), heads, mask.batch)
+    grid = (triton.cdiv(mask.max_seqlen, config.block_m), call.heads, mask.batch)
     _banded_forward_kernel[grid](
         **sequence_arguments(mask, q=q, k=k, v=v, out=out),
         **lse_arguments(lse=lse),
-        **softmax_arguments(softmax_scale, dropout_p, seed),
+        **softmax_arguments(call),
         k_desc=k_desc,
         v_desc=v_desc,
-        heads=heads,
-        window_left=window_left,
-        window_right=window_right,
+        heads=call.heads,
+        **window_arguments(call),
         **block_arguments(config, q),
         BLOCK_G=global_block(mask.max_globals),
         PADDED_BLOCK_N=max(16, config.block_n // 4),

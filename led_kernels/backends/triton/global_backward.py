@@ -36,7 +36,7 @@ from led_kernels.backends.triton.primitives import (
     locate_sequence,
     store_rows,
 )
-from led_kernels.mask import LongformerMask
+from led_kernels.call import AttentionCall
 
 
 @triton.jit
@@ -318,37 +318,28 @@ def _sum_splits_kernel(
 
 
 def launch_global_backward(
-    d_out: Tensor,
-    d_lse: Tensor | None,
-    q_global: Tensor,
-    k_global: Tensor,
-    v_global: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    mask: LongformerMask,
-    softmax_scale: float,
-    dropout_p: float,
-    seed: Tensor | None,
+    call: AttentionCall, out: Tensor, lse: Tensor, d_out: Tensor, d_lse: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """-> dq like q_global, zeros in unused slots; dk, dv like k_global, zeros on padding rows; softmax_scale > 0."""
-    batch, max_globals, heads, head_dim = q_global.shape
-    dq, dk, dv = new_gradients((q_global, k_global, v_global), mask.is_packed)
+    """Gradients of global attention -> dq, zeros in unused slots, and dk, dv; softmax_scale is above 0."""
+    q, mask = call.q, call.mask
+    batch, max_globals, heads, head_dim = q.shape
+    dq, dk, dv = new_gradients(call, mask.is_packed)
     if max_globals == 0:
         return dq, dk.zero_(), dv.zero_()
     kernel = "global_dq" if max_globals <= 16 else "global_dq_many"
-    config = configs.choose(kernel, q_global.dtype, head_dim, dropout_p)
-    blocks = block_arguments(config, q_global)
+    config = configs.choose(kernel, q.dtype, head_dim, call.dropout_p)
+    blocks = block_arguments(config, q)
     num_query_tiles = triton.cdiv(max_globals, config.block_m)
     num_splits, keys_per_split = split_keys(mask, heads, num_query_tiles, config.block_n)
     partial_dq = torch.empty(
-        (batch, heads, num_splits, max_globals, head_dim), dtype=torch.float32, device=q_global.device
+        (batch, heads, num_splits, max_globals, head_dim), dtype=torch.float32, device=q.device
     )
     d_out, lse = d_out.contiguous(), lse.contiguous()
     d_lse = None if d_lse is None else d_lse.contiguous()
     shared = {
-        **sequence_arguments(mask, q=q_global, k=k_global, v=v_global, out=out, d_out=d_out, dk=dk, dv=dv),
+        **sequence_arguments(mask, q=q, k=call.k, v=call.v, out=out, d_out=d_out, dk=dk, dv=dv),
         **lse_arguments(lse=lse, d_lse=d_lse),
-        **softmax_arguments(softmax_scale, dropout_p, seed),
+        **softmax_arguments(call),
         "heads": heads,
     }
     _global_dq_kernel[(num_query_tiles * num_splits, heads, batch)](
@@ -370,13 +361,13 @@ def launch_global_backward(
         max_globals=max_globals,
         num_splits=num_splits,
         keys_per_split=keys_per_split,
-        softmax_scale=softmax_scale,
+        softmax_scale=call.softmax_scale,
         HEAD_DIM=head_dim,
         BLOCK_D=blocks["BLOCK_D"],
         BLOCK_S=16,
     )
     if num_query_tiles > 1:
-        config = configs.choose("global_dkdv_many", q_global.dtype, head_dim, dropout_p)
+        config = configs.choose("global_dkdv_many", q.dtype, head_dim, call.dropout_p)
         num_key_tiles = triton.cdiv(mask.max_seqlen, config.block_n)
-        _global_dkdv_kernel[(num_key_tiles, heads, batch)](**shared, **block_arguments(config, q_global))
+        _global_dkdv_kernel[(num_key_tiles, heads, batch)](**shared, **block_arguments(config, q))
     return dq, dk, dv

@@ -42,7 +42,7 @@ from led_kernels.backends.triton.primitives import (
     online_softmax_update,
     store_rows,
 )
-from led_kernels.mask import LongformerMask
+from led_kernels.call import AttentionCall
 
 
 @triton.jit
@@ -180,32 +180,25 @@ def _merge_splits_kernel(
     tl.store(lse_ptr, lse)
 
 
-def launch_global_forward(
-    q_global: Tensor,
-    k_global: Tensor,
-    v_global: Tensor,
-    mask: LongformerMask,
-    softmax_scale: float,
-    dropout_p: float,
-    seed: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    """-> out ``[batch, max_globals, heads, head_dim]``, lse fp32 ``[batch, heads, max_globals]``; softmax_scale > 0."""
-    batch, max_globals, heads, head_dim = q_global.shape
+def launch_global_forward(call: AttentionCall) -> tuple[Tensor, Tensor]:
+    """Global attention -> out, lse; softmax_scale is above 0."""
+    q, mask = call.q, call.mask
+    batch, max_globals, heads, head_dim = q.shape
     kernel = "global_forward" if max_globals <= 16 else "global_forward_many"
-    config = configs.choose(kernel, q_global.dtype, head_dim, dropout_p)
-    blocks = block_arguments(config, q_global)
+    config = configs.choose(kernel, q.dtype, head_dim, call.dropout_p)
+    blocks = block_arguments(config, q)
     num_tiles = triton.cdiv(max_globals, config.block_m)
     num_splits, keys_per_split = split_keys(mask, heads, num_tiles, config.block_n)
-    new = {"dtype": torch.float32, "device": q_global.device}
+    new = {"dtype": torch.float32, "device": q.device}
     partials = {
         "partial_out_ptr": torch.empty((batch, heads, num_splits, max_globals, head_dim), **new),
         "partial_lse_ptr": torch.empty((batch, heads, num_splits, max_globals), **new),
     }
-    out, lse = new_results(q_global, (batch, heads, max_globals), mask.is_packed)
+    out, lse = new_results(call, mask.is_packed)
     _global_forward_kernel[(num_tiles * num_splits, heads, batch)](
-        **sequence_arguments(mask, q=q_global, k=k_global, v=v_global),
+        **sequence_arguments(mask, q=q, k=call.k, v=call.v),
         **partials,
-        **softmax_arguments(softmax_scale, dropout_p, seed),
+        **softmax_arguments(call),
         heads=heads,
         keys_per_split=keys_per_split,
         **blocks,

@@ -7,9 +7,9 @@ import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from led_kernels.backends._gpu import check_grid
 from led_kernels.backends.triton import configs
 from led_kernels.backends.triton.configs import TileConfig
+from led_kernels.call import AttentionCall
 from led_kernels.mask import LongformerMask
 from led_kernels.philox import dropout_threshold
 
@@ -27,21 +27,16 @@ def sequence_arguments(mask: LongformerMask, **tensors: Tensor) -> dict[str, obj
     contiguous copy. Those that a kernel writes are the launcher's own, contiguous, and never copied.
 
     Raises:
-        ValueError: more sequences or heads than a grid holds, or more of what the kernels count over the whole batch
-            than int32 does.
+        ValueError: for more of what the kernels count over the whole batch than int32 holds.
     """
     heads = tensors["q"].shape[-2]
-    check_grid(mask, heads)
     for count, what in (
         (mask.batch * mask.max_globals, "slots of global tokens"),
         (mask.batch * heads, "heads of its sequences"),
     ):
         if count >= 2**31:
             raise ValueError(f"mask has {count:,} {what}, a launch serves fewer than 2^31; split the batch.")
-    arguments: dict[str, object] = {
-        f"{name}_ptr": getattr(mask, name)
-        for name in ("seq_start", "seq_len", "token_kind", "padding_before", "global_index", "num_globals")
-    }
+    arguments: dict[str, object] = {f"{name}_ptr": x for name, x in mask.tensors()._asdict().items()}
     for name, x in tensors.items():
         x = x.contiguous() if x.stride(-3) >= WIDE_ROW_STRIDE else x
         arguments[f"{name}_ptr"] = x
@@ -62,16 +57,23 @@ def lse_arguments(lse: Tensor, **same_layout: Tensor | None) -> dict[str, object
     }
 
 
-def softmax_arguments(softmax_scale: float, dropout_p: float, seed: Tensor | None) -> dict[str, object]:
+def softmax_arguments(call: AttentionCall) -> dict[str, object]:
     """Scale and dropout. Draws up to ``last_dropped`` are dropped, so that dropout_p = 1 fits 32 bits."""
+    dropout_p = call.dropout_p
     threshold = dropout_threshold(dropout_p)
     return {
-        "softmax_scale": softmax_scale,
-        "seed_ptr": seed,
+        "softmax_scale": call.softmax_scale,
+        "seed_ptr": call.seed,
         "keep_scale": 1 / (1 - dropout_p) if dropout_p < 1 else 1.0,
         "last_dropped": max(threshold - 1, 0),
         "DROPOUT": threshold > 0,
     }
+
+
+def window_arguments(call: AttentionCall) -> dict[str, int]:
+    """Both sides of the band."""
+    window_left, window_right = call.window
+    return {"window_left": window_left, "window_right": window_right}
 
 
 def block_arguments(config: TileConfig, q: Tensor) -> dict[str, object]:

@@ -17,6 +17,7 @@ from benchmarks.static.cases import everything, short_list
 from benchmarks.static.fake_driver import compilation_keys
 from benchmarks.static.table import violations
 from benchmarks.static.triton_kernels import compare, compile_rows
+from led_kernels.call import AttentionCall
 from led_kernels.mask import LongformerMask
 
 pytestmark = pytest.mark.timeout(900)  # the first test waits for all compilations
@@ -136,14 +137,14 @@ def test_few_compilations_serve_all_calls(dropout_p):
             mask = LongformerMask.from_lengths(torch.full((batch,), seqlen), seqlen, global_index=index)
             q, k, v = torch.zeros(batch, seqlen, 3, 2, 64, dtype=torch.bfloat16).unbind(2)
             out, lse = torch.empty(q.shape, dtype=q.dtype), torch.zeros(batch, 2, seqlen)
-            settings = (mask, *window, 0.125, dropout_p, seed)
-            backend.banded_forward(q, k, v, *settings)
-            backend.banded_backward(out, None, q, k, v, out, lse, *settings)
+            call = AttentionCall(q, k, v, mask, window, 0.125, dropout_p, seed)
+            backend.forward(call)
+            backend.backward(call, out, lse, out, None)
             if num_globals:
                 q_global, out = (x[:, :num_globals].contiguous() for x in (q, out))
-                lse, settings = torch.zeros(batch, 2, num_globals), (mask, 0.125, dropout_p, seed)
-                backend.global_forward(q_global, k, v, *settings)
-                backend.global_backward(out, None, q_global, k, v, out, lse, *settings)
+                call = AttentionCall(q_global, k, v, mask, None, 0.125, dropout_p, seed)
+                backend.forward(call)
+                backend.backward(call, out, torch.zeros(batch, 2, num_globals), out, None)
     assert len(CALLS) == 20
     assert {name.rpartition(".")[2] for name in keys} >= set(sass.PRODUCTS)
     assert {name: len(found) for name, found in keys.items() if len(found) > 4} == {}

@@ -1,6 +1,6 @@
 """The kernels of csrc/cuda, as nvcc compiles them for sm_80, executed on CPU tensors.
 
-:class:`InterpretedCuda` has the four functions of a backend's module and takes the place of the ``cuda`` one.
+:class:`InterpretedCuda` has the two functions of a backend's module and takes the place of the ``cuda`` one.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from led_kernels.mask import LongformerMask
+from led_kernels.call import AttentionCall
 
 from .machine import compiled, execute
 from .memory import GlobalMemory
@@ -81,164 +81,110 @@ class InterpretedCuda:
         self.launched: list[Kernel] = []
         self._edit_ptx = edit_ptx
 
-    def banded_forward(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        mask: LongformerMask,
-        window_left: int,
-        window_right: int,
-        *settings: float | Tensor | None,
-    ) -> tuple[Tensor, Tensor]:
-        """``settings``: softmax_scale, dropout_p, seed."""
-        *lead, rows, heads, _ = q.shape
-        out, lse = _undefined(q.shape, q.dtype), _undefined((*lead, heads, rows))
-        call = _Call("banded_forward", q, k, v, mask, *settings).with_window(window_left, window_right)
-        call.set_rows(out=out).set_statistics(lse=lse)
-        self._launch_tiles(call, "banded_forward_kernel", may_drop=settings[-1] is not None)
+    def forward(self, call: AttentionCall) -> tuple[Tensor, Tensor]:
+        out, lse = _undefined(call.q.shape, call.q.dtype), _undefined(call.lse_shape)
+        if not call.is_global:
+            launch = _Launch("banded_forward", call)
+            launch.set_rows(out=out).set_statistics(lse=lse)
+            self._launch_tiles(launch, "banded_forward_kernel", may_drop=call.seed is not None)
+            return out, lse
+        batch, slots, heads, head_dim = call.q.shape
+        launch = _Launch("global_forward", call)
+        launch.set_rows(out=out).set_statistics(lse=lse)
+        launch.set_partials(batch, heads, launch.splits, slots, head_dim + 2)
+        self._launch_splits(launch, "global_forward_kernel")
+        self._launch_slots(launch, "global_merge_kernel")
         return out, lse
 
-    def banded_backward(
-        self,
-        d_out: Tensor,
-        d_lse: Tensor | None,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        out: Tensor,
-        lse: Tensor,
-        mask: LongformerMask,
-        window_left: int,
-        window_right: int,
-        *settings: float | Tensor | None,
+    def backward(
+        self, call: AttentionCall, out: Tensor, lse: Tensor, d_out: Tensor, d_lse: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        call = _Call("banded_backward", q, k, v, mask, *settings).with_window(window_left, window_right)
-        grads = call.set_backward(d_out, d_lse, out, lse)
-        call.set_partials(2, mask.batch, q.shape[-2], call.splits, mask.max_globals, q.shape[-1])
-        self._launch_tiles(call, "banded_dq_kernel")
-        self._launch_tiles(call, "banded_dkdv_kernel")
-        if mask.max_globals:
-            self._launch_splits(call, "banded_dkdv_globals_kernel")
-            self._launch_slots(call, "banded_sum_splits_kernel")
+        launch = _Launch("global_backward" if call.is_global else "banded_backward", call)
+        grads = launch.set_backward(d_out, d_lse, out, lse)
+        splits, globals_ = launch.splits, call.mask.max_globals
+        if call.is_global:
+            launch.set_partials(call.mask.batch, call.heads, splits, globals_, call.head_dim)
+            self._launch_splits(launch, "global_dq_kernel")
+            self._launch_slots(launch, "global_sum_splits_kernel")
+            self._launch_tiles(launch, "global_dkdv_kernel")
+            return grads
+        launch.set_partials(2, call.mask.batch, call.heads, splits, globals_, call.head_dim)
+        self._launch_tiles(launch, "banded_dq_kernel")
+        self._launch_tiles(launch, "banded_dkdv_kernel")
+        if globals_:
+            self._launch_splits(launch, "banded_dkdv_globals_kernel")
+            self._launch_slots(launch, "banded_sum_splits_kernel")
         return grads
 
-    def global_forward(
-        self, q: Tensor, k: Tensor, v: Tensor, mask: LongformerMask, *settings: float | Tensor | None
-    ) -> tuple[Tensor, Tensor]:
-        batch, slots, heads, head_dim = q.shape
-        out, lse = _undefined(q.shape, q.dtype), _undefined((batch, heads, slots))
-        call = _Call("global_forward", q, k, v, mask, *settings)
-        call.set_rows(out=out).set_statistics(lse=lse)
-        call.set_partials(batch, heads, call.splits, slots, head_dim + 2)
-        self._launch_splits(call, "global_forward_kernel")
-        self._launch_slots(call, "global_merge_kernel")
-        return out, lse
-
-    def global_backward(
-        self,
-        d_out: Tensor,
-        d_lse: Tensor | None,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        out: Tensor,
-        lse: Tensor,
-        mask: LongformerMask,
-        *settings: float | Tensor | None,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        batch, slots, heads, head_dim = q.shape
-        call = _Call("global_backward", q, k, v, mask, *settings)
-        grads = call.set_backward(d_out, d_lse, out, lse)
-        call.set_partials(batch, heads, call.splits, slots, head_dim)
-        self._launch_splits(call, "global_dq_kernel")
-        self._launch_slots(call, "global_sum_splits_kernel")
-        self._launch_tiles(call, "global_dkdv_kernel")
-        return grads
-
-    def _launch_tiles(self, call: _Call, name: str, may_drop: bool | None = None) -> None:
+    def _launch_tiles(self, launch: _Launch, name: str, may_drop: bool | None = None) -> None:
         """A block for each tile of the sequence's rows."""
-        (kernel,) = kernels(call.ptx, name, call.dtype, may_drop=may_drop)
-        blocks = -(-call.arguments.p.max_seqlen // kernel.rows)
-        self._launch(kernel, call, blocks, call.shared_bytes(kernel))
+        (kernel,) = kernels(launch.ptx, name, launch.dtype, may_drop=may_drop)
+        blocks = -(-launch.arguments.p.max_seqlen // kernel.rows)
+        self._launch(kernel, launch, blocks, launch.shared_bytes(kernel))
 
-    def _launch_splits(self, call: _Call, name: str) -> None:
+    def _launch_splits(self, launch: _Launch, name: str) -> None:
         """A block for each tile of global tokens and split; the smallest instance that holds them all."""
-        instances, slots = kernels(call.ptx, name, call.dtype), call.arguments.p.mask.max_globals
+        instances, slots = kernels(launch.ptx, name, launch.dtype), launch.arguments.p.mask.max_globals
         kernel = next((x for x in instances if slots <= x.rows), instances[-1])
-        blocks = -(-slots // kernel.rows) * call.splits
-        self._launch(kernel, call, blocks, call.shared_bytes(kernel))
+        blocks = -(-slots // kernel.rows) * launch.splits
+        self._launch(kernel, launch, blocks, launch.shared_bytes(kernel))
 
-    def _launch_slots(self, call: _Call, name: str) -> None:
+    def _launch_slots(self, launch: _Launch, name: str) -> None:
         """A block for each global token."""
-        (kernel,) = kernels(call.ptx, name, call.dtype)
-        self._launch(kernel, call, call.arguments.p.mask.max_globals, 0)
+        (kernel,) = kernels(launch.ptx, name, launch.dtype)
+        self._launch(kernel, launch, launch.arguments.p.mask.max_globals, 0)
 
-    def _launch(self, kernel: Kernel, call: _Call, blocks: int, shared_bytes: int) -> None:
+    def _launch(self, kernel: Kernel, launch: _Launch, blocks: int, shared_bytes: int) -> None:
         self.launched.append(kernel)
-        call.memory.begin_launch()
+        launch.memory.begin_launch()
         program = compiled(self._edit_ptx(kernel.name, kernel.ptx) if self._edit_ptx else kernel.ptx)
         ((name, place),) = program.entry.parameters.items()
         assert len(place) == ctypes.sizeof(_Arguments), "arguments.h has changed"
-        bits = int.from_bytes(bytes(call.arguments), "little")
-        grid = (blocks, call.arguments.p.heads, call.arguments.p.batch)
-        execute(program, grid, {name: bits}, call.memory, shared_bytes)
+        bits = int.from_bytes(bytes(launch.arguments), "little")
+        grid = (blocks, launch.arguments.p.heads, launch.arguments.p.batch)
+        execute(program, grid, {name: bits}, launch.memory, shared_bytes)
 
 
-class _Call:
-    """Tensors in the interpreter's memory, and arguments that point there.
+class _Launch:
+    """A call's tensors in the interpreter's memory, and arguments that point there.
 
     Args:
         source: of its kernels, in csrc/cuda.
     """
 
-    def __init__(
-        self,
-        source: str,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        mask: LongformerMask,
-        softmax_scale: float,
-        dropout_p: float,
-        seed: Tensor | None,
-    ) -> None:
+    def __init__(self, source: str, call: AttentionCall) -> None:
+        q, mask = call.q, call.mask
         self.memory = GlobalMemory()
-        self.ptx = compile_ptx(source, q.shape[-1])
+        self.ptx = compile_ptx(source, call.head_dim)
         self.dtype = q.dtype
         self.splits = -(-mask.max_seqlen // _SPLIT_SIZE)
         self._row_operands = 2 if source.endswith("backward") else 1
-        self._qkv = q, k, v
-        arguments = self.arguments = _Arguments(softmax_scale=softmax_scale, keep_scale=1)
-        arguments.qk_scale = softmax_scale * 1.4426950408889634
+        self._qkv = q, call.k, call.v
+        arguments = self.arguments = _Arguments(softmax_scale=call.softmax_scale, keep_scale=1)
+        arguments.qk_scale = call.softmax_scale * 1.4426950408889634
         arguments.num_splits, arguments.split_size = self.splits, _SPLIT_SIZE
         p = arguments.p
         p.dtype, p.batch, p.max_seqlen = _DTYPES[q.dtype], mask.batch, mask.max_seqlen
         p.heads, p.head_dim = q.shape[-2:]
-        self.set_rows(q=q, k=k, v=v)
-        for name in (
-            "seq_start", "seq_len", "token_kind", "padding_before", "global_index", "num_globals",
-        ):  # fmt: skip
-            setattr(p.mask, name, self.memory.add_tensor(name, getattr(mask, name)))
+        p.window_left, p.window_right = call.window or (0, 0)
+        self.set_rows(q=q, k=call.k, v=call.v)
+        for name, x in mask.tensors()._asdict().items():
+            setattr(p.mask, name, self.memory.add_tensor(name, x))
         p.mask.batch_stride = 0 if mask.is_packed else mask.max_seqlen
         p.mask.max_globals, p.mask.packed = mask.max_globals, mask.is_packed
-        if seed is not None:
-            p.device_seed = self.memory.add_tensor("seed", seed)
-            arguments.last_dropped = round(dropout_p * 2**32) - 1
-            arguments.keep_scale = 1 / (1 - dropout_p)
+        if call.seed is not None:
+            p.device_seed = self.memory.add_tensor("seed", call.seed)
+            arguments.last_dropped = round(call.dropout_p * 2**32) - 1
+            arguments.keep_scale = 1 / (1 - call.dropout_p)
 
-    def with_window(self, left: int, right: int) -> _Call:
-        self.arguments.p.window_left, self.arguments.p.window_right = left, right
-        return self
-
-    def set_rows(self, **tensors: Tensor) -> _Call:
+    def set_rows(self, **tensors: Tensor) -> _Launch:
         """``[batch, rows, heads, head_dim]`` or ``[rows, heads, head_dim]``"""
         for name, x in tensors.items():
             address, batch_stride = self.memory.add_tensor(name, x), x.stride(0) if x.dim() == 4 else 0
             setattr(self.arguments.p, name, _RowsRef(address, batch_stride, x.stride(-3), x.stride(-2)))
         return self
 
-    def set_statistics(self, **tensors: Tensor) -> _Call:
+    def set_statistics(self, **tensors: Tensor) -> _Launch:
         """``[batch, heads, rows]`` or ``[heads, rows]``"""
         for name, x in tensors.items():
             address, batch_stride = self.memory.add_tensor(name, x), x.stride(0) if x.dim() == 3 else 0

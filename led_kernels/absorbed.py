@@ -1,0 +1,120 @@
+"""Global attention from hidden states, which stands for a backend's kernel where that costs less.
+
+With few global tokens it saves both projections of every token to global keys and values, and two tensors of that size.
+It is a handful of torch matrix products, the same on every device, and has no backend.
+:func:`led_kernels.projection.encoder_self_attention` chooses it, whatever backend is named.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from led_kernels.argument_checks import check_number
+from led_kernels.arguments import (
+    autocast,
+    check_alike,
+    check_float,
+    check_q_global,
+    draw_seed,
+    softmax_scale_of,
+)
+from led_kernels.call import lse_dtype
+from led_kernels.global_rows import packed_rows
+from led_kernels.mask import LongformerMask
+from led_kernels.philox import GLOBAL_STREAM, keep_mask
+
+
+def absorbed_global_attention(
+    hidden: Tensor,
+    q_global: Tensor,
+    key_weight: Tensor,
+    value_weight: Tensor,
+    value_bias: Tensor | None,
+    mask: LongformerMask,
+    *,
+    softmax_scale: float | None = None,
+    dropout_p: float = 0.0,
+) -> Tensor:
+    """:func:`global_attention` from hidden states, without projecting every token to keys and values.
+
+    With keys ``W_k x + b_k`` the scores are ``(W_kᵀ q)·x + const``, and the constant cancels in the softmax; the output
+    is ``W_v (Σ p x) + b_v Σ p``. Exact algebra; it pays while ``max_globals * heads < d_model``.
+
+    Args:
+        hidden: ``[batch, seqlen, d_model]``, or ``[total_rows, d_model]`` with a packed mask.
+        q_global: ``[batch, max_globals, heads, head_dim]`` in the order of ``mask.global_index``.
+        key_weight, value_weight: ``[heads * head_dim, d_model]``, as in ``nn.Linear``.
+        value_bias: ``[heads * head_dim]`` or None.
+        mask, softmax_scale, dropout_p: as in :func:`banded_attention`.
+
+    Returns:
+        ``[batch, max_globals, heads, head_dim]``, zeros in unused slots.
+
+    Raises:
+        ValueError, TypeError: naming the argument and the remedy.
+    """
+    check_q_global(q_global, mask)
+    check_float(hidden, "hidden")
+    if hidden.shape[:-1] != mask.token_kind.shape:
+        raise ValueError(
+            f"hidden has shape {tuple(hidden.shape)}; give [*{tuple(mask.token_kind.shape)}, d_model] for this mask."
+        )
+    batch, max_globals, heads, head_dim = q_global.shape
+    d_model = hidden.shape[-1]
+    for name, weight in (("key_weight", key_weight), ("value_weight", value_weight)):
+        check_float(weight, name)
+        if weight.shape != (heads * head_dim, d_model):
+            raise ValueError(
+                f"{name} has shape {tuple(weight.shape)}; give [heads * head_dim, d_model] = "
+                f"[{heads * head_dim}, {d_model}]."
+            )
+    if value_bias is not None:
+        check_float(value_bias, "value_bias")
+        if value_bias.shape != (heads * head_dim,):
+            raise ValueError(f"value_bias has shape {tuple(value_bias.shape)}; give [{heads * head_dim}].")
+    hidden, q_global, key_weight, value_weight = autocast(hidden, q_global, key_weight, value_weight)
+    alike = {"q_global": q_global, "hidden": hidden, "key_weight": key_weight, "value_weight": value_weight}
+    check_alike(alike)
+    hidden, exists = _sequences(hidden, mask)  # [batch, seqlen, d_model], bool [batch, seqlen]
+    is_slot = (
+        torch.arange(max_globals, device=hidden.device) < mask.num_globals[:, None]
+    )  # [batch, max_globals]
+    q_global = q_global.masked_fill(~is_slot[:, :, None, None], 0)
+
+    q_absorbed = torch.einsum(
+        "bghd,hdm->bghm",
+        q_global * softmax_scale_of(softmax_scale, q_global),
+        key_weight.view(heads, head_dim, d_model),
+    )  # [batch, max_globals, heads, d_model]
+    scores = (q_absorbed.flatten(1, 2) @ hidden.transpose(1, 2)).view(batch, max_globals, heads, -1)
+    scores = scores.to(lse_dtype(scores.dtype)).masked_fill(
+        ~exists[:, None, None, :], torch.finfo(scores.dtype).min
+    )
+    p = scores.softmax(-1)
+    dropout_p = check_number(dropout_p, "dropout_p")
+    seed = draw_seed(dropout_p, hidden.device)
+    if seed is not None:
+        batch_head = torch.arange(batch * heads, device=hidden.device).view(batch, 1, heads, 1)
+        query = mask.global_index.clamp(min=0)[:, :, None, None]
+        key = torch.arange(hidden.shape[1], device=hidden.device)
+        keep = keep_mask(seed, query, key, batch_head, GLOBAL_STREAM, dropout_p)
+        p = torch.where(keep, p / (1 - dropout_p) if dropout_p < 1 else p, 0)
+    mixed = p.to(hidden.dtype).flatten(1, 2) @ hidden  # [batch, max_globals * heads, d_model]
+    mixed = mixed.view(batch, max_globals, heads, d_model)
+    out = torch.einsum("bghm,hdm->bghd", mixed, value_weight.view(heads, head_dim, d_model))
+    if value_bias is not None:
+        kept = p.sum(-1, keepdim=True).to(out.dtype)  # 1, except under dropout
+        out = out + kept * value_bias.to(out.dtype).view(heads, head_dim)
+    return out.masked_fill(~is_slot[:, :, None, None], 0)
+
+
+def _sequences(hidden: Tensor, mask: LongformerMask) -> tuple[Tensor, Tensor]:
+    """[batch, max_seqlen, d_model] with zeros in padding rows (a select: 0 · NaN is NaN), and which rows are real"""
+    if not mask.is_packed:
+        exists = mask.token_kind != 0
+        return hidden.masked_fill(~exists[:, :, None], 0), exists
+    position = torch.arange(mask.max_seqlen, device=hidden.device)
+    exists = position < mask.seq_len[:, None]
+    rows = packed_rows(torch.where(exists, position, 0), mask, hidden.shape[0])
+    return hidden[rows].masked_fill(~exists[:, :, None], 0), exists
