@@ -1,4 +1,4 @@
-"""Whether arguments are of the kinds that public functions take, said before torch or Python does in its own words."""
+"""Arguments of public functions are checked here, before torch or Python refuses them in words of its own."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from torch import Tensor
 
 from led_kernels.eager import is_eager
 
-_MAX_SIZE = 2**31 - 1  # positions are int32
+_MAX_SIZE = 2**31 - 1  # Positions are int32.
 
 
 def check_number(value: object, name: str) -> float:
-    """``value`` as a float: a real number, or a tensor of one that needs no gradient.
+    """Returns a real number, or a tensor of one that needs no gradient, as a float.
 
     Raises:
         TypeError: for anything else, also a tensor whose gradient would be lost.
@@ -34,15 +34,15 @@ def check_number(value: object, name: str) -> float:
 
 
 def check_size(value: object, name: str) -> None:
-    """That ``value`` is an int below 2^31, or one that a traced program will know.
+    """Checks that ``value`` is an int below 2^31, or one that a traced program will know.
 
     Raises:
         TypeError: for something else.
-        ValueError: for a larger one.
+        ValueError: for a larger int.
     """
     if (type(value) is int and value <= _MAX_SIZE) or isinstance(value, torch.SymInt):
         return
-    if isinstance(value, Tensor) and torch.jit.is_tracing():  # where some releases make tensors of sizes
+    if isinstance(value, Tensor) and torch.jit.is_tracing():  # Some releases make tensors of sizes then.
         return
     if not isinstance(value, Integral) or isinstance(value, bool):
         raise TypeError(f"{name} is {value!r}; give an int.")
@@ -51,13 +51,13 @@ def check_size(value: object, name: str) -> None:
 
 
 def as_integers(values: object, name: str) -> Tensor:
-    """``values``, a tensor or a sequence of ints, as int64.
+    """Returns a tensor or a sequence of ints as an int64 tensor.
 
     Raises:
         TypeError: for something else; also for floats, which would be cut, and bools, which are no positions.
     """
     try:
-        # torch.as_tensor would move a tensor to the default device
+        # torch.as_tensor would move a tensor to the default device.
         x = values if isinstance(values, Tensor) else torch.as_tensor(values)
     except (TypeError, ValueError, RuntimeError) as error:
         raise TypeError(
@@ -70,7 +70,7 @@ def as_integers(values: object, name: str) -> Tensor:
 
 
 def check_marks(x: object, name: str) -> None:
-    """That ``x`` is a tensor whose values can be compared, and has them.
+    """Checks that ``x`` is a tensor whose values can be compared, and that its memory holds them.
 
     Raises:
         TypeError: otherwise.
@@ -85,7 +85,10 @@ def check_marks(x: object, name: str) -> None:
 
 
 def whole_numbers(x: Tensor, lowest: int, highest: int) -> tuple[Tensor, Tensor]:
-    """int64, and whether all of ``x`` are whole numbers from ``lowest`` to ``highest``, looked at before conversion."""
+    """Returns ``x`` as int64, and whether all of it are whole numbers from ``lowest`` to ``highest``.
+
+    The second is a bool tensor, and is computed before the conversion cuts anything.
+    """
     numbers = x.to(torch.int64)
     given = x if x.is_floating_point() else numbers
     valid = ((given >= lowest) & (given <= highest)).all()
@@ -93,7 +96,7 @@ def whole_numbers(x: Tensor, lowest: int, highest: int) -> tuple[Tensor, Tensor]
 
 
 def check_storage(name: str, x: Tensor) -> None:
-    """That the memory of ``x`` is as large as its shape and strides say; its storage may have been resized since.
+    """Checks that the memory of ``x`` is as large as its shape and strides say; its storage may have been resized.
 
     Raises:
         ValueError: when it is smaller.

@@ -1,4 +1,4 @@
-"""Whether tensors may be looked at and pointed to, or only stand for others that a program will see later."""
+"""These functions tell tensors that hold numbers from those that stand for what a program will see later."""
 
 from __future__ import annotations
 
@@ -13,19 +13,20 @@ _PLAIN_TYPES = (Tensor, nn.Parameter)
 
 
 def is_eager(*tensors: Tensor) -> bool:
-    """Whether the tensors are plain ones that hold numbers, and what is done to them is done now and to them alone.
+    """Tells whether the tensors are plain, hold numbers, and an operation on them runs at once and on them alone.
 
-    False while a program is compiled, traced or exported, under function transforms, forward-mode differentiation and
-    dispatch modes, and for tensors on ``meta``, fake ones and other subclasses.
+    It is False while a program is compiled, traced or exported, under function transforms, forward-mode differentiation
+    and dispatch modes, and for tensors on ``meta``, fake ones and other subclasses.
     """
     return _runs_now() and all(type(x) in _PLAIN_TYPES and not x.is_meta for x in tensors)
 
 
 def is_plain_surroundings(under: type | None = None) -> bool:
-    """Whether nobody but who calls an operation takes part in it, so that a kernel may run in its place.
+    """Tells whether no mode or transform takes part in an operation, so that a kernel may run in its place.
 
-    False where :func:`is_eager` is for any tensor, but for dispatch modes of the type ``under``, and under function
-    modes other than that of ``torch.device``, which see operations that a kernel would hide from them.
+    It is False where :func:`is_eager` is False for every tensor, and under function modes other than that of
+    ``torch.device``, which see operations that a kernel would hide from them. Dispatch modes of the type ``under`` do
+    not count.
     """
     return _runs_now(under) and (
         torch._C._len_torch_function_stack() == 0
@@ -34,15 +35,17 @@ def is_plain_surroundings(under: type | None = None) -> bool:
 
 
 def is_transformed() -> bool:
-    """Whether a function transform of torch.func or forward-mode differentiation is at work; False while a program
-    is compiled."""
+    """Tells whether a function transform of torch.func or forward-mode differentiation is at work.
+
+    It is False while a program is compiled.
+    """
     if torch.compiler.is_compiling():
         return False
     return torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
 
 
 def is_plain_on_cpu(x: Tensor) -> bool:
-    """Whether the numbers of ``x`` lie in its memory, on the CPU, as they are: not sparse, not negated when read."""
+    """Tells whether the numbers of ``x`` lie in memory on the CPU as they are: not sparse, not negated when read."""
     return (
         type(x) in _PLAIN_TYPES
         and x.is_cpu
@@ -52,6 +55,7 @@ def is_plain_on_cpu(x: Tensor) -> bool:
 
 
 def _runs_now(under: type | None = None) -> bool:
+    """Tells whether operations run at once, under no transform and no dispatch mode but those of type ``under``."""
     if torch.compiler.is_compiling() or torch._C._is_tracing() or is_transformed():
         return False
     return torch._C._len_torch_dispatch_stack() == 0 or all(

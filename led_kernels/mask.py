@@ -1,34 +1,40 @@
-"""The mask of one batch: which rows are padding, local or global, built once per forward and used by every layer."""
+"""The mask of a batch says which rows are padding, local or global; it is built once per forward for every layer."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from dataclasses import InitVar, dataclass
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from led_kernels.argument_checks import as_integers, check_marks, check_size, whole_numbers
-from led_kernels.mask_checks import GLOBAL, PADDING, check_structure, check_values, is_checkable
-from led_kernels.mask_checks import LOCAL as LOCAL
-
-
-class MaskTensors(NamedTuple):
-    """The tensors of a mask."""
-
-    seq_start: Tensor
-    seq_len: Tensor
-    token_kind: Tensor
-    padding_before: Tensor
-    global_index: Tensor
-    num_globals: Tensor
+from led_kernels.mask_checks import (
+    capacity_for,
+    check_capacity,
+    check_index,
+    check_rank,
+    check_structure,
+    check_values,
+    debug_assert,
+    is_checkable,
+    largest,
+    read_values,
+)
+from led_kernels.mask_tensors import (
+    GLOBAL,
+    LOCAL,
+    PADDING,
+    MaskTensors,
+    as_global_index,
+    build_tensors,
+    sort_unique,
+)
 
 
 @dataclass(frozen=True, eq=False)
 class LongformerMask:
-    """Which rows exist, and which of them are global, for a padded batch or for packed sequences.
+    """Says which rows exist, and which of them are global, for a padded batch or for packed sequences.
 
     Row ``i`` of sequence ``b`` is row ``seq_start[b] + i`` of a ``[total_rows, heads, head_dim]`` tensor when the
     mask is packed, and row ``i`` of batch entry ``b`` (``seq_start`` is 0) when it is padded. All positions below
@@ -44,13 +50,13 @@ class LongformerMask:
         num_globals: int32 ``[batch]``.
         max_seqlen: the longest sequence that the shapes admit.
 
-    Its tensors are not to be changed in place: values are checked when it is built, and some backends alone look again.
+    Its tensors are not to be changed in place: values are checked when it is built, and only some backends look again.
 
     Build one with :meth:`from_padding`, :meth:`from_lengths` or :meth:`packed`. Each does at most one
-    device-to-host sync, on which the value checks ride. ``max_globals=`` fixes the capacity of ``global_index``:
-    then shapes depend on it alone, and nothing is synced. Values are checked then on the CPU, unless a program is
-    compiled or traced; on a GPU more global tokens than it holds are the caller's error (``LED_KERNELS_DEBUG=1``
-    checks the values by a device assert).
+    device-to-host sync, which also fetches whether the values are right. ``max_globals=`` fixes the capacity of
+    ``global_index``: then shapes depend on it alone, and nothing is synced. In that case values are checked on the CPU,
+    unless a program is compiled or traced; on a GPU more global tokens than it holds are the caller's error
+    (``LED_KERNELS_DEBUG=1`` checks the values by a device assert).
 
     Raises:
         TypeError, ValueError: for tensors that are not as above; for their values on the CPU only.
@@ -69,19 +75,24 @@ class LongformerMask:
     def __post_init__(self, are_values_checked: bool) -> None:
         if torch.compiler.is_compiling():
             return
-        check_structure(self)
-        if not are_values_checked and is_checkable(*self.tensors()):
-            check_values(self)
+        tensors = self.tensors()
+        check_structure(tensors, self.max_seqlen)
+        if not are_values_checked and is_checkable(*tensors):
+            check_values(tensors, self.max_seqlen)
 
     def tensors(self) -> MaskTensors:
-        """All fields but ``max_seqlen``, in their order."""
+        """Returns all fields but ``max_seqlen``, with their names."""
         return MaskTensors(
-            self.seq_start, self.seq_len, self.token_kind, self.padding_before, self.global_index, self.num_globals,
+            self.seq_start, self.seq_len, self.token_kind, self.padding_before, self.global_index, self.num_globals
         )  # fmt: skip
 
     @classmethod
-    def from_tensors(cls, tensors: Sequence[Tensor], max_seqlen: int) -> LongformerMask:
-        """The inverse of :meth:`tensors`, whose values were checked before."""
+    def from_tensors(cls, tensors: MaskTensors, max_seqlen: int) -> LongformerMask:
+        """Builds a mask of what :meth:`tensors` returns; their values are taken as checked.
+
+        Raises:
+            TypeError, ValueError: for other dtypes, shapes, strides or devices.
+        """
         return cls(*tensors, max_seqlen, are_values_checked=True)
 
     @property
@@ -101,10 +112,10 @@ class LongformerMask:
         return self.token_kind.device
 
     def to(self, device: torch.device | str) -> LongformerMask:
-        """The same mask on another device."""
+        """Returns the same mask on another device."""
         if isinstance(device, torch.dtype):
             raise TypeError(f"device is {device}; a mask has dtypes of its own, give a device.")
-        return LongformerMask.from_tensors([x.to(device) for x in self.tensors()], self.max_seqlen)
+        return self.from_tensors(MaskTensors(*(x.to(device) for x in self.tensors())), self.max_seqlen)
 
     @classmethod
     def from_padding(
@@ -113,7 +124,7 @@ class LongformerMask:
         global_attention_mask: Tensor | None = None,
         max_globals: int | None = None,
     ) -> LongformerMask:
-        """Mask of a padded batch, from the masks that Hugging Face models take.
+        """Builds the mask of a padded batch from the masks that Hugging Face models take.
 
         Args:
             attention_mask: bool, integer or float ``[batch, seqlen]``; 0 padding, 1 token (any pattern: holes and
@@ -127,8 +138,8 @@ class LongformerMask:
             ValueError: for another shape, a device mismatch, or a value other than those above.
         """
         check_marks(attention_mask, "attention_mask")
-        _check_rank(attention_mask, "attention_mask", 2, "[batch, seqlen]")
-        _check_capacity(max_globals)
+        check_rank(attention_mask, "attention_mask", 2, "[batch, seqlen]")
+        check_capacity(max_globals)
         merged, valid = whole_numbers(attention_mask, PADDING, GLOBAL)
         if global_attention_mask is not None:
             check_marks(global_attention_mask, "global_attention_mask")
@@ -148,29 +159,24 @@ class LongformerMask:
         _, seqlen = merged.shape
         position = torch.arange(seqlen, device=merged.device)
         seq_len = torch.where(merged != PADDING, position + 1, 0).amax(dim=1)
-        candidates = torch.where(merged == GLOBAL, position, seqlen)  # [batch, seqlen]
+        positions = torch.where(merged == GLOBAL, position, seqlen).sort(dim=1).values  # [batch, seqlen]
         counts = (merged == GLOBAL).sum(dim=1)
         if max_globals is None or is_checkable(merged):
-            valid, most = (int(x) for x in _sync(valid, _max(counts)))
+            valid, most = (int(x) for x in read_values(valid, largest(counts)))
             if not valid:
                 raise ValueError(
                     "attention_mask holds a value other than 0 (padding), 1 (token) and 2 (global) after merging with "
                     "global_attention_mask (1 global, 0 local, -1 padding); use these values only."
                 )
-            max_globals = _capacity(max_globals, most)
+            max_globals = capacity_for(most, max_globals)
         else:
-            _debug_assert(
+            debug_assert(
                 valid & (counts <= max_globals).all(),
                 "mask value out of range or more globals than max_globals",
             )
-        return cls._build(
-            merged,
-            torch.zeros_like(seq_len),
-            seq_len,
-            candidates.sort(dim=1).values,
-            counts,
-            max_globals,
-            seqlen,
+        seq_start = torch.zeros_like(seq_len)
+        return cls.from_tensors(
+            build_tensors(merged, seq_start, seq_len, positions, counts, max_globals), seqlen
         )
 
     @classmethod
@@ -181,7 +187,7 @@ class LongformerMask:
         global_index: Tensor | Sequence | None = None,
         max_globals: int | None = None,
     ) -> LongformerMask:
-        """Mask of a batch padded on the right, from its lengths.
+        """Builds the mask of a batch that is padded on the right, from its lengths.
 
         Args:
             lengths: int ``[batch]``, each in 0 … seqlen.
@@ -196,27 +202,30 @@ class LongformerMask:
         check_size(seqlen, "seqlen")
         if seqlen < 1:
             raise ValueError(f"seqlen is {seqlen}; give a padded length of at least 1.")
-        _check_capacity(max_globals)
+        check_capacity(max_globals)
         lengths = as_integers(lengths, "lengths")
-        _check_rank(lengths, "lengths", 1, "[batch]")
-        index = _as_global_index(global_index, lengths.shape[0], lengths.device)
+        check_rank(lengths, "lengths", 1, "[batch]")
+        index = as_global_index(global_index, lengths.shape[0], lengths.device)
         index_ok = ((index >= -1) & (index < lengths[:, None])).all()
         lengths_ok = ((lengths >= 0) & (lengths <= seqlen)).all()
-        candidates, counts = _sort_unique(index, lengths, seqlen)
+        positions, counts = sort_unique(index, lengths, seqlen)
         if max_globals is None or is_checkable(lengths):
-            lengths_valid, index_valid, most = _sync(lengths_ok, index_ok, _max(counts))
+            lengths_valid, index_valid, most = read_values(lengths_ok, index_ok, largest(counts))
             if not lengths_valid:
                 raise ValueError(f"lengths holds a value outside 0 … {seqlen}; clip it or raise seqlen.")
-            _check_index(index_valid)
-            max_globals = _capacity(max_globals, most, at_least=candidates.shape[1])
+            check_index(index_valid)
+            max_globals = capacity_for(most, max_globals, at_least=positions.shape[1])
         else:
-            _debug_assert(lengths_ok & index_ok, "lengths or global_index out of range")
+            debug_assert(lengths_ok & index_ok, "lengths or global_index out of range")
         position = torch.arange(seqlen, device=lengths.device)
-        kind = (position < lengths[:, None]).to(torch.int64)  # [batch, seqlen]
-        # column `seqlen` takes what is no position, and is cut off
+        kind = torch.where(position < lengths[:, None], LOCAL, PADDING)  # int64 [batch, seqlen]
+        # Column `seqlen` takes what is no position, and is cut off.
         marks = torch.zeros(kind.shape[0], seqlen + 1, dtype=torch.int64, device=kind.device)
-        kind = kind + marks.scatter(1, candidates.clamp(max=seqlen), 1)[:, :seqlen]
-        return cls._build(kind, torch.zeros_like(lengths), lengths, candidates, counts, max_globals, seqlen)
+        kind = kind + marks.scatter(1, positions.clamp(max=seqlen), 1)[:, :seqlen]
+        seq_start = torch.zeros_like(lengths)
+        return cls.from_tensors(
+            build_tensors(kind, seq_start, lengths, positions, counts, max_globals), seqlen
+        )
 
     @classmethod
     def packed(
@@ -227,7 +236,7 @@ class LongformerMask:
         total_rows: int | None = None,
         max_seqlen: int | None = None,
     ) -> LongformerMask:
-        """Mask of sequences packed one after another without padding; they never see each other.
+        """Builds the mask of sequences packed one after another without padding; they never see each other.
 
         Args:
             cu_seqlens: int ``[batch + 1]``, 0 and then the running total of the lengths, as in flash-attention.
@@ -242,28 +251,28 @@ class LongformerMask:
             ValueError: when cu_seqlens does not start at 0 or does not ascend, or a global position lies outside
                 its sequence.
         """
-        _check_capacity(max_globals)
+        check_capacity(max_globals)
         for name, size in (("total_rows", total_rows), ("max_seqlen", max_seqlen)):
             if size is not None:
                 check_size(size, name)
         cu_seqlens = as_integers(cu_seqlens, "cu_seqlens")
-        _check_rank(cu_seqlens, "cu_seqlens", 1, "[batch + 1]")
+        check_rank(cu_seqlens, "cu_seqlens", 1, "[batch + 1]")
         if cu_seqlens.shape[0] < 1:
             raise ValueError("cu_seqlens is empty; give 0 followed by the running total of the lengths.")
-        start, lengths = cu_seqlens[:-1], cu_seqlens.diff()
-        index = _as_global_index(global_index, lengths.shape[0], lengths.device)
+        seq_start, lengths = cu_seqlens[:-1], cu_seqlens.diff()
+        index = as_global_index(global_index, lengths.shape[0], lengths.device)
         ascending = (cu_seqlens[0] == 0) & (lengths >= 0).all()
         index_ok = ((index >= -1) & (index < lengths[:, None])).all()
-        candidates, counts = _sort_unique(index, lengths)
+        positions, counts = sort_unique(index, lengths)
         if max_globals is None or total_rows is None or is_checkable(cu_seqlens):
-            is_ascending, is_index, total, longest, most = _sync(
-                ascending, index_ok, cu_seqlens[-1], _max(lengths), _max(counts)
+            is_ascending, is_index, total, longest, most = read_values(
+                ascending, index_ok, cu_seqlens[-1], largest(lengths), largest(counts)
             )
             if not is_ascending:
                 raise ValueError(
                     "cu_seqlens does not start at 0 and ascend; give the running total of the lengths."
                 )
-            _check_index(is_index)
+            check_index(is_index)
             if total_rows is not None and total_rows != total:
                 raise ValueError(
                     f"total_rows is {total_rows} but cu_seqlens ends at {total}; give the latter."
@@ -272,113 +281,16 @@ class LongformerMask:
                 raise ValueError(
                     f"max_seqlen is {max_seqlen} but a sequence has {longest} rows; give that many at least."
                 )
-            if max_seqlen is None:  # with both known, shapes must not depend on the lengths
+            if max_seqlen is None:  # With both known, shapes must not depend on the lengths.
                 max_seqlen = longest if total_rows is None or max_globals is None else total_rows
             total_rows = total
-            max_globals = _capacity(max_globals, most, at_least=candidates.shape[1])
+            max_globals = capacity_for(most, max_globals, at_least=positions.shape[1])
         else:
-            _debug_assert(ascending & index_ok, "cu_seqlens not ascending or global_index out of range")
+            debug_assert(ascending & index_ok, "cu_seqlens not ascending or global_index out of range")
             max_seqlen = total_rows if max_seqlen is None else max_seqlen
-        rows = torch.where(candidates < lengths[:, None], candidates + start[:, None], total_rows)
+        rows = torch.where(positions < lengths[:, None], positions + seq_start[:, None], total_rows)
         marks = torch.zeros(total_rows + 1, dtype=torch.int64, device=rows.device)
         kind = marks.scatter(0, rows.flatten(), 1)[:total_rows] + 1
-        return cls._build(kind, start, lengths, candidates, counts, max_globals, max_seqlen)
-
-    @classmethod
-    def _build(
-        cls,
-        kind: Tensor,
-        seq_start: Tensor,
-        seq_len: Tensor,
-        candidates: Tensor,
-        counts: Tensor,
-        max_globals: int,
-        max_seqlen: int,
-    ) -> LongformerMask:
-        """candidates: ascending positions of the global tokens per row, values >= its length behind them."""
-        if max_globals < 0:
-            raise ValueError(f"max_globals is {max_globals}; give the capacity, 0 or more.")
-        kind = kind.contiguous()  # kernels take these without strides
-        # padded first, so that a traced length need not be told from max_globals
-        candidates = torch.nn.functional.pad(candidates, (0, max_globals))[:, :max_globals]
-        slot = torch.arange(max_globals, device=kind.device)
-        is_padding = (kind == PADDING).to(torch.int32)
-        return cls(
-            seq_start=seq_start.to(torch.int32).contiguous(),
-            seq_len=seq_len.to(torch.int32).contiguous(),
-            token_kind=kind.to(torch.uint8),
-            padding_before=(is_padding.cumsum(-1) - is_padding).to(torch.int32),
-            global_index=torch.where(slot < counts[:, None], candidates, -1).to(torch.int32).contiguous(),
-            num_globals=counts.clamp(max=max_globals).to(torch.int32).contiguous(),
-            max_seqlen=max_seqlen,
-            are_values_checked=True,
+        return cls.from_tensors(
+            build_tensors(kind, seq_start, lengths, positions, counts, max_globals), max_seqlen
         )
-
-
-def _capacity(max_globals: int | None, most: int, at_least: int = 0) -> int:
-    """Slots for the ``most`` global tokens that a sequence has; by default that many, or ``at_least``."""
-    if max_globals is None:
-        return max(most, at_least)
-    if 0 <= max_globals < most:
-        raise ValueError(f"max_globals is {max_globals} but a sequence has {most} global tokens; raise it.")
-    return max_globals
-
-
-def _sync(*values: Tensor) -> list:
-    """The one device-to-host copy of a constructor."""
-    if any(v.is_meta for v in values):
-        raise ValueError(
-            "a mask on meta has no values to count; give max_globals, and total_rows of packed sequences."
-        )
-    return torch.stack([v.to(torch.int64) for v in values]).tolist()
-
-
-def _max(values: Tensor) -> Tensor:
-    """Maximum of a vector that may be empty."""
-    return torch.nn.functional.pad(values, (0, 1)).amax()
-
-
-def _debug_assert(condition: Tensor, message: str) -> None:
-    if os.environ.get("LED_KERNELS_DEBUG") == "1":
-        torch._assert_async(condition, message)
-
-
-def _check_capacity(max_globals: int | None) -> None:
-    if max_globals is not None:
-        check_size(max_globals, "max_globals")
-
-
-def _check_rank(x: Tensor, name: str, rank: int, shape: str) -> None:
-    if x.dim() != rank:
-        raise ValueError(f"{name} has shape {tuple(x.shape)}; give it as {shape}.")
-    if rank == 2 and x.shape[1] < 1:
-        raise ValueError(f"{name} has no columns; a sequence holds at least 1 position.")
-
-
-def _check_index(valid: int) -> None:
-    if not valid:
-        raise ValueError(
-            "global_index holds a position outside its sequence; give 0 … length - 1, or -1 for none."
-        )
-
-
-def _as_global_index(global_index: Tensor | Sequence | None, batch: int, device: torch.device) -> Tensor:
-    """-> int64 [batch, n]"""
-    if global_index is None:
-        return torch.empty(batch, 0, dtype=torch.int64, device=device)
-    index = as_integers(global_index, "global_index").to(device)
-    if index.dim() == 1:
-        index = index.expand(batch, -1)
-    if index.dim() != 2 or index.shape[0] != batch:
-        raise ValueError(f"global_index has shape {tuple(index.shape)}; give it as [{batch}, n] or [n].")
-    return index
-
-
-def _sort_unique(index: Tensor, lengths: Tensor, beyond: int = 2**62) -> tuple[Tensor, Tensor]:
-    """Ascending positions without duplicates, `beyond` behind them: int64 [batch, n], and their counts [batch]."""
-    index = torch.where((index >= 0) & (index < lengths[:, None]), index, beyond).sort(dim=1).values
-    repeated = (
-        torch.nn.functional.pad(index[:, 1:] == index[:, :-1], (1, 0)) if index.shape[1] else index.bool()
-    )
-    index = torch.where(repeated, beyond, index).sort(dim=1).values
-    return index, (index < lengths[:, None]).sum(dim=1)

@@ -1,111 +1,101 @@
-"""What the tensors of a mask must be, so that no kernel reads outside of what it is given."""
+"""These functions check masks: their tensors must be such that no kernel reads outside of what it is given."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import os
 
 import torch
 from torch import Tensor
 
 from led_kernels.argument_checks import check_size, check_storage
 from led_kernels.eager import is_eager
+from led_kernels.mask_tensors import GLOBAL, PADDING, MaskTensors
 
-if TYPE_CHECKING:
-    from led_kernels.mask import LongformerMask
-
-PADDING, LOCAL, GLOBAL = 0, 1, 2  # kinds of tokens
-
-_DTYPES = {
-    "seq_start": torch.int32,
-    "seq_len": torch.int32,
-    "token_kind": torch.uint8,
-    "padding_before": torch.int32,
-    "global_index": torch.int32,
-    "num_globals": torch.int32,
-}
+_DTYPES = {name: torch.uint8 if name == "token_kind" else torch.int32 for name in MaskTensors._fields}
 
 
-def check_structure(mask: LongformerMask) -> None:
-    """Dtypes, shapes, strides and devices of the tensors.
+def check_structure(tensors: MaskTensors, max_seqlen: int) -> None:
+    """Checks dtypes, shapes, strides and devices of the tensors, without looking at their values.
 
     Raises:
         TypeError: for something that is no tensor, or a tensor of another dtype.
         ValueError: for a shape, strides or a device that does not go with the others.
     """
-    kind, batch = mask.token_kind, mask.seq_len
-    check_size(mask.max_seqlen, "max_seqlen of a mask")
-    for name, dtype in _DTYPES.items():
-        x = getattr(mask, name)
+    kind, lengths, index = tensors.token_kind, tensors.seq_len, tensors.global_index
+    check_size(max_seqlen, "max_seqlen of a mask")
+    for name, x in tensors._asdict().items():
+        dtype = _DTYPES[name]
         if not isinstance(x, Tensor):
             raise TypeError(f"{name} of a mask is a {type(x).__name__}; give a torch.Tensor.")
         if x.dtype != dtype:
             raise TypeError(f"{name} of a mask has dtype {x.dtype}; give {dtype}.")
         if not x.is_contiguous():
             raise ValueError(f"{name} of a mask is not contiguous; call .contiguous() on it.")
-    for name, like in (("seq_start", batch), ("num_globals", batch), ("padding_before", kind)):
-        if (x := getattr(mask, name)).shape != like.shape:
+    for name, like in (("seq_start", lengths), ("num_globals", lengths), ("padding_before", kind)):
+        if (x := getattr(tensors, name)).shape != like.shape:
             raise ValueError(f"{name} of a mask has shape {tuple(x.shape)}; give {tuple(like.shape)}.")
     device = kind.device
-    for x, name in zip(mask.tensors(), _DTYPES, strict=True):
+    for name, x in tensors._asdict().items():
         if x.device != device:
             raise ValueError(
                 f"{name} of a mask is on {x.device} and token_kind on {device}; move both to one device."
             )
-    if batch.dim() != 1:
-        raise ValueError(f"seq_len of a mask has shape {tuple(batch.shape)}; give it as [batch].")
-    if mask.global_index.dim() != 2 or mask.global_index.shape[0] != batch.shape[0]:
+    if lengths.dim() != 1:
+        raise ValueError(f"seq_len of a mask has shape {tuple(lengths.shape)}; give it as [batch].")
+    batch = lengths.shape[0]
+    if index.dim() != 2 or index.shape[0] != batch:
         raise ValueError(
-            f"global_index of a mask has shape {tuple(mask.global_index.shape)}; give it as [batch, max_globals] with "
-            f"a batch of {batch.shape[0]}."
+            f"global_index of a mask has shape {tuple(index.shape)}; give it as [batch, max_globals] with a batch of "
+            f"{batch}."
         )
-    if (kind.dim() == 2 and kind.shape != (batch.shape[0], mask.max_seqlen)) or kind.dim() not in (1, 2):
+    if (kind.dim() == 2 and kind.shape != (batch, max_seqlen)) or kind.dim() not in (1, 2):
         raise ValueError(
             f"token_kind of a mask has shape {tuple(kind.shape)}; give it as [batch, max_seqlen] = "
-            f"[{batch.shape[0]}, {mask.max_seqlen}], or [total_rows] of packed sequences."
+            f"[{batch}, {max_seqlen}], or [total_rows] of packed sequences."
         )
 
 
 def is_checkable(*tensors: Tensor) -> bool:
-    """Whether looking at the values costs no wait for a device."""
+    """Tells whether the values of tensors can be looked at without waiting for a device."""
     return all(x.device.type == "cpu" for x in tensors) and is_eager(*tensors)
 
 
-def check_values(mask: LongformerMask) -> None:
-    """Lengths, positions and counts of a mask on the CPU.
+def check_values(tensors: MaskTensors, max_seqlen: int) -> None:
+    """Checks lengths, positions and counts of a mask, whose structure was checked, on the CPU.
 
     Raises:
         ValueError: naming the tensor that holds what it must not.
     """
-    for name in _DTYPES:
-        check_storage(f"{name} of a mask", getattr(mask, name))
-    start, length, kind = mask.seq_start, mask.seq_len, mask.token_kind
-    index, counts = mask.global_index, mask.num_globals
-    end = length if mask.is_packed else torch.zeros_like(length)
-    last = kind.shape[-1] if mask.is_packed else 0
+    for name, x in tensors._asdict().items():
+        check_storage(f"{name} of a mask", x)
+    start, length, kind, padding_before, index, counts = tensors
+    is_packed = kind.dim() == 1
+    end = length if is_packed else torch.zeros_like(length)
+    last = kind.shape[-1] if is_packed else 0
     slot = torch.arange(index.shape[1], device=index.device)
     used = slot < counts[:, None]  # bool [batch, max_globals]
     inside = (index >= 0) & (index < length[:, None])
     ascends = torch.nn.functional.pad(index[:, 1:] > index[:, :-1], (1, 0), value=True)
     good = {
-        "max_seqlen": torch.as_tensor(mask.max_seqlen >= 0, device=kind.device),
-        "seq_len": ((length >= 0) & (length <= mask.max_seqlen)).all(),
-        # in int64, where no sum of two wraps around
+        "max_seqlen": torch.as_tensor(max_seqlen >= 0, device=kind.device),
+        "seq_len": ((length >= 0) & (length <= max_seqlen)).all(),
+        # The sum is in int64, where it does not wrap around.
         "seq_start": ((start >= 0) & (start.long() + end.long() <= last)).all(),
         "token_kind": (kind <= GLOBAL).all(),
         "num_globals": ((counts >= 0) & (counts <= index.shape[1])).all(),
         "global_index": torch.where(used, inside & ascends, index == -1).all(),
     }
     _require(good)
-    # what follows looks where these point
-    at = (start[:, None] + index if mask.is_packed else index).clamp(min=0).long()  # [batch, max_globals]
-    if mask.is_packed:
+    # The rows that these point to exist, and can be looked at.
+    at = (start[:, None] + index if is_packed else index).clamp(min=0).long()  # [batch, max_globals]
+    if is_packed:
         ends = (start + length)[:-1]
-        good = {"seq_start": (start[1:] >= ends).all()}  # or two sequences would write the same row
+        good = {"seq_start": (start[1:] >= ends).all()}  # so that no two sequences write one row
         marked = kind[at] if kind.numel() else torch.zeros_like(at)
         counted = (kind == GLOBAL).sum() == counts.sum()
     else:
         is_padding = (kind == PADDING).to(torch.int32)
-        good = {"padding_before": (mask.padding_before == is_padding.cumsum(-1) - is_padding).all()}
+        good = {"padding_before": (padding_before == is_padding.cumsum(-1) - is_padding).all()}
         position = torch.arange(kind.shape[1], device=kind.device)
         good["seq_len"] = ((kind == PADDING) | (position < length[:, None])).all()
         marked = kind.gather(1, at)
@@ -116,9 +106,83 @@ def check_values(mask: LongformerMask) -> None:
 
 
 def _require(good: dict[str, Tensor]) -> None:
+    """Raises for the first of these tensors' names whose condition, bool without dimensions, does not hold."""
     for name, is_good in zip(good, torch.stack(list(good.values())).tolist(), strict=True):
         if not is_good:
             raise ValueError(
                 f"{name} of a mask holds values that do not go with its other tensors; build it with "
                 "LongformerMask.from_padding, from_lengths or packed."
             )
+
+
+def check_rank(x: Tensor, name: str, rank: int, shape: str) -> None:
+    """Checks that ``x`` has ``rank`` dimensions, which ``shape`` names, and columns if it has two.
+
+    Raises:
+        ValueError: otherwise.
+    """
+    if x.dim() != rank:
+        raise ValueError(f"{name} has shape {tuple(x.shape)}; give it as {shape}.")
+    if rank == 2 and x.shape[1] < 1:
+        raise ValueError(f"{name} has no columns; a sequence holds at least 1 position.")
+
+
+def check_index(is_inside: int) -> None:
+    """Checks that no global position lies outside of its sequence, as a constructor has found.
+
+    Raises:
+        ValueError: otherwise.
+    """
+    if not is_inside:
+        raise ValueError(
+            "global_index holds a position outside its sequence; give 0 … length - 1, or -1 for none."
+        )
+
+
+def check_capacity(max_globals: int | None) -> None:
+    """Checks that a capacity, if one is given, is an int.
+
+    Raises:
+        TypeError, ValueError: otherwise.
+    """
+    if max_globals is not None:
+        check_size(max_globals, "max_globals")
+
+
+def capacity_for(most: int, max_globals: int | None, at_least: int = 0) -> int:
+    """Returns the capacity of ``global_index`` for sequences with up to ``most`` global tokens.
+
+    It is ``max_globals``, or by default what they need, and ``at_least`` that many.
+
+    Raises:
+        ValueError: when ``max_globals`` is too small.
+    """
+    if max_globals is None:
+        return max(most, at_least)
+    if 0 <= max_globals < most:
+        raise ValueError(f"max_globals is {max_globals} but a sequence has {most} global tokens; raise it.")
+    return max_globals
+
+
+def read_values(*values: Tensor) -> list[int]:
+    """Returns the values of tensors without dimensions, by the one device-to-host copy of a constructor.
+
+    Raises:
+        ValueError: for tensors on ``meta``.
+    """
+    if any(v.is_meta for v in values):
+        raise ValueError(
+            "a mask on meta has no values to count; give max_globals, and total_rows of packed sequences."
+        )
+    return torch.stack([v.to(torch.int64) for v in values]).tolist()
+
+
+def largest(values: Tensor) -> Tensor:
+    """Returns the maximum of a vector that may be empty; it is 0 if no value is larger."""
+    return torch.nn.functional.pad(values, (0, 1)).amax()
+
+
+def debug_assert(condition: Tensor, message: str) -> None:
+    """Asserts on the device, under ``LED_KERNELS_DEBUG=1``, what the host does not look at."""
+    if os.environ.get("LED_KERNELS_DEBUG") == "1":
+        torch._assert_async(condition, message)

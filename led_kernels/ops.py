@@ -23,7 +23,8 @@ from led_kernels.call import AttentionCall, lse_dtype
 from led_kernels.call_checks import check_call, check_gradients
 from led_kernels.dispatch import backend_module
 from led_kernels.eager import is_transformed
-from led_kernels.mask import LongformerMask, MaskTensors
+from led_kernels.mask import LongformerMask
+from led_kernels.mask_tensors import MaskTensors
 
 _NO_FORWARD_MODE = (
     "forward-mode differentiation through led_kernels attention is not supported; use reverse mode: torch.func.grad, "
@@ -62,7 +63,7 @@ def _flatten(call: AttentionCall) -> tuple:
 def _unflatten(q: Tensor, k: Tensor, v: Tensor, *rest) -> AttentionCall:
     """The call that :func:`_flatten` took apart."""
     seed, max_seqlen, *window, softmax_scale, dropout_p = rest[_NUM_MASK_TENSORS:]
-    mask = LongformerMask.from_tensors(rest[:_NUM_MASK_TENSORS], max_seqlen)
+    mask = LongformerMask.from_tensors(MaskTensors(*rest[:_NUM_MASK_TENSORS]), max_seqlen)
     return AttentionCall(q, k, v, mask, tuple(window) or None, softmax_scale, dropout_p, seed)
 
 

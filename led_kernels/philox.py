@@ -1,6 +1,7 @@
-"""Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011) on torch tensors.
+"""Dropout draws its numbers by Philox4x32-10, implemented here on torch tensors.
 
-Every backend drops the same elements: probability ``(query, key)`` of head ``h`` in sequence ``b`` is kept iff lane
+The generator is that of Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011. Every backend drops the
+same elements: probability ``(query, key)`` of head ``h`` in sequence ``b`` is kept iff lane
 ``key % 4`` of ``philox(counter=(key // 4, query, b * heads + h, stream), key=seed)`` is at least
 ``round(dropout_p * 2**32)``. Positions are relative to their sequence.
 """
@@ -19,11 +20,14 @@ _LOW = 0xFFFFFFFF
 def philox4x32(
     counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[Tensor, Tensor]
 ) -> tuple[Tensor, ...]:
-    """Ten rounds on four 32-bit counters under a 64-bit key; all int64 tensors holding unsigned 32-bit values."""
+    """Runs ten rounds on four 32-bit counters under a 64-bit key.
+
+    All tensors are int64 and hold unsigned 32-bit values.
+    """
     c0, c1, c2, c3 = counter
     k0, k1 = key
     for _ in range(10):
-        # int64 wraps mod 2**64, so both halves of the product come out right
+        # int64 wraps mod 2**64, so both halves of the product come out right.
         p0, p1 = c0 * _M0, c2 * _M1
         c0, c1, c2, c3 = ((p1 >> 32) & _LOW) ^ c1 ^ k0, p1 & _LOW, ((p0 >> 32) & _LOW) ^ c3 ^ k1, p0 & _LOW
         k0, k1 = (k0 + _W0) & _LOW, (k1 + _W1) & _LOW
@@ -31,26 +35,27 @@ def philox4x32(
 
 
 def dropout_threshold(dropout_p: float) -> int:
-    """Smallest 32-bit draw that is kept."""
+    """Returns the smallest 32-bit draw that is kept."""
     return round(dropout_p * 2**32)
 
 
 def keep_mask(
     seed: Tensor, query: Tensor, key: Tensor, batch_head: Tensor, stream: int, dropout_p: float
 ) -> Tensor:
-    """Which attention probabilities dropout keeps.
+    """Returns which attention probabilities dropout keeps.
 
     Args:
         seed: int64 ``[1]``, as drawn by the ops.
-        query, key: int64 positions in their sequence; ``batch_head``: int64 ``b * heads + h``. The three broadcast.
+        query, key: int64 positions in their sequence.
+        batch_head: int64 ``b * heads + h``; it broadcasts with ``query`` and ``key``.
         stream: ``BANDED_STREAM`` or ``GLOBAL_STREAM``.
         dropout_p: probability of dropping, 0 … 1.
 
     Returns:
-        bool tensor of the broadcast shape.
+        A bool tensor of the broadcast shape.
     """
     query, key, batch_head = (x.to(torch.int64) for x in (query, key, batch_head))
-    # one draw serves four neighbouring keys, but the obvious form draws for each key
+    # One draw could serve four neighboring keys; for simplicity each key has its own here.
     lanes = philox4x32(
         (key // 4, query, batch_head, torch.full_like(key, stream)), (seed & _LOW, (seed >> 32) & _LOW)
     )

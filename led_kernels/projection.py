@@ -1,21 +1,17 @@
-"""Encoder self-attention from hidden states: the projections of global tokens, and the cheaper way to them.
+"""These functions compute the self-attention of an encoder layer from hidden states, global projections included.
 
-Source of the projections: Beltagy et al., "Longformer: The Long-Document Transformer", 2020, section 3.1.
+The projections are those of Beltagy et al., "Longformer: The Long-Document Transformer", 2020, section 3.1.
 """
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, nn
 
 from led_kernels.absorbed import absorbed_global_attention
 from led_kernels.api import banded_attention, global_attention
 from led_kernels.global_rows import add_global_rows, gather_global_rows
 from led_kernels.mask import LongformerMask
-
-# As torch has them: what a caller puts in their place later is seen.
-_FORWARDS = {kind: kind.forward for kind in (nn.Linear, nn.LayerNorm)}
-_CALL, _CALL_IMPL = nn.Module.__call__, nn.Module._call_impl
+from led_kernels.modules import is_plain_linear
 
 
 def encoder_self_attention(
@@ -33,7 +29,7 @@ def encoder_self_attention(
     dropout_p: float = 0.0,
     backend: str | None = None,
 ) -> Tensor:
-    """Self-attention of one encoder layer, up to its output projection.
+    """Computes the self-attention of one encoder layer, up to its output projection.
 
     Only the rows of global tokens go through ``query_global``. Every token goes through ``key_global`` and
     ``value_global``, unless both are plain ``nn.Linear`` and ``max_globals * num_heads < d_model``: then
@@ -64,7 +60,7 @@ def encoder_self_attention(
     if mask.max_globals == 0:
         return out.flatten(-2)
     q_global = project_global_queries(hidden, query_global, mask, num_heads)
-    if _absorbs(key_global, value_global, hidden, mask.max_globals * num_heads):
+    if _can_absorb(key_global, value_global, hidden, mask.max_globals * num_heads):
         out_global = absorbed_global_attention(
             hidden,
             q_global,
@@ -75,7 +71,7 @@ def encoder_self_attention(
             dropout_p=dropout_p,
         )
         if key_global.bias is not None:
-            # a constant per query cancels in the softmax: the bias has a gradient, and it is zero
+            # A constant per query cancels in the softmax: the bias has a gradient, and it is zero.
             out_global = out_global + key_global.bias[:0].sum()
     else:
         k_global, v_global = (
@@ -90,53 +86,25 @@ def encoder_self_attention(
 def project_global_queries(
     hidden: Tensor, query_global: nn.Module, mask: LongformerMask, num_heads: int
 ) -> Tensor:
-    """Queries of the global tokens: ``hidden`` as above -> ``[batch, max_globals, num_heads, head_dim]``."""
+    """Projects the rows of the global tokens to their queries, ``[batch, max_globals, num_heads, head_dim]``.
+
+    Args:
+        hidden: ``[batch, seqlen, d_model]``, or ``[total_rows, d_model]`` with a packed mask.
+        query_global: a module from ``[..., d_model]`` to ``[..., num_heads * head_dim]``.
+        mask: the mask of the batch.
+    """
     rows = gather_global_rows(hidden, mask)  # [batch, max_globals, d_model]
-    # an unused slot repeats some row, which may be padding: NaN there must not reach a weight's gradient
+    # An unused slot repeats some row, which may be padding: NaN there must not reach a weight's gradient.
     rows = rows.masked_fill((mask.global_index < 0)[:, :, None], 0)
     return query_global(rows).unflatten(-1, (num_heads, -1))
 
 
-def _absorbs(key_global: nn.Module, value_global: nn.Module, hidden: Tensor, global_queries: int) -> bool:
+def _can_absorb(key_global: nn.Module, value_global: nn.Module, hidden: Tensor, global_queries: int) -> bool:
+    """Tells whether global tokens may attend over the hidden states themselves, and save work by it.
+
+    ``global_queries`` is the number of queries of a sequence, over all heads: ``max_globals * num_heads``.
+    """
     return global_queries < hidden.shape[-1] and all(
         is_plain_linear(module) and module.weight.device == hidden.device
         for module in (key_global, value_global)
-    )
-
-
-def is_plain_linear(module: nn.Module) -> bool:
-    """Whether calling the module is x Wᵀ + b with its own parameters and nothing else.
-
-    The exact type excludes LoRA, bitsandbytes and parametrisations; the parameters' type excludes quantised
-    and sharded tensors; the forward function excludes accelerate's hooks.
-    """
-    return type(module) is nn.Linear and runs_its_own_code(module)
-
-
-def runs_its_own_code(module: nn.Module) -> bool:
-    """Whether calling an ``nn.Linear`` or ``nn.LayerNorm`` runs torch's code alone, on a parameter that is a plain
-    tensor; False for other modules."""
-    kind = type(module)
-    return (
-        kind in _FORWARDS
-        and getattr(module.forward, "__func__", None) is _FORWARDS[kind]
-        and kind.__call__ is _CALL
-        and kind._call_impl is _CALL_IMPL
-        and type(module.weight) is nn.Parameter
-        and not module._forward_hooks
-        and not module._forward_pre_hooks
-        and not module._backward_hooks
-        and not module._backward_pre_hooks
-        and not has_global_hooks()
-    )
-
-
-def has_global_hooks() -> bool:
-    """Whether hooks run at every call of every module."""
-    every = torch.nn.modules.module
-    return bool(
-        every._global_forward_hooks
-        or every._global_forward_pre_hooks
-        or every._global_backward_hooks
-        or every._global_backward_pre_hooks
     )

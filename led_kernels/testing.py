@@ -1,4 +1,4 @@
-"""What every backend's tests share: cases, input factories, the list of backends, and the one error bound.
+"""The tests of all backends share these cases, input factories and the one error bound.
 
 The oracle is the ``reference`` backend in fp64; plain PyTorch in the same dtype is the ``reference`` backend in that
 dtype. A kernel passes when its largest error is at most twice plain PyTorch's, plus a floor of a few units in the
@@ -22,9 +22,9 @@ from led_kernels.mask import LongformerMask
 
 @dataclass(frozen=True)
 class AttentionCase:
-    """One problem: shapes, window and which tokens are padding or global.
+    """A case says of one problem its shapes, its window and which tokens are padding or global.
 
-    ``globals_per_row``: for each batch row the positions of its global tokens. ``padding``: ``none``, ``right``,
+    ``globals_per_row`` has for each batch row the positions of its global tokens. ``padding`` is ``none``, ``right``,
     ``left``, ``holes`` or ``all`` (the last row of the batch is only padding).
     """
 
@@ -40,6 +40,7 @@ class AttentionCase:
     dropout_p: float = 0.0
 
     def mask(self, device: torch.device | str = "cpu") -> LongformerMask:
+        """Builds the mask of the case."""
         if self.packed:
             lengths = torch.tensor([max(1, self.seqlen - 13 * b) for b in range(self.batch)])
             width = max([len(row) for row in self.globals_per_row], default=0)
@@ -74,7 +75,10 @@ class AttentionCase:
         poison_padding: bool = True,
         fused: bool = True,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """q, k, v on the mask's device: views of one tensor if ``fused``, NaN in padding rows if ``poison_padding``."""
+        """Draws q, k and v on the mask's device.
+
+        They are views of one tensor if ``fused``; padding rows hold NaN if ``poison_padding``.
+        """
         generator = torch.Generator().manual_seed(seed)
         rows = mask.token_kind.shape
         qkv = torch.randn(*rows, 3, self.heads, self.head_dim, generator=generator, dtype=torch.float64).to(
@@ -88,7 +92,7 @@ class AttentionCase:
 
 
 def unaligned(x: Tensor) -> Tensor:
-    """x where its address and all strides but the last are multiples of an element alone; NaN lies between rows."""
+    """Returns x at an address and with strides that are multiples of one element only; NaN lies between rows."""
     padded = x.new_full((*x.shape[:-1], x.shape[-1] + 3), float("nan"))
     return padded[..., 1 : 1 + x.shape[-1]].copy_(x)
 
@@ -96,14 +100,14 @@ def unaligned(x: Tensor) -> Tensor:
 def assert_within_error_bound(
     actual: Tensor, oracle: Tensor, plain: Tensor, what: str, floor_ulps: float | None = None
 ) -> None:
-    """``max|actual - oracle| <= 2 max|plain - oracle| + floor``.
+    """Asserts ``max|actual - oracle| <= 2 max|plain - oracle| + floor``.
 
     Args:
         actual: the kernel's result in its dtype.
-        oracle: the fp64 reference's.
-        plain: plain PyTorch's in ``actual``'s dtype.
-        what: named in the message.
-        floor_ulps: floor in units of ``eps(dtype) * max|oracle|``, for cases where plain PyTorch is exact by luck;
+        oracle: the result of the reference in fp64.
+        plain: the result of plain PyTorch in ``actual``'s dtype.
+        what: the name of the result, for the message.
+        floor_ulps: the floor in units of ``eps(dtype) * max|oracle|``, for cases where plain PyTorch is exact by luck;
             default 2 for fp16 and bf16 (a backward from lse takes ``delta`` from the rounded out), 8 for fp32 (other
             orders of summation), 64 for fp64, whose plain PyTorch is the oracle itself.
     """
@@ -136,11 +140,11 @@ def run_with_gradients(
     grad_dtype: torch.dtype | None = None,
     names: Sequence[str] = "qkv",
 ) -> dict[str, Tensor]:
-    """``out, lse`` of a function and the gradients of ``<out, d_out> + <lse, d_lse>`` for its inputs, by name.
+    """Returns, by name, ``out, lse`` of a function and the gradients of ``<out, d_out> + <lse, d_lse>`` for its inputs.
 
-    d_out and d_lse are random, the same for every backend; rows whose lse is infinite get none, and lse may be None.
-    ``grad_dtype`` is what they are rounded to first: give the oracle the dtype under test, so that it sees the very
-    same d_out.
+    d_out and d_lse are random, the same for every backend; they are zeros in rows whose lse is infinite, and lse may be
+    None. ``grad_dtype`` is what they are rounded to first: give the oracle the dtype under test, so that it sees the
+    very same d_out.
     """
     inputs = tuple(x.detach().requires_grad_() for x in inputs)
     torch.manual_seed(dropout_seed)
@@ -151,7 +155,7 @@ def run_with_gradients(
     for x in outputs.values():
         d_x = torch.randn(x.shape, generator=generator, dtype=torch.float64).to(grad_dtype or x.dtype)
         d_outputs.append(d_x.to(x).masked_fill(x.isinf(), 0))
-    # without global tokens the global projections are not used at all
+    # Without global tokens the global projections are not used at all.
     grads = torch.autograd.grad(
         tuple(outputs.values()), inputs, d_outputs, allow_unused=True, materialize_grads=True
     )
@@ -167,7 +171,7 @@ _INPUT_NAMES = {
 
 
 def attention_function(op: str, case: AttentionCase, mask: LongformerMask, backend: str) -> Callable:
-    """One of the ops ``banded``, ``global`` and ``longformer`` on the case, as ``inputs -> (out, lse)``.
+    """Returns a function that runs ``banded``, ``global`` or ``longformer`` on the case, as ``inputs -> (out, lse)``.
 
     ``global`` takes q of every row, as the others do; ``longformer`` has no lse (None) and takes six inputs.
     """
@@ -196,12 +200,12 @@ def assert_matches_reference(
     floor_ulps: float | None = None,
     fused: bool = True,
 ) -> None:
-    """The error bound on out, lse and every gradient, with NaN in padding and in fresh memory.
+    """Asserts the error bound on out, lse and every gradient, with NaN in padding and in fresh memory.
 
     Args:
         op: ``banded``, ``global`` or ``longformer``.
-        scale_k: what the keys are multiplied with, for large scores.
-        fused: q, k and v are views of one tensor.
+        scale_k: factor of the keys, for large scores.
+        fused: whether q, k and v are views of one tensor.
     """
     with poisoned_memory():
         actual = _run(op, case, backend, device, dtype, dtype, scale_k, fused)
@@ -210,9 +214,9 @@ def assert_matches_reference(
         assert_within_error_bound(actual[name], oracle[name], plain[name], name, floor_ulps)
 
 
-@functools.lru_cache(maxsize=2)  # the backends under test take turns on a case
+@functools.lru_cache(maxsize=2)  # The backends under test take turns on a case.
 def _reference_results(op, case, device, dtype, scale_k) -> list[dict[str, Tensor]]:
-    """In fp64, and as plain PyTorch in ``dtype``."""
+    """Returns the results of the reference in fp64, and those of plain PyTorch in ``dtype``."""
     return [_run(op, case, "reference", device, dtype, run, scale_k) for run in (torch.float64, dtype)]
 
 
@@ -226,7 +230,7 @@ def _run(
     scale_k: float,
     fused: bool = True,
 ) -> dict[str, Tensor]:
-    """Results in ``run_dtype`` on inputs and d_out rounded to ``dtype``."""
+    """Runs the op in ``run_dtype`` on inputs and d_out rounded to ``dtype``."""
     mask, names = case.mask(device), _INPUT_NAMES[op]
     triples = [case.inputs(mask, dtype, seed, fused=fused) for seed in range(len(names) // 3)]
     inputs = [x for q, k, v in triples for x in (q, k if scale_k == 1 else k * scale_k, v)]
@@ -236,7 +240,7 @@ def _run(
 
 @contextmanager
 def poisoned_memory() -> Iterator[None]:
-    """Fresh torch buffers are filled with NaN, so that an element that no kernel wrote shows."""
+    """Fills fresh torch buffers with NaN, so that an element that no kernel wrote shows."""
     before = torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(True)
     try:

@@ -1,4 +1,4 @@
-"""A Longformer-Encoder-Decoder on the kernels of ``led_kernels``. Its names are imported when they are first used."""
+"""Provides a Longformer-Encoder-Decoder on the kernels of ``led_kernels``; names are imported when first used."""
 
 import importlib
 from typing import TYPE_CHECKING, Any

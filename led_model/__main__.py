@@ -1,9 +1,10 @@
-"""The console command ``led``: nothing heavy is imported before an interruption would be answered in one line."""
+"""Runs the console command ``led``, which answers an interruption in one line even while it still imports torch."""
 
 import sys
 
 
 def main() -> int:
+    """Runs the command and returns its exit status."""
     try:
         from led_model.cli.parser import main as run
 

@@ -1,4 +1,4 @@
-"""The activation functions of the feed-forward, by their names in config.json."""
+"""Maps the names that config.json has for activation functions to these functions."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Whether a call's tensors go with each other: told before a kernel or a lookup would fail on them, or not fail."""
+"""Checks that a call's tensors fit each other, before a kernel or a lookup would fail on them, or not fail."""
 
 from __future__ import annotations
 
@@ -11,20 +11,7 @@ from torch import Tensor, nn
 from led_kernels.eager import is_eager
 from led_model.precision import autocast_dtype
 
-_ID_DTYPES = (torch.int64, torch.int32)  # what a lookup takes
-
-
-def embed(
-    ids_name: str,
-    ids: Tensor | None,
-    embeds_name: str,
-    embeds: Tensor | None,
-    stack: nn.Module,
-    one_position_each: bool = True,
-) -> Tensor:
-    """``[batch, length, d_model]``, from ids ``[batch, length]`` or as given, after :func:`check_inputs`."""
-    check_inputs(ids_name, ids, embeds_name, embeds, stack, one_position_each)
-    return embeds if ids is None else stack.embed_tokens(ids)
+_ID_DTYPES = (torch.int64, torch.int32)  # the dtypes that an embedding takes
 
 
 def check_inputs(
@@ -35,8 +22,9 @@ def check_inputs(
     stack: nn.Module,
     one_position_each: bool = True,
 ) -> None:
-    """Holds ids or embeddings against the tables of ``stack``: ``embed_tokens`` and, where each token has a
-    position of its own, ``embed_positions``.
+    """Checks that ids or embeddings are given that fit the tables of ``stack``.
+
+    The tables are ``embed_tokens`` and, where each token has a position of its own, ``embed_positions``.
 
     Raises:
         ValueError: for both or neither given, another shape, dtype or device, no tokens, ids outside the vocabulary,
@@ -45,37 +33,38 @@ def check_inputs(
     if (ids is None) == (embeds is None):
         both = "missing" if ids is None else "given"
         raise ValueError(f"{ids_name} and {embeds_name} are both {both}; give one of them.")
-    positions = stack.embed_positions.weight.shape[0]  # as it is now, not as it was built
+    positions = stack.embed_positions.weight.shape[0]  # the table may have been replaced
     name, given = (embeds_name, embeds) if ids is None else (ids_name, ids)
     if ids is not None:
         check_ids(ids_name, ids, stack.embed_tokens)
     else:
-        check_states(embeds_name, embeds, stack.embed_positions)
-    check_some(name, given)
+        check_hidden_states(embeds_name, embeds, stack.embed_positions)
+    check_not_empty(name, given)
     if one_position_each and given.shape[1] > positions:
         raise ValueError(
             f"{name} has {given.shape[1]} tokens but the position table holds {positions}; cut or split the text."
         )
 
 
-def check_states(name: str, states: Any, table: nn.Embedding) -> None:
-    """``[batch, length, d_model]`` for a model whose embeddings are ``table``: floating point where the table is, no
-    wider than it unless autocast makes it fit.
+def check_hidden_states(name: str, states: Any, table: nn.Embedding) -> None:
+    """Checks that ``states`` are ``[batch, length, d_model]`` for a model whose embeddings are ``table``.
+
+    They must be floating point and on the table's device, and no wider than its dtype unless autocast is on.
 
     Raises:
         ValueError: naming the argument.
     """
     d_model, dtype = table.weight.shape[1], table.weight.dtype
     if not is_dense(states) or states.dim() != 3 or states.shape[2] != d_model:
-        raise ValueError(f"{name} {what(states)}; give [batch, length, d_model = {d_model}].")
-    _check_place(name, states, table)
+        raise ValueError(f"{name} {describe(states)}; give [batch, length, d_model = {d_model}].")
+    _check_device(name, states, table)
     fits = torch.promote_types(states.dtype, dtype) == dtype or autocast_dtype(states.device) is not None
     if not states.is_floating_point() or not fits:
         raise ValueError(f"{name} is {states.dtype} and the model {dtype}; convert one of them.")
 
 
-def check_some(name: str, given: Tensor) -> None:
-    """``[batch, length]`` is not of length 0.
+def check_not_empty(name: str, given: Tensor) -> None:
+    """Checks that ``given``, ``[batch, length]``, has tokens.
 
     Raises:
         ValueError: naming the argument.
@@ -85,15 +74,15 @@ def check_some(name: str, given: Tensor) -> None:
 
 
 def check_ids(name: str, ids: Any, tokens: nn.Embedding) -> None:
-    """int64 or int32 ``[batch, length]`` inside the vocabulary of the table ``tokens``, and where that is.
+    """Checks that ``ids`` are integers ``[batch, length]`` in the vocabulary of the table ``tokens`` and on its device.
 
     Raises:
         ValueError: naming the argument.
     """
     check_id_shape(name, ids)
-    _check_place(name, ids, tokens)
+    _check_device(name, ids, tokens)
     size = tokens.weight.shape[0]
-    wrong = outside(ids, 0, size - 1)
+    wrong = out_of_range(ids, 0, size - 1)
     if wrong is not None:
         raise ValueError(
             f"{name} holds id {wrong}, outside the vocabulary of {size}; "
@@ -102,17 +91,19 @@ def check_ids(name: str, ids: Any, tokens: nn.Embedding) -> None:
 
 
 def check_id_shape(name: str, ids: Any) -> None:
-    """int64 or int32 ``[batch, length]``, whatever it holds.
+    """Checks that ``ids`` are int64 or int32 ``[batch, length]``, whatever they are.
 
     Raises:
         ValueError: naming the argument.
     """
     if not is_dense(ids) or ids.dim() != 2 or ids.dtype not in _ID_DTYPES:
-        raise ValueError(f"{name} {what(ids)}; give int64 or int32 ids as a tensor [batch, length].")
+        raise ValueError(f"{name} {describe(ids)}; give int64 or int32 ids as a tensor [batch, length].")
 
 
 def check_mask(name: str, mask: Any, given: Tensor, of: str) -> None:
-    """``mask`` is ``None`` or numbers of the shape ``[batch, length]`` of ``given``, the argument ``of``, beside it.
+    """Checks that ``mask`` is ``None``, or of the shape ``[batch, length]`` and the device of ``given``.
+
+    ``of`` is what ``given`` is called.
 
     Raises:
         ValueError: naming both.
@@ -121,18 +112,18 @@ def check_mask(name: str, mask: Any, given: Tensor, of: str) -> None:
         return
     shape = given.shape[:2]
     if not is_dense(mask) or mask.shape != shape or mask.is_complex():
-        raise ValueError(f"{name} {what(mask)}; give a tensor {tuple(shape)}, as {of} has.")
+        raise ValueError(f"{name} {describe(mask)}; give a tensor {tuple(shape)}, as {of} has.")
     if mask.device != given.device:
         raise ValueError(f"{name} is on {mask.device} and {of} on {given.device}; move both to one device.")
 
 
-def check_recordable(name: str, given: Any, remedy: str) -> None:
-    """``given`` is there, or no tracer writes down what is computed, whose program would be of these inputs alone.
+def check_traceable(name: str, given: Any, remedy: str) -> None:
+    """Refuses to be traced without ``given``: the traced program would hold for these inputs alone.
 
-    ``torch.compile`` is not meant, which looks whether its program still holds.
+    ``torch.compile`` is let pass, for it guards its programs.
 
     Raises:
-        ValueError: with the ``remedy``.
+        ValueError: with the ``name`` and the ``remedy``, when a tracer records operations and ``given`` is ``None``.
     """
     if given is not None or torch.compiler.is_compiling():
         return
@@ -141,13 +132,13 @@ def check_recordable(name: str, given: Any, remedy: str) -> None:
         raise ValueError(f"{name}, and cannot be traced; {remedy}.")
 
 
-def check_flags(name: str, mask: Tensor | None) -> None:
-    """Nothing but 0 and 1 is in ``mask``, where looking costs no wait for a device.
+def check_binary(name: str, mask: Tensor | None) -> None:
+    """Checks that ``mask`` holds nothing but 0 and 1, where looking costs no wait for a device.
 
     Raises:
         ValueError: naming the argument.
     """
-    if mask is None or mask.dtype == torch.bool or not may_look(mask):
+    if mask is None or mask.dtype == torch.bool or not is_inspectable(mask):
         return
     if not bool(((mask == 0) | (mask == 1)).all()):
         raise ValueError(f"{name} holds other values than 0 for padding and 1 for tokens; use these only.")
@@ -156,58 +147,57 @@ def check_flags(name: str, mask: Tensor | None) -> None:
 def check_targets(
     name: str, targets: Any, shapes: Sequence[tuple[int, ...]], logits: Tensor, size: int | None = None
 ) -> None:
-    """int64 or int32 of one of the ``shapes``, beside the ``logits`` of which they say the right one; with ``size``
-    each in ``[0, size)``, or -100 where no loss is wanted.
+    """Checks that ``targets`` are integers of one of the ``shapes`` and on the device of ``logits``.
+
+    With ``size`` each must be in ``[0, size)``, or -100 where no loss is wanted.
 
     Raises:
         ValueError: naming the argument.
     """
-    check_scores(name, targets, shapes, logits)
+    check_target_shape(name, targets, shapes, logits)
     if targets.dtype not in _ID_DTYPES:
-        raise ValueError(f"{name} {what(targets)}; give int64 or int32 numbers.")
-    if size is None or not may_look(targets):
+        raise ValueError(f"{name} {describe(targets)}; give int64 or int32 numbers.")
+    if size is None or not is_inspectable(targets):
         return
-    wrong = outside(targets.masked_fill(targets == -100, 0), 0, size - 1)
+    wrong = out_of_range(targets.masked_fill(targets == -100, 0), 0, size - 1)
     if wrong is not None:
         raise ValueError(f"{name} holds {wrong}; give 0 to {size - 1}, or -100 where no loss is wanted.")
 
 
-def check_scores(name: str, targets: Any, shapes: Sequence[tuple[int, ...]], logits: Tensor) -> None:
-    """Numbers of one of the ``shapes``, beside the ``logits`` that they are compared with.
+def check_target_shape(name: str, targets: Any, shapes: Sequence[tuple[int, ...]], logits: Tensor) -> None:
+    """Checks that ``targets`` have one of the ``shapes`` and are on the device of ``logits``.
 
     Raises:
         ValueError: naming the argument.
     """
     wanted = " or ".join(map(str, shapes))
     if not is_dense(targets) or tuple(targets.shape) not in shapes or targets.is_complex():
-        raise ValueError(f"{name} {what(targets)}; give a tensor {wanted}.")
+        raise ValueError(f"{name} {describe(targets)}; give a tensor {wanted}.")
     if targets.device != logits.device:
         raise ValueError(
             f"{name} is on {targets.device} and the logits on {logits.device}; move one of them."
         )
 
 
-def check_encoded(encoded: Any, input_ids: Tensor, table: nn.Embedding) -> None:
-    """The encoder's output for ``input_ids``, for a model whose embeddings are ``table``.
+def check_encoder_hidden_states(states: Any, input_ids: Tensor, table: nn.Embedding) -> None:
+    """Checks that ``states`` are the encoder's output for ``input_ids``, of a model whose embeddings are ``table``.
 
     Raises:
         ValueError: for another shape, dtype or device, or a document too many.
     """
-    shape = (*input_ids.shape, table.weight.shape[1])
-    if not is_dense(encoded) or encoded.shape != shape:
+    shape, name = (*input_ids.shape, table.weight.shape[1]), "encoder_hidden_states"
+    if not is_dense(states) or states.shape != shape:
         raise ValueError(
-            f"encoded {what(encoded)}; give [batch, source, d_model] = {shape}, the encoder's output for input_ids."
+            f"{name} {describe(states)}; give [batch, source, d_model] = {shape}, the encoder's output for input_ids."
         )
-    _check_place("encoded", encoded, table)
-    mixed = autocast_dtype(encoded.device) is not None
-    if not encoded.is_floating_point() or (encoded.dtype != table.weight.dtype and not mixed):
-        raise ValueError(
-            f"encoded is {encoded.dtype} and the model {table.weight.dtype}; convert one of them."
-        )
+    _check_device(name, states, table)
+    mixed = autocast_dtype(states.device) is not None
+    if not states.is_floating_point() or (states.dtype != table.weight.dtype and not mixed):
+        raise ValueError(f"{name} is {states.dtype} and the model {table.weight.dtype}; convert one of them.")
 
 
-def _check_place(name: str, tensor: Tensor, module: nn.Module) -> None:
-    """On the device of the module's weight, unless hooks move one of them there."""
+def _check_device(name: str, tensor: Tensor, module: nn.Module) -> None:
+    """Checks that ``tensor`` is on the device of the module's weight, unless hooks move one of them there."""
     device = module.weight.device
     if tensor.device == device or "forward" in vars(module) or module._forward_pre_hooks:
         return
@@ -215,24 +205,28 @@ def _check_place(name: str, tensor: Tensor, module: nn.Module) -> None:
 
 
 def is_dense(value: Any) -> bool:
+    """Returns whether ``value`` is a strided tensor."""
     return isinstance(value, Tensor) and value.layout == torch.strided and not value.is_nested
 
 
-def may_look(values: Tensor) -> bool:
-    """Whether looking at ``values`` waits for no device and ties no program to them."""
+def is_inspectable(values: Tensor) -> bool:
+    """Returns whether looking at ``values`` waits for no device and ties no program to them."""
     return values.device.type == "cpu" and is_eager(values)
 
 
-def outside(values: Tensor, low: int, high: int) -> int | None:
-    """A value that is not from ``low`` to ``high``. On a GPU that would cost a sync, and there lookups assert."""
-    if not values.numel() or not may_look(values):
+def out_of_range(values: Tensor, low: int, high: int) -> int | None:
+    """Returns a value that is not from ``low`` to ``high``, or ``None``.
+
+    It is ``None`` on a GPU too, where looking would cost a sync and lookups assert.
+    """
+    if not values.numel() or not is_inspectable(values):
         return None
     smallest, largest = (int(x) for x in values.aminmax())
     return smallest if smallest < low else largest if largest > high else None
 
 
-def what(value: Any) -> str:
-    """What an argument is, to be said of it: its dtype and shape, or the type of what is no tensor."""
+def describe(value: Any) -> str:
+    """Returns a clause on what an argument is: its dtype and shape, or the type of what is no tensor."""
     if isinstance(value, Tensor):
         if value.is_nested:
             return "is a nested tensor"

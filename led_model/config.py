@@ -1,4 +1,4 @@
-"""What Hugging Face's config.json says of an LED, as a dataclass."""
+"""Defines the dataclass of what Hugging Face's config.json says of an LED."""
 
 from __future__ import annotations
 
@@ -10,21 +10,21 @@ from typing import Any
 
 from led_model.activations import ACTIVATIONS
 from led_model.schema import (
-    FLAG,
-    TEXT,
+    BOOLEAN,
+    STRING,
     TOKEN_ID,
     TOKEN_IDS,
     Rule,
     check_values,
+    convert_numbers,
+    integer,
     list_of,
-    make_plain,
+    mapping_of,
     number,
     one_of,
-    table_of,
-    whole,
 )
 
-# names that transformers accepts for the same thing (LEDConfig.attribute_map)
+# Names that transformers accepts for the same setting (LEDConfig.attribute_map).
 _ALIASES = {
     "hidden_size": "d_model",
     "num_attention_heads": "encoder_attention_heads",
@@ -33,20 +33,21 @@ _ALIASES = {
     "initializer_range": "init_std",
 }
 
-_LAYERS, _WIDTH = whole(1, 256), whole(1, 2**20)  # building a layer takes milliseconds, whatever is in it
+# Building a layer takes milliseconds, whatever is in it, so that their number needs a low bound.
+_LAYERS, _WIDTH = integer(1, 256), integer(1, 2**20)
 _PROBABILITY = number(0, 1)
 _DIFFERENT = Rule("one at least and none twice", lambda labels: 0 < len(labels) == len(set(labels.values())))
-_EVEN = Rule("a positive even number", lambda value: whole(2).holds(value) and value % 2 == 0)
+_EVEN = Rule("a positive even number", lambda value: integer(2).accepts(value) and value % 2 == 0)
 _RULES = {
-    "vocab_size": whole(1),
-    "max_encoder_position_embeddings": whole(1),
-    "max_decoder_position_embeddings": whole(1),
+    "vocab_size": integer(1),
+    "max_encoder_position_embeddings": integer(1),
+    "max_decoder_position_embeddings": integer(1),
     "encoder_layers": _LAYERS,
     "encoder_ffn_dim": _WIDTH,
-    "encoder_attention_heads": whole(1),
+    "encoder_attention_heads": integer(1),
     "decoder_layers": _LAYERS,
     "decoder_ffn_dim": _WIDTH,
-    "decoder_attention_heads": whole(1),
+    "decoder_attention_heads": integer(1),
     "encoder_layerdrop": _PROBABILITY,
     "decoder_layerdrop": _PROBABILITY,
     "activation_function": one_of(*ACTIVATIONS),
@@ -61,20 +62,20 @@ _RULES = {
     "pad_token_id": TOKEN_ID.optional,
     "bos_token_id": TOKEN_ID.optional,
     "eos_token_id": (TOKEN_ID | TOKEN_IDS).optional,
-    "use_cache": FLAG,
-    "tie_word_embeddings": FLAG,
-    "num_labels": whole(1, 2**16),
-    "id2label": (table_of(TOKEN_ID, TEXT, "labels by their numbers") & _DIFFERENT).optional,
+    "use_cache": BOOLEAN,
+    "tie_word_embeddings": BOOLEAN,
+    "num_labels": integer(1, 2**16),
+    "id2label": (mapping_of(TOKEN_ID, STRING, "labels by their numbers") & _DIFFERENT).optional,
     "problem_type": one_of(
         "regression", "single_label_classification", "multi_label_classification"
     ).optional,
 }
-# JSON has no integer keys
+# JSON has no integer keys, so that ids are spelled as texts.
 _LABELS_OF_JSON = {
-    "id2label": table_of(
+    "id2label": mapping_of(
         TOKEN_ID
         | Rule("digits", lambda key: isinstance(key, str) and re.fullmatch(r"0|[1-9][0-9]{0,8}", key)),
-        TEXT,
+        STRING,
         "labels by their numbers",
     )
     & _DIFFERENT
@@ -83,7 +84,7 @@ _LABELS_OF_JSON = {
 
 @dataclass
 class LEDConfig:
-    """Shape and special tokens of an LED; names and defaults are those of transformers' ``LEDConfig``.
+    """Holds the shape and the special tokens of an LED, by the names and defaults of transformers' ``LEDConfig``.
 
     ``attention_window`` is the even total width as in config.json, one for all layers or one per layer;
     attention reaches ``attention_window // 2`` tokens to either side (:meth:`window_size`). ``num_labels``,
@@ -125,7 +126,7 @@ class LEDConfig:
 
     def __post_init__(self) -> None:
         check_values(vars(self), _RULES)
-        make_plain(self)
+        convert_numbers(self)
         if not isinstance(self.attention_window, (list, tuple)):
             self.attention_window = [self.attention_window] * self.encoder_layers
         if len(self.attention_window) != self.encoder_layers:
@@ -149,12 +150,12 @@ class LEDConfig:
             raise ValueError("id2label skips a number; give a label for each number from 0 on.")
 
     def window_size(self, layer: int) -> int:
-        """How many tokens encoder layer ``layer`` sees to either side."""
+        """Returns how many tokens the encoder layer ``layer`` sees to either side."""
         return self.attention_window[layer] // 2
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> LEDConfig:
-        """From the contents of config.json; keys that do not concern the model's shape are left aside.
+        """Returns the config that config.json describes; keys that do not concern the model's shape are left aside.
 
         Raises:
             ValueError: when ``model_type`` names another architecture, and as for the class.
@@ -174,7 +175,7 @@ class LEDConfig:
         return cls(**renamed | {key: value for key, value in values.items() if key in known})
 
     def to_dict(self) -> dict[str, Any]:
-        """The contents of config.json, as transformers reads them: labels by ``id2label`` alone."""
+        """Returns the contents of config.json, as transformers reads them: labels by ``id2label`` alone."""
         values = {key: value for key, value in vars(self).items() if key != "num_labels"}
         labels = self.id2label or {label_id: f"LABEL_{label_id}" for label_id in range(self.num_labels)}
         label2id = {label: label_id for label_id, label in labels.items()}

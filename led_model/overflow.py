@@ -1,4 +1,4 @@
-"""What to say when a model has computed infinity or NaN."""
+"""Reports that a model has computed infinity or NaN."""
 
 from __future__ import annotations
 
@@ -7,11 +7,15 @@ from torch import Tensor
 
 
 class NotFinite(ValueError):
-    """Of the numbers of one batch of documents, which says nothing of others'."""
+    """Says that a number overflowed while one batch of documents was read; other batches may be sound."""
 
 
 def check_finite(states: Tensor, dtype: torch.dtype) -> None:
-    """Raises NotFinite when not all of ``states``, which a model computed in ``dtype``, are finite or true."""
+    """Checks that all of ``states``, which a model computed in ``dtype``, are finite or, for bool, true.
+
+    Raises:
+        NotFinite: when one is not.
+    """
     if bool(states.isfinite().all() if states.is_floating_point() else states.all()):
         return
     remedy = "give a sound checkpoint, for no weights of this size were trained"

@@ -1,4 +1,4 @@
-"""What the values of a JSON file or of a caller may be: rules that can be checked and said in words."""
+"""Defines rules for the values of a JSON file or of a caller, which can be checked and put in words."""
 
 from __future__ import annotations
 
@@ -12,125 +12,138 @@ from difflib import get_close_matches
 from numbers import Integral, Real
 from typing import Any
 
-LARGEST = 2**31 - 1  # of any count, id or length
+LARGEST = 2**31 - 1  # the bound on any count, id or length
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
-_LONGEST = 200  # characters of a text that a sentence has from elsewhere
+_LONGEST = 200  # characters of a foreign text that a message quotes at most
 _SHORTLY = reprlib.Repr()
 _SHORTLY.maxstring = _LONGEST
 
 
 @dataclass(frozen=True)
 class Rule:
-    """``says`` what to give, and whether a value ``holds``; ``optional`` also lets ``None`` pass."""
+    """Pairs a ``description`` of what to give with a function that tells whether it ``accepts`` a value."""
 
-    says: str
-    holds: Callable[[Any], bool]
+    description: str
+    accepts: Callable[[Any], bool]
 
     @property
     def optional(self) -> Rule:
-        return Rule(f"{self.says}, or None", lambda value: value is None or self.holds(value))
+        """Returns a rule that also accepts ``None``."""
+        return Rule(f"{self.description}, or None", lambda value: value is None or self.accepts(value))
 
     def __or__(self, other: Rule) -> Rule:
-        return Rule(f"{self.says}, or {other.says}", lambda value: self.holds(value) or other.holds(value))
+        return Rule(
+            f"{self.description}, or {other.description}",
+            lambda value: self.accepts(value) or other.accepts(value),
+        )
 
     def __and__(self, other: Rule) -> Rule:
-        return Rule(f"{self.says}, {other.says}", lambda value: self.holds(value) and other.holds(value))
+        return Rule(
+            f"{self.description}, {other.description}",
+            lambda value: self.accepts(value) and other.accepts(value),
+        )
 
 
-def whole(low: int, high: int = LARGEST) -> Rule:
+def integer(low: int, high: int = LARGEST) -> Rule:
+    """Returns a rule for integers from ``low`` to ``high``, both inclusive."""
     return Rule(
-        f"a whole number from {low} to {high}", lambda value: _is_whole(value) and low <= value <= high
+        f"a whole number from {low} to {high}", lambda value: _is_integer(value) and low <= value <= high
     )
 
 
 def number(low: float, high: float = math.inf) -> Rule:
-    says = f"a number of {low:g} or more" if high == math.inf else f"a number from {low:g} to {high:g}"
-    return Rule(says, lambda value: _is_number(value) and low <= value <= high)
-
-
-def above(low: float) -> Rule:
-    return Rule(f"a number above {low:g}", lambda value: _is_number(value) and value > low)
+    """Returns a rule for finite numbers from ``low`` to ``high``, both inclusive."""
+    description = f"a number of {low:g} or more" if high == math.inf else f"a number from {low:g} to {high:g}"
+    return Rule(description, lambda value: _is_number(value) and low <= value <= high)
 
 
 def one_of(*values: Any) -> Rule:
-    """One of ``values``, of its type too: 1 is not ``True``."""
+    """Returns a rule for one of ``values``, of its type too: 1 is not ``True``."""
     if all(isinstance(value, str) for value in values):
-        says = f"one of {', '.join(values)}"
+        description = f"one of {', '.join(values)}"
     else:
         *most, last = map(repr, values)
-        says = f"{', '.join(most)} or {last}"
-    return Rule(says, lambda value: any(type(value) is type(known) and value == known for known in values))
+        description = f"{', '.join(most)} or {last}"
+    return Rule(
+        description, lambda value: any(type(value) is type(known) and value == known for known in values)
+    )
 
 
 def list_of(rule: Rule, what: str, least: int = 0, most: int = LARGEST) -> Rule:
+    """Returns a rule for lists of ``least`` to ``most`` values that ``rule`` accepts."""
     return Rule(
         f"a list of {what}",
         lambda value: (
-            isinstance(value, (list, tuple)) and least <= len(value) <= most and all(map(rule.holds, value))
+            isinstance(value, (list, tuple)) and least <= len(value) <= most and all(map(rule.accepts, value))
         ),
     )
 
 
-def table_of(key: Rule, value: Rule, what: str) -> Rule:
+def mapping_of(key: Rule, value: Rule, what: str) -> Rule:
+    """Returns a rule for objects whose keys and values follow these rules."""
     return Rule(
         f"an object of {what}",
         lambda table: (
             isinstance(table, Mapping)
-            and all(map(key.holds, table))
-            and all(map(value.holds, table.values()))
+            and all(map(key.accepts, table))
+            and all(map(value.accepts, table.values()))
         ),
     )
 
 
-def object_of(says: str, needed: Mapping[str, Rule], others: Mapping[str, Rule] | None = None) -> Rule:
-    """With all the ``needed`` values, and perhaps ``others``."""
+def object_of(
+    description: str, required: Mapping[str, Rule], others: Mapping[str, Rule] | None = None
+) -> Rule:
+    """Returns a rule for an object with all the ``required`` values, and perhaps with ``others``."""
     return Rule(
-        says,
+        description,
         lambda value: (
             isinstance(value, Mapping)
-            and all(name in value and rule.holds(value[name]) for name, rule in needed.items())
-            and all(rule.holds(value[name]) for name, rule in (others or {}).items() if name in value)
+            and all(name in value and rule.accepts(value[name]) for name, rule in required.items())
+            and all(rule.accepts(value[name]) for name, rule in (others or {}).items() if name in value)
         ),
     )
 
 
 ANYTHING = Rule("anything", lambda value: True)
-FLAG = one_of(True, False)
-TEXT = Rule("a text", lambda value: isinstance(value, str) and _is_unicode(value))
-TOKEN_ID = whole(0)
+BOOLEAN = one_of(True, False)
+STRING = Rule("a text", lambda value: isinstance(value, str) and _is_unicode(value))
+TOKEN_ID = integer(0)
 TOKEN_IDS = list_of(TOKEN_ID, "token ids")
 
 
 def check_values(values: Mapping[str, Any], rules: Mapping[str, Rule]) -> None:
-    """Holds those of ``values`` that have a rule against it.
+    """Checks each of ``values`` that has a rule of its name.
 
     Raises:
         ValueError: naming the value and what to give.
     """
     for name, rule in rules.items():
-        if name in values and not rule.holds(values[name]):
-            raise ValueError(f"{name} is {reprlib.repr(values[name])}; give {rule.says}.")
+        if name in values and not rule.accepts(values[name]):
+            raise ValueError(f"{name} is {reprlib.repr(values[name])}; give {rule.description}.")
 
 
 def quoted(text: object) -> str:
-    """A text of a file, for a sentence: between quotes, in one line, shortened."""
+    """Returns a text of a file as a message shows it: between quotes, in one line, shortened."""
     return _SHORTLY.repr(str(text))
 
 
-def plain(text: object) -> str:
-    """A name or a sentence of a file or a library, for a sentence: as it is, but in one line and shortened."""
+def printable(text: object) -> str:
+    """Returns a name or a sentence of a file or a library as a message shows it: in one line, shortened."""
     text = str(text)
     if len(text) > _LONGEST:
         text = f"{text[: _LONGEST // 2]}…{text[-_LONGEST // 2 :]}"
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
-def make_plain(settings: object) -> None:
-    """Turns numpy's numbers among the attributes into Python's, which JSON and torch take everywhere; integers that
-    torch does not take become floats."""
+def convert_numbers(settings: object) -> None:
+    """Turns numpy's numbers among the attributes into Python's, which JSON and torch take everywhere.
+
+    Integers that torch does not take become floats.
+    """
     for name, value in vars(settings).items():
-        if _is_whole(value) and abs(value) < 2**63:
+        if _is_integer(value) and abs(value) < 2**63:
             setattr(settings, name, int(value))
         elif _is_number(value):
             setattr(settings, name, float(value))
@@ -150,17 +163,17 @@ def check_names(given: Iterable[str], known: Iterable[str], where: str) -> None:
             raise TypeError(f"{where} has no argument {name!r}; {hint}")
 
 
-def _is_whole(value: Any) -> bool:
+def _is_integer(value: Any) -> bool:
     return isinstance(value, Integral) and not isinstance(value, bool)
 
 
 def _is_number(value: Any) -> bool:
-    """Finite, also as a float: JSON may spell an integer of any length."""
+    """Returns whether a value is a finite number, also as a float: JSON may spell an integer of any length."""
     if isinstance(value, Integral):
-        return _is_whole(value) and abs(int(value)) <= sys.float_info.max
+        return _is_integer(value) and abs(int(value)) <= sys.float_info.max
     return isinstance(value, Real) and math.isfinite(value)
 
 
 def _is_unicode(text: str) -> bool:
-    """JSON may spell half a surrogate pair, which nothing can print or encode."""
+    """Returns whether a text has no half of a surrogate pair, which JSON may spell and nothing can print or encode."""
     return _SURROGATE.search(text) is None

@@ -11,13 +11,13 @@
 set -euo pipefail
 
 python=${PYTHON:-python}
-cases="cpu or test_decode" hostile=4000
+cases="cpu or test_gemv or test_capture" hostile=4000
 case "${1:-}" in
   "") ;;
   --short)
     hostile=500
     cases="cpu and (head_dim or window or strides or empty) and not longformer and not -float64- and not -float16-"
-    cases="($cases) or (test_decode and not bfloat16 and not float64)" ;;
+    cases="($cases) or ((test_gemv or test_capture) and not bfloat16 and not float64)" ;;
   *) echo "usage: $0 [--short]" >&2; exit 2 ;;
 esac
 
@@ -49,7 +49,7 @@ isas=$("$python" -c "import torch; from led_kernels import _C; print(*_C.cpu_isa
 pids=()
 for isa in $isas; do
   # uncaptured, as a report is written to the process's own stderr just before it ends
-  LED_KERNELS_CPU_ISA=$isa "$python" -m pytest tests/kernels/test_attention.py tests/kernels/test_decode.py tests/kernels/test_properties.py -q -k "$cases" \
+  LED_KERNELS_CPU_ISA=$isa "$python" -m pytest tests/kernels/test_attention.py tests/kernels/test_gemv.py tests/kernels/test_capture.py tests/kernels/test_properties.py -q -k "$cases" \
     --capture=no -p no:faulthandler -p no:cacheprovider >"$work/$isa.log" 2>&1 &
   pids+=($!)
 done

@@ -87,7 +87,7 @@ def _prepare(load: Callable[[Shape], nn.Module], search: str, shape: Shape) -> C
         # generate expands what it is given in place
         given = lambda: {"encoder_outputs": BaseModelOutput(last_hidden_state=encoded)}  # noqa: E731
     else:
-        given = lambda: {"encoded": encoded}  # noqa: E731
+        given = lambda: {"encoder_hidden_states": encoded}  # noqa: E731
 
     @torch.no_grad()
     def generate() -> dict[str, Tensor]:

@@ -68,8 +68,10 @@ Recording = _C.Recording
 
 
 def write_rows(cache: Tensor, position: Tensor, rows: Tensor) -> None:
-    """``rows`` ``[batch, heads, n, head_dim]`` into slots ``position``, int64 ``[n]``, of ``cache`` ``[batch, heads,
-    slots, head_dim]``."""
+    """Writes ``rows`` ``[batch, heads, n, head_dim]`` into ``cache`` ``[batch, heads, capacity, head_dim]``.
+
+    ``position``: int64 ``[n]``, where in the cache the rows belong.
+    """
     batch, heads, n, head_dim = rows.shape
     _check("cache", cache, (batch, heads, cache.shape[2], head_dim), rows)
     _check("position", position, (n,), rows, torch.int64)

@@ -1,10 +1,10 @@
-"""Drop-in for LED and Longformer models of Hugging Face transformers.
+"""This package makes LED and Longformer models of Hugging Face transformers run on the fused kernels.
 
     from led_kernels.hf import apply_led_kernels
     apply_led_kernels(model)
 
-Served are transformers 4.53 and later; ``led_kernels.hf.compat.TESTED`` lists the tested releases. The encoder is
-replaced, and LED's decoder, unless a release generates the right tokens with every cache by itself.
+It serves transformers 4.53 and later; ``led_kernels.hf.compat.TESTED`` lists the tested releases. The encoder is
+replaced, and LED's decoder too, unless a release generates the right tokens with every cache by itself.
 """
 
 from led_kernels.extras import install_extra
@@ -14,7 +14,7 @@ try:
 except ImportError as error:
     raise ImportError(f"led_kernels.hf needs transformers; {install_extra('hf')}.") from error
 
-# before 4.53 the encoders, which are replaced here, did the gradient checkpointing of their layers
+# Before 4.53 the encoders, which are replaced here, did the gradient checkpointing of their layers.
 if tuple(map(int, _transformers.__version__.split(".")[:2])) < (4, 53):
     raise ImportError(
         f"led_kernels.hf needs transformers 4.53 or later and found {_transformers.__version__}; upgrade it."

@@ -1,28 +1,33 @@
-"""Whether what a decoder is given belongs to one batch: attention would make one row serve for many."""
+"""The arguments of a decoder are checked to belong to one batch, as attention would broadcast one row to many."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 
-def check_shapes(
+def check_decoder_arguments(
     shape: Sequence[int],
     attention_mask: Tensor | None,
     encoder_hidden_states: Tensor | None,
     encoder_attention_mask: Tensor | None,
     is_cached: bool,
 ) -> None:
-    """Holds a decoder's arguments against its tokens, of ``shape`` ``[batch, tgt_len]``, as transformers' decoder does.
+    """Checks that masks and encoder states go with a decoder's tokens, as transformers' own decoder does.
 
     Args:
-        attention_mask: ``[batch, tgt_len]``, of these tokens; if ``is_cached``, which may be others too, of any length.
+        shape: ``[batch, tgt_len]`` of the tokens.
+        attention_mask: ``[batch, tgt_len]``; of any length if ``is_cached``, as it then covers cached tokens, too.
         encoder_hidden_states: ``[batch, src_len, d_model]``.
-        encoder_attention_mask: ``[batch, src_len]``. Masks of four dimensions broadcast, and are not looked at.
+        encoder_attention_mask: ``[batch, src_len]``. The shapes of masks with four dimensions are not checked, as they
+            broadcast.
+        is_cached: whether the decoder is given a cache.
 
     Raises:
-        ValueError: for one of another batch or length, by the name that a model takes it under.
+        ValueError: for a tensor of another batch or length, or a mask with four dimensions that is neither bool nor of
+            floating point; the message has the name under which a model takes the tensor.
     """
     shape = tuple(shape)
     mask = attention_mask
@@ -35,16 +40,27 @@ def check_shapes(
             f"decoder_attention_mask has shape {tuple(mask.shape)} and decoder_input_ids {shape}; give both "
             "[batch, tgt_len]."
         )
-    if encoder_hidden_states is None:
-        return
-    encoded = tuple(encoder_hidden_states.shape[:2])
-    if encoded[0] != shape[0]:
+    if encoder_hidden_states is not None:
+        _check_encoder_arguments(shape, encoder_hidden_states, encoder_attention_mask)
+    if mask is not None and mask.dim() == 4 and mask.dtype != torch.bool and not mask.is_floating_point():
         raise ValueError(
-            f"decoder_input_ids has {shape[0]} rows and the encoder's output {encoded[0]}; give one for each document."
+            f"decoder_attention_mask has four dimensions and holds {mask.dtype}; give bool, true where a token is "
+            "seen, or floating-point numbers to add to the scores."
+        )
+
+
+def _check_encoder_arguments(
+    shape: tuple[int, ...], encoder_hidden_states: Tensor, encoder_attention_mask: Tensor | None
+) -> None:
+    """Checks what a decoder is given of the encoder, as :func:`check_decoder_arguments` says."""
+    batch, src_len = encoder_hidden_states.shape[:2]
+    if batch != shape[0]:
+        raise ValueError(
+            f"decoder_input_ids has {shape[0]} rows and the encoder's output {batch}; give one for each document."
         )
     mask = encoder_attention_mask
-    if mask is not None and mask.dim() == 2 and tuple(mask.shape) not in (encoded, (1, encoded[1])):
+    if mask is not None and mask.dim() == 2 and tuple(mask.shape) not in ((batch, src_len), (1, src_len)):
         raise ValueError(
-            f"attention_mask has shape {tuple(mask.shape)} and the encoder's output {encoded}; give both "
+            f"attention_mask has shape {tuple(mask.shape)} and the encoder's output {(batch, src_len)}; give both "
             "[batch, src_len]."
         )

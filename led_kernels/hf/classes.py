@@ -1,4 +1,4 @@
-"""Which class of ours replaces which class of transformers."""
+"""These tables say which fused class replaces which class of transformers."""
 
 from __future__ import annotations
 
@@ -30,26 +30,26 @@ from led_kernels.hf.longformer_encoder import (
     FusedLongformerModel,
     FusedLongformerSelfAttention,
 )
-from led_kernels.hf.swap import Table, replaces
+from led_kernels.hf.swap import ClassTable, set_stock_class
 
-LED_ENCODER: Table = {
+LED_ENCODER: ClassTable = {
     LEDEncoder: FusedLEDEncoder,
     LEDEncoderLayer: FusedLEDEncoderLayer,
     LEDEncoderSelfAttention: FusedLEDEncoderSelfAttention,
 }
-LONGFORMER: Table = {
+LONGFORMER: ClassTable = {
     LongformerModel: FusedLongformerModel,
     LongformerEncoder: FusedLongformerEncoder,
     LongformerSelfAttention: FusedLongformerSelfAttention,
 }
-LED_DECODER: Table = {
+LED_DECODER: ClassTable = {
     LEDDecoder: FusedLEDDecoder,
     LEDDecoderLayer: FusedLEDDecoderLayer,
     LEDDecoderAttention: FusedLEDDecoderAttention,
     LEDLearnedPositionalEmbedding: FusedLEDLearnedPositionalEmbedding,
 }
-CAUTIOUS_LED_DECODER: Table = {LEDDecoder: CautiousLEDDecoder}
+CAUTIOUS_LED_DECODER: ClassTable = {LEDDecoder: CautiousLEDDecoder}
 
 for _table in (LED_ENCODER, LONGFORMER, LED_DECODER, CAUTIOUS_LED_DECODER):
-    for _stock, _ours in _table.items():
-        replaces(_stock, _ours)
+    for _stock, _fused in _table.items():
+        set_stock_class(_fused, _stock)

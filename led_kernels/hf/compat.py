@@ -1,4 +1,4 @@
-"""Where releases of transformers differ: the argument that holds a cache, its interface, and which were tested."""
+"""Releases of transformers differ in the argument that holds a cache and in its interface; this module hides it."""
 
 from __future__ import annotations
 
@@ -17,25 +17,26 @@ from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttenti
 
 TESTED = ("4.53", "4.57", "5.0", "5.12", "5.23", "5.24")
 
-# 5.24 renamed it, and so did 4.56 in decoder layers; a name that is not here is found by what it holds
+# The names that the argument has had: 5.24 renamed it, and so did 4.56 in decoder layers. Other names are found by
+# what they hold.
 _CACHE_SPELLINGS = ("cache", "past_key_values", "past_key_value")
-# up to 5.0 a cache wants the positions, of which it needs the number
+# Up to 5.0 a cache is given the positions, of which it needs only the number.
 _MASK_SIZES_TAKE_LENGTH = "query_length" in inspect.signature(Cache.get_mask_sizes).parameters
 
 
-def _name_of_cache(annotations: Iterable[tuple[str, Any]]) -> str:
-    """Which of some names, with their annotations, is a cache's."""
+def _cache_name(annotations: Iterable[tuple[str, Any]]) -> str:
+    """Returns the name, among names with their annotations, that belongs to a cache."""
     annotations = tuple(annotations)
     known = (name for name, _ in annotations if name in _CACHE_SPELLINGS)
     annotated = (name for name, annotation in annotations if "Cache" in str(annotation))
     return next(chain(known, annotated), _CACHE_SPELLINGS[0])
 
 
-_OUTPUT_CACHE = _name_of_cache((f.name, f.type) for f in fields(BaseModelOutputWithPastAndCrossAttentions))
+_OUTPUT_CACHE = _cache_name((f.name, f.type) for f in fields(BaseModelOutputWithPastAndCrossAttentions))
 
 
 def tested_note() -> str:
-    """Whether the installed transformers is among the tested releases, as half a sentence."""
+    """Returns half a sentence on whether the installed transformers is among the tested releases."""
     release = _release(transformers.__version__)
     if release in map(_release, TESTED):
         return "tested"
@@ -45,21 +46,23 @@ def tested_note() -> str:
 
 
 def is_newer_than_tested() -> bool:
+    """Tells whether the installed transformers is newer than the newest release that was tested."""
     return _release(transformers.__version__) > _release(TESTED[-1])
 
 
 def _release(version: str) -> tuple[int, ...]:
+    """Returns the major and the minor number of a version."""
     return tuple(map(int, version.split(".")[:2]))
 
 
 def takes_arguments_of(
     stock_forward: Callable, ignores: Sequence[str] = ()
 ) -> Callable[[Callable], Callable]:
-    """A forward that is called as this release calls ``stock_forward``.
+    """Decorates a forward so that it can be called as this release calls ``stock_forward``.
 
-    Positions are in its order, and the cache, under whatever name it comes, arrives as ``cache``. An argument that the
-    decorated forward does not name must be None or False, unless it is among those that it ``ignores``, or one of the
-    ``**kwargs`` that the stock forward ignores.
+    Positional arguments come in the order of ``stock_forward``, and the cache, under whatever name it comes, arrives as
+    ``cache``. An argument that the decorated forward does not name must be None or False, unless it is among those that
+    the forward ``ignores``, or one of the ``**kwargs`` that the stock forward ignores.
     """
     stock = inspect.signature(stock_forward)
     order = tuple(n for n, p in stock.parameters.items() if p.kind is p.POSITIONAL_OR_KEYWORD)[1:]
@@ -100,6 +103,7 @@ def takes_arguments_of(
 
 
 def _refuse_head_mask(head_mask: Tensor | None) -> None:
+    """Raises ValueError for a head mask, an argument of transformers 4."""
     if head_mask is not None:
         raise ValueError(
             "head_mask is not supported by led_kernels; leave it out or call revert_led_kernels."
@@ -107,18 +111,20 @@ def _refuse_head_mask(head_mask: Tensor | None) -> None:
 
 
 def cache_argument(function: Callable) -> str:
-    """The name by which a forward of this release takes its cache."""
-    return _name_of_cache((p.name, p.annotation) for p in inspect.signature(function).parameters.values())
+    """Returns the name by which a forward of this release takes its cache."""
+    return _cache_name((p.name, p.annotation) for p in inspect.signature(function).parameters.values())
 
 
 def accepts(function: Callable, name: str) -> bool:
-    """Whether a forward names an argument."""
+    """Tells whether ``function`` has an argument called ``name``."""
     return name in inspect.signature(function).parameters
 
 
 def as_cache(cache: Cache | tuple | None) -> Cache | None:
-    """The cache itself, or one of the tuples of transformers 4: key and value of the tokens, and then of the document,
-    per layer."""
+    """Returns a cache object for whatever a model was given as one.
+
+    transformers 4 also takes a tuple for each layer: key and value of the tokens, and then those of the document.
+    """
     if not isinstance(cache, (tuple, list)):
         return cache
     converted = EncoderDecoderCache(DynamicCache(), DynamicCache())
@@ -130,27 +136,30 @@ def as_cache(cache: Cache | tuple | None) -> Cache | None:
     return converted
 
 
-def layer_states(cache: Cache, layer: int) -> tuple[Tensor, Tensor]:
-    """Keys and values that a layer of a cache holds, ``[batch, heads, slots, head_dim]``."""
+def layer_keys_values(cache: Cache, layer: int) -> tuple[Tensor, Tensor]:
+    """Returns the keys and the values that a layer of a cache holds, ``[batch, heads, capacity, head_dim]``."""
     if hasattr(cache, "layers"):
         return cache.layers[layer].keys, cache.layers[layer].values
     return cache.key_cache[layer], cache.value_cache[layer]  # before 4.54
 
 
-def cached_keys(cache: Cache, positions: Tensor) -> int:
-    """Keys that attention over ``cache`` sees at ``positions``, int64 ``[tgt_len]``, which are stored in the call."""
+def num_keys(cache: Cache, positions: Tensor) -> int:
+    """Returns how many keys attention over ``cache`` sees, once the tokens at ``positions`` are stored.
+
+    ``positions``: int64 ``[tgt_len]``.
+    """
     return cache.get_mask_sizes(positions.shape[0] if _MASK_SIZES_TAKE_LENGTH else positions, 0)[0]
 
 
 def is_static(value: Any) -> bool:
-    """Whether a value is a cache with slots for tokens that are still to come."""
+    """Tells whether a value is a cache whose capacity is allocated before the tokens come."""
     if isinstance(value, EncoderDecoderCache):
         value = value.self_attention_cache
     return isinstance(value, Cache) and bool(getattr(value, "is_compileable", False))
 
 
 def decoder_output(return_dict: bool, cache: Cache | None, **values: Any):
-    """What transformers' decoders return: ``last_hidden_state``, the cache, and what else there is in ``values``."""
+    """Returns what transformers' decoders return: ``last_hidden_state``, the cache, and the other ``values``."""
     last = values.pop("last_hidden_state")
     values = {"last_hidden_state": last, _OUTPUT_CACHE: cache, **values}
     if return_dict:
@@ -159,6 +168,6 @@ def decoder_output(return_dict: bool, cache: Cache | None, **values: Any):
 
 
 def new_cache(config) -> EncoderDecoderCache:
-    """An empty dynamic cache for a decoder."""
+    """Returns an empty dynamic cache for a decoder."""
     settings = {"config": config} if accepts(DynamicCache.__init__, "config") else {}
     return EncoderDecoderCache(DynamicCache(**settings), DynamicCache(**settings))

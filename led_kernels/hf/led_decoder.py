@@ -1,7 +1,7 @@
-"""LED's decoder: SDPA for its attentions, and causal masks that hold with every cache.
+"""LED's decoder runs by SDPA in these classes, under causal masks that hold with every cache.
 
 The decoder of transformers builds its causal mask only for two tokens and more. A step of one token then attends to
-the empty slots of a static cache, and to padding of the prompt.
+the unwritten positions of a static cache, and to padding of the prompt.
 """
 
 from __future__ import annotations
@@ -19,29 +19,28 @@ from transformers.models.led.modeling_led import (
 )
 
 from led_kernels.attention_weights import attention_weights
-from led_kernels.hf.checks import check_shapes
+from led_kernels.hf.checks import check_decoder_arguments
 from led_kernels.hf.compat import (
     accepts,
     as_cache,
     cache_argument,
-    cached_keys,
     decoder_output,
     is_static,
-    layer_states,
+    layer_keys_values,
     new_cache,
+    num_keys,
     takes_arguments_of,
 )
-from led_kernels.hf.layers import FusedLayer
-from led_kernels.hf.shared import Options
+from led_kernels.hf.shared import FusedLayer, Options
 
-# how this release calls a layer and its attentions, which may be subclasses with a forward of their own
+# This release calls a layer and its attentions, which may be subclasses with a forward of their own, by these names.
 _LAYER_CACHE = cache_argument(LEDDecoderLayer.forward)
 _ATTENTION_CACHE = cache_argument(LEDDecoderAttention.forward)
 _PASSES_POSITIONS = accepts(LEDDecoderLayer.forward, "cache_position")
 
 
 class FusedLEDDecoderAttention(LEDDecoderAttention):
-    """Self- and cross-attention by SDPA; the projections are the model's own modules."""
+    """Computes self- or cross-attention by SDPA; the projections are the model's own modules."""
 
     led_kernels_options = Options()
     must_not_be_overridden = True
@@ -56,7 +55,8 @@ class FusedLEDDecoderAttention(LEDDecoderAttention):
         output_attentions: bool = False,
         cache_position: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None, Cache | None]:
-        """
+        """Computes the attention and its output projection.
+
         Args:
             hidden_states: ``[batch, tgt_len, d_model]``.
             key_value_states: ``[batch, src_len, d_model]``, the encoder's states; makes this a cross-attention,
@@ -75,7 +75,7 @@ class FusedLEDDecoderAttention(LEDDecoderAttention):
             attention_mask = attention_mask.to(q.dtype)
         dropout_p = self.dropout if self.training else 0.0
         weights = _probabilities(q, k, attention_mask) if output_attentions else None
-        if weights is not None and torch.is_grad_enabled():  # gradients of the probabilities are wanted, too
+        if weights is not None and torch.is_grad_enabled():  # SDPA would give them no gradient
             out = nn.functional.dropout(weights, dropout_p) @ v
         else:
             out = nn.functional.scaled_dot_product_attention(
@@ -90,28 +90,28 @@ class FusedLEDDecoderAttention(LEDDecoderAttention):
         cache: Cache | None,
         cache_position: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
-        """All keys and values, cached ones included, ``[batch, heads, keys, head_dim]``."""
-        is_cross, of_layer = key_value_states is not None, cache
+        """Returns all keys and values, cached ones included, ``[batch, heads, keys, head_dim]``."""
+        is_cross, layer_cache = key_value_states is not None, cache
         if isinstance(cache, EncoderDecoderCache):
-            of_layer = cache.cross_attention_cache if is_cross else cache.self_attention_cache
+            layer_cache = cache.cross_attention_cache if is_cross else cache.self_attention_cache
             if is_cross and cache.is_updated.get(self.layer_idx):
-                return layer_states(of_layer, self.layer_idx)
+                return layer_keys_values(layer_cache, self.layer_idx)
         states = key_value_states if is_cross else hidden_states
         k, v = self._split_heads(self.k_proj(states)), self._split_heads(self.v_proj(states))
-        if of_layer is not None:
+        if layer_cache is not None:
             position = None if is_cross else cache_position
-            k, v = of_layer.update(k, v, self.layer_idx, {"cache_position": position})
+            k, v = layer_cache.update(k, v, self.layer_idx, {"cache_position": position})
             if is_cross and isinstance(cache, EncoderDecoderCache):
                 cache.is_updated[self.layer_idx] = True
         return k, v
 
     def _split_heads(self, x: Tensor) -> Tensor:
-        """``[batch, rows, d_model]`` to ``[batch, heads, rows, head_dim]``"""
+        """Reshapes ``[batch, rows, d_model]`` to ``[batch, heads, rows, head_dim]``."""
         return x.unflatten(-1, (self.num_heads, self.head_dim)).transpose(1, 2)
 
 
 class FusedLEDDecoderLayer(FusedLayer, LEDDecoderLayer):
-    """The stock layer, over attentions that any release's layer would call in its own way."""
+    """Differs from the stock layer only in how it calls its attentions, which releases do in different ways."""
 
     led_kernels_options = Options()
 
@@ -127,7 +127,7 @@ class FusedLEDDecoderLayer(FusedLayer, LEDDecoderLayer):
         use_cache: bool = True,
         cache_position: Tensor | None = None,
     ) -> tuple:
-        """Arguments as in :class:`FusedLEDDecoderAttention`, outputs as in transformers' LEDDecoderLayer."""
+        """Takes the arguments of :class:`FusedLEDDecoderAttention`, and returns what transformers' layer does."""
         common = {_ATTENTION_CACHE: cache, "output_attentions": output_attentions}
         attended, weights, _ = self.self_attn(
             hidden_states, attention_mask=attention_mask, **common, **_positions(cache_position)
@@ -148,7 +148,7 @@ class FusedLEDDecoderLayer(FusedLayer, LEDDecoderLayer):
 
 
 class FusedLEDLearnedPositionalEmbedding(LEDLearnedPositionalEmbedding):
-    """The stock embedding, but a number of past tokens that is a tensor stays on its device."""
+    """Differs from the stock embedding in that a number of past tokens that is a tensor stays on its device."""
 
     led_kernels_options = Options()
 
@@ -158,7 +158,7 @@ class FusedLEDLearnedPositionalEmbedding(LEDLearnedPositionalEmbedding):
 
 
 class CautiousLEDDecoder(LEDDecoder):
-    """A decoder that does not know the empty slots of a cache, nor padding once it is cached, and refuses them."""
+    """Refuses static caches, and padding once it is cached: the stock decoder gives wrong tokens for both."""
 
     led_kernels_options = Options()
 
@@ -199,7 +199,10 @@ class FusedLEDDecoder(LEDDecoder):
         return_dict: bool | None = None,
         cache_position: Tensor | None = None,
     ):
-        """Arguments and outputs as in transformers' LEDDecoder, which ignores ``global_attention_mask``, too."""
+        """Runs the decoder with the arguments and outputs of transformers' LEDDecoder.
+
+        ``global_attention_mask`` is ignored there, too.
+        """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError(
                 "decoder_input_ids and decoder_inputs_embeds are both given or both missing; give one of them."
@@ -215,12 +218,11 @@ class FusedLEDDecoder(LEDDecoder):
         cache = as_cache(cache)
         if use_cache and cache is None and not (self.gradient_checkpointing and self.training):
             cache = new_cache(config)
-        check_shapes(
+        check_decoder_arguments(
             shape, attention_mask, encoder_hidden_states, encoder_attention_mask, is_cached=cache is not None
         )
-        if cache_position is None or not is_static(
-            cache
-        ):  # which a tuned prefix has made longer than it says
+        # A tuned prefix has made a dynamic cache longer than the caller's positions say.
+        if cache_position is None or not is_static(cache):
             past_length = 0 if cache is None else cache.get_seq_length()
             cache_position = torch.arange(shape[1], device=inputs_embeds.device) + past_length
 
@@ -239,7 +241,7 @@ class FusedLEDDecoder(LEDDecoder):
                 states.append(hidden_states)
             if self.training and self.layerdrop > 0 and torch.rand([]) < self.layerdrop:
                 continue
-            # both states go by position: reentrant checkpointing sees no gradient in keywords
+            # Both states go by position: reentrant checkpointing sees no gradient in keywords.
             hidden_states, *weights = layer(
                 hidden_states,
                 mask,
@@ -263,26 +265,23 @@ class FusedLEDDecoder(LEDDecoder):
 
 
 def _positions(cache_position: Tensor | None) -> dict[str, Tensor | None]:
-    """Where a static cache stores the tokens, for releases whose caches do not count them."""
+    """Returns the argument that says where a static cache stores the tokens, in releases that have it."""
     return {"cache_position": cache_position} if _PASSES_POSITIONS else {}
 
 
 def _causal_mask(positions: Tensor, attention_mask: Tensor | None, cache: Cache | None) -> Tensor:
-    """True where a token sees a key: bool ``[batch or 1, 1, tgt_len, keys]``, with a key per slot of the cache.
+    """Returns a bool mask ``[batch or 1, 1, tgt_len, keys]``, true where a token sees a key of the cache.
 
-    ``positions``: int64 ``[tgt_len]``. ``attention_mask``: ``[batch, keys]``, of which the last may be missing; one
-    of four dimensions is taken as it is.
+    Args:
+        positions: int64 ``[tgt_len]``, where the tokens are in their sequence.
+        attention_mask: ``[batch, keys]``, of which the last may be missing; one of four dimensions is returned.
+        cache: holds the keys, after the call; without one the tokens see each other only.
     """
     if attention_mask is not None and attention_mask.dim() == 4:
-        if attention_mask.dtype != torch.bool and not attention_mask.is_floating_point():
-            raise ValueError(
-                f"decoder_attention_mask has four dimensions and holds {attention_mask.dtype}; give bool, true where "
-                "a token is seen, or floating-point numbers to add to the scores."
-            )
         return attention_mask
     keys = positions.shape[0]
     if cache is not None:
-        keys = cached_keys(cache, positions)
+        keys = num_keys(cache, positions)
     elif attention_mask is not None:
         keys = attention_mask.shape[1]
     mask = (torch.arange(keys, device=positions.device) <= positions[:, None])[None, None]
@@ -294,9 +293,7 @@ def _causal_mask(positions: Tensor, attention_mask: Tensor | None, cache: Cache 
 
 
 def _probabilities(q: Tensor, k: Tensor, mask: Tensor | None) -> Tensor:
-    """Of the attention that :class:`FusedLEDDecoderAttention` computes: ``[batch, heads, tgt_len, keys]``."""
+    """Returns the probabilities of :class:`FusedLEDDecoderAttention`, ``[batch, heads, tgt_len, keys]``."""
     if mask is not None and mask.dtype != torch.bool:
         return ((q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2) + mask).softmax(-1)
-    return attention_weights(
-        q, k, torch.ones((), dtype=torch.bool, device=q.device) if mask is None else mask
-    )
+    return attention_weights(q, k, mask)

@@ -1,4 +1,4 @@
-"""LED's encoder."""
+"""LED's encoder runs on the fused kernels by these classes."""
 
 from __future__ import annotations
 
@@ -12,17 +12,18 @@ from transformers.models.led.modeling_led import (
 )
 
 from led_kernels.hf.compat import takes_arguments_of
-from led_kernels.hf.layers import FusedLayer
-from led_kernels.hf.shared import STOCK_MASKS, FusedSelfAttention, Options, run_layers
+from led_kernels.hf.shared import STOCK_MASKS, FusedLayer, FusedSelfAttention, Options, run_layers
 from led_kernels.mask import LongformerMask
 
 
 class FusedLEDEncoderSelfAttention(FusedSelfAttention, LEDEncoderSelfAttention):
+    """Takes the arguments of transformers' LEDEncoderSelfAttention."""
+
     forward = takes_arguments_of(LEDEncoderSelfAttention.forward, STOCK_MASKS)(FusedSelfAttention.forward)
 
 
 class FusedLEDEncoderLayer(FusedLayer, LEDEncoderLayer):
-    """The stock layer, but fp16 states are clamped without asking the device whether they need it."""
+    """Differs from the stock layer in that fp16 states are clamped without asking the device whether they need it."""
 
     @takes_arguments_of(LEDEncoderLayer.forward, STOCK_MASKS)
     def forward(
@@ -31,12 +32,12 @@ class FusedLEDEncoderLayer(FusedLayer, LEDEncoderLayer):
         attention_mask: LongformerMask | Tensor,
         output_attentions: bool = False,
     ) -> tuple[Tensor, ...]:
-        """Arguments and further outputs as in :class:`FusedSelfAttention`."""
+        """Returns the hidden states, and what more :class:`FusedSelfAttention` returns for the same arguments."""
         attended, *weights = self.self_attn(
             hidden_states=hidden_states, attention_mask=attention_mask, output_attentions=output_attentions
         )
         hidden_states = self.self_attn_layer_norm(hidden_states + self._dropout(attended, self.dropout))
-        del attended  # the memory peak is yet to come
+        del attended  # The memory peak is yet to come.
         hidden_states = self._feed_forward(hidden_states)
         if hidden_states.dtype == torch.float16:
             limit = torch.finfo(torch.float16).max - 1000
@@ -45,7 +46,7 @@ class FusedLEDEncoderLayer(FusedLayer, LEDEncoderLayer):
 
 
 class FusedLEDEncoder(LEDEncoder):
-    """Builds one mask per forward, and pads nothing."""
+    """Builds one mask per forward, for all its layers, and pads nothing."""
 
     led_kernels_options = Options()
 
@@ -60,15 +61,13 @@ class FusedLEDEncoder(LEDEncoder):
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
     ):
-        """Arguments and outputs as in transformers' LEDEncoder."""
+        """Runs the encoder with the arguments and outputs of transformers' LEDEncoder."""
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("input_ids and inputs_embeds are both given or both missing; give one of them.")
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
         shape = inputs_embeds.shape[:2]
-        positions = self.embed_positions.weight.shape[
-            0
-        ]  # not the config's, as the table may have been extended
+        positions = self.embed_positions.weight.shape[0]  # The config's may differ: tables can be extended.
         if shape[1] > positions:
             raise IndexError(
                 f"the input has {shape[1]} tokens and the model {positions} positions; truncate the input."

@@ -1,4 +1,4 @@
-"""Longformer's encoder."""
+"""Longformer's encoder runs on the fused kernels by these classes."""
 
 from __future__ import annotations
 
@@ -11,15 +11,17 @@ from transformers.models.longformer.modeling_longformer import (
 )
 
 from led_kernels.hf.compat import takes_arguments_of
-from led_kernels.hf.shared import STOCK_MASKS, FusedSelfAttention, Options, mask_of, run_layers
+from led_kernels.hf.shared import STOCK_MASKS, FusedSelfAttention, Options, as_longformer_mask, run_layers
 
 
 class FusedLongformerSelfAttention(FusedSelfAttention, LongformerSelfAttention):
+    """Takes the arguments of transformers' LongformerSelfAttention."""
+
     forward = takes_arguments_of(LongformerSelfAttention.forward, STOCK_MASKS)(FusedSelfAttention.forward)
 
 
 class FusedLongformerEncoder(LongformerEncoder):
-    """Builds one mask per forward."""
+    """Builds one mask per forward, for all its layers."""
 
     led_kernels_options = Options()
 
@@ -33,7 +35,10 @@ class FusedLongformerEncoder(LongformerEncoder):
         return_dict: bool = True,
         padding_len: int = 0,
     ):
-        """Arguments and outputs as in LongformerEncoder; the last ``padding_len`` rows are cut."""
+        """Runs the encoder with the arguments and outputs of transformers' LongformerEncoder.
+
+        The last ``padding_len`` rows are cut.
+        """
         seqlen = hidden_states.shape[1] - padding_len
         hidden_states = hidden_states[:, :seqlen]
         if attention_mask is not None:
@@ -41,7 +46,7 @@ class FusedLongformerEncoder(LongformerEncoder):
         return run_layers(
             self.layer,
             hidden_states,
-            mask_of(attention_mask, hidden_states, self.led_kernels_options.max_globals),
+            as_longformer_mask(attention_mask, hidden_states, self.led_kernels_options.max_globals),
             output_attentions=output_attentions,
             output_hidden_states=output_hidden_states,
             output_class=LongformerBaseModelOutput,
@@ -50,7 +55,7 @@ class FusedLongformerEncoder(LongformerEncoder):
 
 
 class FusedLongformerModel(LongformerModel):
-    """The stock model without its padding to a multiple of the window."""
+    """Differs from the stock model in that it does not pad to a multiple of the window."""
 
     def _pad_to_window_size(
         self, input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, pad_token_id

@@ -1,4 +1,4 @@
-"""Turning transformers' models into fused ones and back: live instances, and models still to be built."""
+"""These functions make models of transformers fused and turn them back: live ones, and those still to be built."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from led_kernels.hf.classes import CAUTIOUS_LED_DECODER, LED_DECODER, LED_ENCODE
 from led_kernels.hf.compat import TESTED, is_newer_than_tested
 from led_kernels.hf.probe import Decoder, encoder_difference, right_decoder
 from led_kernels.hf.shared import Options
-from led_kernels.hf.swap import Table, class_of_ours, stock_class, swap, swap_back
+from led_kernels.hf.swap import ClassTable, fused_class, stock_class, swap, swap_back
 
-_ROOTS = (LEDEncoder, LongformerModel, LEDDecoder)  # their constructors build all the others
-_built_fused: WeakSet[nn.Module] = WeakSet()
+_ROOTS = (LEDEncoder, LongformerModel, LEDDecoder)  # Their constructors build all the others.
+_built_fused: WeakSet[nn.Module] = WeakSet()  # what they have built since apply_led_kernels()
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -28,26 +28,26 @@ Model = TypeVar("Model", bound=nn.Module)
 def apply_led_kernels(
     model: Model | None = None, *, max_globals: int | None = None, backend: str | None = None
 ) -> Model | None:
-    """Run the encoder of LED or Longformer models of transformers through the fused kernels.
+    """Makes the encoder of LED or Longformer models of transformers run on the fused kernels.
 
     LED's decoder runs by SDPA, and with masks that make ``generate(..., cache_implementation="static")`` right, where
     transformers returns other tokens. The first call tries both decoders on a tiny model: a release that is right
     keeps its own, and where neither is right, static caches are refused from then on, after a warning.
 
     Outputs, gradients and state-dict keys stay those of transformers, with these differences: nothing is
-    padded to a multiple of ``attention_window``, so ``global_attentions`` have the input's length; their
-    columns past a row's own number of global tokens are zeros; in training the returned attention
+    padded to a multiple of ``attention_window``, so ``global_attentions`` have the input's length; for a row with
+    fewer global tokens than another they are filled with zeros; in training the returned attention
     probabilities are those before dropout; a token of the decoder that may see no key, as in a document of nothing
     but padding, gets zeros from that attention, not the mean of the padding; ``head_mask`` (transformers 4) is
     refused.
 
     Args:
-        model: any module that holds LED or Longformer encoders, on any device, hooked, offloaded, quantised
+        model: any module that holds LED or Longformer encoders, on any device, hooked, offloaded, quantized
             or with adapters; changed in place. Default: every model built from now on, by
             ``from_pretrained``, ``from_config`` or its class. Applying again replaces the options.
         max_globals: capacity for global tokens per sequence. With it a forward has shapes that depend on it
             alone and syncs nothing from the device (torch.compile, CUDA graphs), ``attentions`` have that
-            many global columns, global projections always get a gradient (DistributedDataParallel), and more
+            many global keys, global projections always get a gradient (DistributedDataParallel), and more
             global tokens are the caller's error. Default: the largest count of each batch.
         backend: as in :func:`led_kernels.banded_attention`.
 
@@ -55,7 +55,8 @@ def apply_led_kernels(
         ``model``.
 
     Raises:
-        RuntimeError: when this release of transformers computes other states than our encoder; nothing is changed.
+        RuntimeError: when this release of transformers computes other states than the fused encoder. Nothing is
+            changed then.
         TypeError: for something that is no module, or a module whose forward someone else replaced.
         ValueError: for a model without modules of LED or Longformer, or a negative max_globals.
     """
@@ -65,7 +66,7 @@ def apply_led_kernels(
     if model is None:
         table = _checked(LED_ENCODER | LONGFORMER | _decoder_table())
         for root in _ROOTS:
-            if class_of_ours(root, table) is not None:
+            if fused_class(root, table) is not None:
                 root.__init__ = _then_apply(_stock_init(root), options)
         return None
     if not isinstance(model, nn.Module):
@@ -80,7 +81,7 @@ def apply_led_kernels(
         if any(cls.__module__.startswith("led_model.") for cls in stock):
             raise ValueError("model is one of led_model, which is already on the kernels; use it as it is.")
         raise ValueError("model holds no LED or Longformer modules of transformers; pass one that does.")
-    table: Table = {}
+    table: ClassTable = {}
     for family in families:
         table |= _decoder_table() if family is LED_DECODER else family
     swap(model, _checked(table), options)
@@ -88,27 +89,27 @@ def apply_led_kernels(
 
 
 def is_applied(model: nn.Module) -> bool:
-    """Whether any module of ``model`` runs through the fused kernels."""
+    """Tells whether any module of ``model`` runs on the fused kernels."""
     return any(stock_class(module) is not type(module) for module in model.modules())
 
 
 def decoder_report() -> str:
-    """What was found out about LED's decoder in the installed transformers, in one sentence."""
+    """Returns one sentence on what was found out about LED's decoder in the installed transformers."""
     return f"the LED decoder of transformers {transformers.__version__} {right_decoder().value}."
 
 
-def _decoder_table() -> Table:
-    """Ours, or what makes a decoder that nobody has made right refuse what it gets wrong."""
+def _decoder_table() -> ClassTable:
+    """Returns what replaces the classes of LED's decoder, after a warning where no decoder is right."""
     decoder = right_decoder()
     if decoder is Decoder.NEITHER:
         _warn_once(
             f"{decoder_report()} Use another release ({TESTED[0]} to {TESTED[-1]} were tested) to have them."
         )
-    return {Decoder.STOCK: {}, Decoder.OURS: LED_DECODER, Decoder.NEITHER: CAUTIOUS_LED_DECODER}[decoder]
+    return {Decoder.STOCK: {}, Decoder.FUSED: LED_DECODER, Decoder.NEITHER: CAUTIOUS_LED_DECODER}[decoder]
 
 
-def _checked(table: Table) -> Table:
-    """The table itself, once the encoders in it have been compared with those of this release.
+def _checked(table: ClassTable) -> ClassTable:
+    """Returns the table itself, once the encoders in it have been compared with those of this release.
 
     Raises:
         RuntimeError: when they differ.
@@ -129,11 +130,12 @@ def _checked(table: Table) -> Table:
 
 @functools.cache
 def _warn_once(message: str) -> None:
+    """Warns, unless the same message was given before."""
     warnings.warn(message, stacklevel=4)
 
 
 def revert_led_kernels(model: nn.Module | None = None) -> None:
-    """Undo :func:`apply_led_kernels`: transformers' own code runs again.
+    """Undoes :func:`apply_led_kernels`: transformers' own code runs again.
 
     Args:
         model: a model to turn back, in place; one that is not fused stays as it is. Default: turn back every
@@ -151,6 +153,8 @@ def revert_led_kernels(model: nn.Module | None = None) -> None:
 
 
 def _then_apply(init: Callable, options: Options) -> Callable:
+    """Returns a constructor that calls ``init`` and then makes what it has built fused."""
+
     @functools.wraps(init)
     def __init__(self, *args, **kwargs):
         init(self, *args, **kwargs)
@@ -162,4 +166,5 @@ def _then_apply(init: Callable, options: Options) -> Callable:
 
 
 def _stock_init(root: type[nn.Module]) -> Callable:
+    """Returns the constructor that a class of transformers has, or had before it was replaced."""
     return getattr(root.__init__, "led_kernels_replaced", root.__init__)

@@ -1,6 +1,6 @@
-"""What the installed transformers computes, and whether ours computes the same: asked of tiny models, as users ask.
+"""Tiny models show what the installed transformers computes, and whether the fused classes compute the same.
 
-No name of an argument or a class answers these questions, only tokens, logits and hidden states do.
+They are run as users run theirs: tokens, logits and hidden states are compared, not names of arguments or classes.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from transformers import LEDConfig, LEDForConditionalGeneration, LongformerConfi
 
 from led_kernels.hf.classes import LED_DECODER, LED_ENCODER, LONGFORMER
 from led_kernels.hf.shared import Options
-from led_kernels.hf.swap import Table, swap
+from led_kernels.hf.swap import ClassTable, swap
 
 _DOCUMENTS = {
     "input_ids": torch.tensor([[5, 9, 14, 7, 11, 23], [6, 8, 21, 17, 1, 1]]),
@@ -33,64 +33,65 @@ _PROMPTS: dict[str, dict[str, Tensor]] = {
         "decoder_attention_mask": torch.tensor([[1, 1, 1], [0, 1, 1]]),
     },
 }
-_CACHES: dict[str, dict[str, str]] = {"dynamic": {}, "static": {"cache_implementation": "static"}}
+_CACHE_SETTINGS: tuple[dict[str, str], ...] = ({}, {"cache_implementation": "static"})  # dynamic and static
 
 
 class Decoder(enum.Enum):
-    """Whose decoder generates the same tokens with a cache as without one; the values end a sentence."""
+    """Names the decoder that generates the same tokens with a cache as without one; the values end a sentence."""
 
     STOCK = "gives the same tokens with every cache that it serves, and stays"
-    OURS = "fails or gives other tokens with some caches, and is replaced by ours, which does not"
+    FUSED = "fails or gives other tokens with some caches, and is replaced by ours, which does not"
     NEITHER = "gives other tokens with a static cache, and ours does not run there: static caches are refused"
 
 
 @functools.cache
 def right_decoder() -> Decoder:
-    """Whose LED decoder is right in this release of transformers. Tried once for a process, in a second."""
-    with _surroundings():
-        stock = _tiny(LEDForConditionalGeneration, _led_config())
-        truth = {name: _logits(stock, prompt, use_cache=False) for name, prompt in _PROMPTS.items()}
-        by_stock = _answers(stock, truth).values()
+    """Finds out which LED decoder is right in this release of transformers, once for a process, in a second."""
+    with _neutral_settings():
+        stock = _tiny_model(LEDForConditionalGeneration, _led_config())
+        expected = {name: _logits(stock, prompt, use_cache=False) for name, prompt in _PROMPTS.items()}
+        by_stock = _are_right(stock, expected)
         if all(by_stock):
             return Decoder.STOCK
-        ours = _tiny(LEDForConditionalGeneration, _led_config())
-        swap(ours, LED_DECODER, Options())
-        if all(_answers(ours, truth).values()):
-            return Decoder.OURS
-        return Decoder.NEITHER if False in by_stock else Decoder.STOCK  # which raises where it is not right
+        fused = _tiny_model(LEDForConditionalGeneration, _led_config())
+        swap(fused, LED_DECODER, Options())
+        if all(_are_right(fused, expected)):
+            return Decoder.FUSED
+        # Where the stock decoder raises instead of giving other tokens, nothing has to be refused.
+        return Decoder.NEITHER if False in by_stock else Decoder.STOCK
 
 
 @functools.cache
 def encoder_difference(family: str) -> str | None:
-    """How far our encoder of ``led`` or ``longformer`` is from this release's, in words; None when they agree."""
+    """Says how far the fused encoder of ``led`` or ``longformer`` is from this release's; None when they agree."""
     table, model_class, config = _ENCODERS[family]
-    with _surroundings():
+    with _neutral_settings():
         try:
-            expected = _states(_tiny(model_class, config()), None)
-            actual = _states(_tiny(model_class, config()), table)
-        except Exception as error:  # whatever a release moved
+            expected = _layer_outputs(_tiny_model(model_class, config()), None)
+            actual = _layer_outputs(_tiny_model(model_class, config()), table)
+        except Exception as error:  # A release may have changed anything.
             return f"fails there ({type(error).__name__}: {error})"
         worst = max((a - b).abs().max().item() for a, b in zip(actual, expected, strict=True))
         return None if worst < 1e-3 else f"differs from it by {worst:.2g}"
 
 
-def _answers(model: nn.Module, truth: dict[str, Tensor]) -> dict[tuple[str, str], bool | None]:
-    """For each prompt and cache, whether generation is right; None where it raises."""
-    answers: dict[tuple[str, str], bool | None] = {}
+def _are_right(model: nn.Module, expected: dict[str, Tensor]) -> list[bool | None]:
+    """Returns whether generation is right, for each prompt and each cache; None where it raises."""
+    results: list[bool | None] = []
     for name, prompt in _PROMPTS.items():
-        for cache, settings in _CACHES.items():
+        for settings in _CACHE_SETTINGS:
             try:
                 logits = _logits(model, prompt, **settings)
-            except Exception:  # whatever a release moved
-                answers[name, cache] = None
+            except Exception:  # A release may have changed anything.
+                results.append(None)
             else:
-                same = logits.shape == truth[name].shape and torch.allclose(logits, truth[name], atol=1e-3)
-                answers[name, cache] = same
-    return answers
+                is_same_shape = logits.shape == expected[name].shape
+                results.append(is_same_shape and torch.allclose(logits, expected[name], atol=1e-3))
+    return results
 
 
 def _logits(model: nn.Module, prompt: dict[str, Tensor], **settings) -> Tensor:
-    """Of six greedy tokens: ``[6, batch, vocab_size]``."""
+    """Returns the logits of six greedy tokens, ``[6, batch, vocab_size]``."""
     result = model.generate(
         **_DOCUMENTS,
         **prompt,
@@ -103,22 +104,27 @@ def _logits(model: nn.Module, prompt: dict[str, Tensor], **settings) -> Tensor:
     return torch.stack(result.logits)
 
 
-def _states(model: nn.Module, table: Table | None) -> list[Tensor]:
-    """Hidden states and attentions of all layers; of padding nothing."""
+def _layer_outputs(model: nn.Module, table: ClassTable | None) -> list[Tensor]:
+    """Returns hidden states and attentions of all layers, without the rows of padding.
+
+    ``table`` replaces classes of the model first, if it is given.
+    """
     encoder = model.get_encoder() if model.config.is_encoder_decoder else model
     if table is not None:
         swap(model, table, Options(backend="reference"))
     output = encoder(**_DOCUMENTS, output_attentions=True, output_hidden_states=True)
-    real = _DOCUMENTS["attention_mask"].bool()
-    return [x[real] for x in output.hidden_states] + [x.transpose(1, 2)[real] for x in output.attentions]
+    is_token = _DOCUMENTS["attention_mask"].bool()
+    attentions = [x.transpose(1, 2)[is_token] for x in output.attentions]
+    return [x[is_token] for x in output.hidden_states] + attentions
 
 
-def _tiny(model_class: type[nn.Module], config) -> nn.Module:
+def _tiny_model(model_class: type[nn.Module], config) -> nn.Module:
+    """Builds a model on the CPU whose weights are the same at every call."""
     model = model_class(config).eval()
     if any(parameter.is_meta for parameter in model.parameters()):  # accelerate's init_empty_weights
         model.to_empty(device="cpu")
     generator = torch.Generator().manual_seed(0)
-    for parameter in model.parameters():  # wide, so that no mistake is small
+    for parameter in model.parameters():  # Wide weights keep mistakes from being small.
         nn.init.normal_(parameter, std=0.3, generator=generator)
     for buffer in model.buffers():
         if buffer.is_floating_point():
@@ -168,8 +174,8 @@ _ENCODERS = {
 
 
 @contextmanager
-def _surroundings() -> Iterator[None]:
-    """Whatever the caller has set, tiny models are built and run in fp32 on the CPU, quietly, without gradients."""
+def _neutral_settings() -> Iterator[None]:
+    """Makes tiny models be built and run in fp32 on the CPU, quietly and without gradients, whatever the caller set."""
     dtype, log = torch.get_default_dtype(), transformers.utils.logging
     verbosity = log.get_verbosity()
     with ExitStack() as stack:

@@ -1,4 +1,4 @@
-"""What the fused encoders of LED and Longformer share: self-attention, its mask, and the loop over layers."""
+"""The fused encoders and decoders share these options, attention and feed-forward modules and loop over layers."""
 
 from __future__ import annotations
 
@@ -12,21 +12,22 @@ from led_kernels.attention_weights import banded_attention_weights, global_atten
 from led_kernels.mask import LongformerMask
 from led_kernels.projection import encoder_self_attention, project_global_queries
 
-# what transformers' encoders repeat of the mask
+# Arguments by which transformers' encoders repeat what the mask says.
 STOCK_MASKS = ("is_index_masked", "is_index_global_attn", "is_global_attn")
 
 
 class Options(NamedTuple):
-    """What :func:`led_kernels.hf.apply_led_kernels` was given; an attribute of every fused module."""
+    """Every fused module has these options, which :func:`led_kernels.hf.apply_led_kernels` was given."""
 
     max_globals: int | None = None
     backend: str | None = None
 
 
 class FusedSelfAttention(nn.Module):
-    """Forward of both models' self-attention; the projections are the model's own modules.
+    """Computes the self-attention of an LED or Longformer encoder by the fused kernels.
 
-    They see ``[batch, seqlen, d_model]``, where transformers gives them ``[seqlen, batch, d_model]``.
+    The projections are the model's own modules. They see ``[batch, seqlen, d_model]``, where transformers gives them
+    ``[seqlen, batch, d_model]``.
     """
 
     led_kernels_options = Options()
@@ -38,7 +39,8 @@ class FusedSelfAttention(nn.Module):
         attention_mask: LongformerMask | Tensor | None = None,
         output_attentions: bool = False,
     ) -> tuple[Tensor, ...]:
-        """
+        """Computes the attention up to the output projection.
+
         Args:
             hidden_states: ``[batch, seqlen, d_model]``; any seqlen.
             attention_mask: the mask of the batch, or what transformers' own encoders pass, ``[batch,
@@ -50,7 +52,7 @@ class FusedSelfAttention(nn.Module):
             ``[batch, seqlen, heads, max_globals + attention_window + 1]`` and, if there are global tokens,
             ``[batch, heads, max_globals, seqlen]``.
         """
-        mask = mask_of(attention_mask, hidden_states, self.led_kernels_options.max_globals)
+        mask = as_longformer_mask(attention_mask, hidden_states, self.led_kernels_options.max_globals)
         window_size = self.one_sided_attn_window_size
         q, k, v = (
             projection(hidden_states).unflatten(-1, (self.num_heads, self.head_dim))
@@ -80,6 +82,19 @@ class FusedSelfAttention(nn.Module):
         return out, weights, global_attention_weights(q_global, k_global, mask)
 
 
+class FusedLayer(nn.Module):
+    """Computes the second half of a layer, with the modules that transformers' LED layers have."""
+
+    def _feed_forward(self, hidden_states: Tensor) -> Tensor:
+        """Computes the feed-forward block with its residual and norm: ``[batch, length, d_model]`` to the same."""
+        expanded = self._dropout(self.activation_fn(self.fc1(hidden_states)), self.activation_dropout)
+        contracted = self._dropout(self.fc2(expanded), self.dropout)
+        return self.final_layer_norm(hidden_states + contracted)
+
+    def _dropout(self, x: Tensor, p: float) -> Tensor:
+        return nn.functional.dropout(x, p=p, training=self.training)
+
+
 def run_layers(
     layers: Iterable[nn.Module],
     hidden_states: Tensor,
@@ -91,7 +106,7 @@ def run_layers(
     return_dict: bool,
     layerdrop: float = 0.0,
 ):
-    """The layers of an encoder under one mask, and the output that transformers' encoders give.
+    """Runs the layers of an encoder under one mask, and returns the output that transformers' encoders return.
 
     Each layer returns its hidden states, then whatever attention probabilities it was asked for; a layer that
     layerdrop skips adds none.
@@ -102,12 +117,12 @@ def run_layers(
             states.append(hidden_states)
         if layerdrop > 0 and torch.rand([]) < layerdrop:
             continue
-        # the hidden states go by position: reentrant checkpointing sees no gradient in keywords
+        # The hidden states go by position: reentrant checkpointing sees no gradient in keywords.
         hidden_states, *weights = layer(
             hidden_states, attention_mask=mask, output_attentions=output_attentions
         )
         attentions += [local.transpose(1, 2) for local in weights[:1]]
-        global_attentions += [of_globals.transpose(2, 3) for of_globals in weights[1:]]
+        global_attentions += [global_.transpose(2, 3) for global_ in weights[1:]]
     values = {
         "last_hidden_state": hidden_states,
         "hidden_states": (*states, hidden_states) if output_hidden_states else None,
@@ -119,10 +134,10 @@ def run_layers(
     return tuple(value for value in values.values() if value is not None)
 
 
-def mask_of(
+def as_longformer_mask(
     attention_mask: LongformerMask | Tensor | None, hidden_states: Tensor, max_globals: int | None
 ) -> LongformerMask:
-    """The mask behind any form of ``attention_mask`` that reaches an encoder or its attention."""
+    """Returns the mask for any form of ``attention_mask`` that reaches an encoder or its attention."""
     if isinstance(attention_mask, LongformerMask):
         on_device = attention_mask.device == hidden_states.device
         return attention_mask if on_device else attention_mask.to(hidden_states.device)

@@ -1,4 +1,4 @@
-"""How a module changes its class in place, to one that adds only methods: parameters, hooks, state-dict keys stay."""
+"""Modules change their class in place here, to one that adds only methods: parameters, hooks, state-dict keys stay."""
 
 from __future__ import annotations
 
@@ -9,61 +9,68 @@ from typing import NamedTuple
 
 from torch import nn
 
-Table = dict[type[nn.Module], type[nn.Module]]  # a class of transformers, and ours
+ClassTable = dict[type[nn.Module], type[nn.Module]]  # from a class of transformers to the fused class
 
 
-def replaces(stock: type[nn.Module], ours: type[nn.Module]) -> None:
-    """Marks ``ours`` as what takes the place of ``stock``."""
-    ours.stock_class = stock
-    # transformers and accelerate find modules by __name__ (_no_split_modules, config.architectures); pickle
-    # goes by __qualname__, which stays
-    ours.__name__ = stock.__name__
+def set_stock_class(fused: type[nn.Module], stock: type[nn.Module]) -> None:
+    """Marks ``fused`` as the class that takes the place of ``stock``."""
+    fused.stock_class = stock
+    # transformers and accelerate find modules by __name__ (_no_split_modules, config.architectures), which must be the
+    # stock one. pickle goes by __qualname__, which stays.
+    fused.__name__ = stock.__name__
 
 
 def stock_class(module: nn.Module) -> type[nn.Module]:
-    """The class that a module has, or had before it was swapped."""
+    """Returns the class that a module has, or had before it was swapped."""
     return getattr(type(module), "stock_class", type(module))
 
 
-def class_of_ours(cls: type[nn.Module], table: Table) -> type[nn.Module] | None:
-    """What replaces a class of transformers or a subclass of one; None for all others.
+def fused_class(cls: type[nn.Module], table: ClassTable) -> type[nn.Module] | None:
+    """Returns the class that replaces a class of transformers or a subclass of one; None for all others.
 
-    A subclass that overrides the forward keeps it; ours may name, as ``where_overridden``, what it gets instead, or
-    refuse it as ``must_not_be_overridden``.
+    A subclass that overrides the forward keeps it. For such subclasses a fused class may name another replacement, in
+    ``where_overridden``, or refuse them, by ``must_not_be_overridden``.
 
     Raises:
-        TypeError: for a subclass that overrides a forward whose work ours would no longer do.
+        TypeError: for a subclass that is refused.
     """
-    for stock, ours in table.items():
+    for stock, fused in table.items():
         if cls is stock:
-            return ours
+            return fused
         if not issubclass(cls, stock):
             continue
-        # transformers wraps the forward of subclasses of checkpointed layers, also one they inherit
+        # transformers wraps the forward of subclasses of checkpointed layers, also one that they inherit.
         if inspect.unwrap(cls.forward) is inspect.unwrap(stock.forward):
-            return _joined(ours, cls)
-        if getattr(ours, "must_not_be_overridden", False):
+            return _subclass_of_both(fused, cls)
+        if getattr(fused, "must_not_be_overridden", False):
             raise TypeError(
                 f"{cls.__name__} overrides the forward of {stock.__name__}, which led_kernels would "
                 "replace; leave this model stock."
             )
-        if (cautious := getattr(ours, "where_overridden", None)) is not None:
-            return _joined(cautious, cls)
+        if (cautious := getattr(fused, "where_overridden", None)) is not None:
+            return _subclass_of_both(cautious, cls)
     return None
 
 
 @functools.cache
-def _joined(ours: type[nn.Module], cls: type[nn.Module]) -> type[nn.Module]:
-    return type(cls.__name__, (ours, cls), {"__module__": cls.__module__, "stock_class": cls})
+def _subclass_of_both(fused: type[nn.Module], cls: type[nn.Module]) -> type[nn.Module]:
+    """Makes a class, once for a pair, that has the methods of ``fused`` and is a ``cls`` in all other respects."""
+    return type(cls.__name__, (fused, cls), {"__module__": cls.__module__, "stock_class": cls})
 
 
-def swap(model: nn.Module, table: Table, options: object) -> int:
-    """Gives the modules in ``model`` the classes that ``table`` has for them, and ``options``; returns how many.
+def swap(model: nn.Module, table: ClassTable, options: object) -> int:
+    """Gives the modules in ``model`` the classes that ``table`` has for them, and ``options``.
 
-    All of them or, when one is refused, none.
+    When one module is refused, none is changed.
+
+    Returns:
+        The number of modules that were changed.
+
+    Raises:
+        TypeError: for a module whose class or whose own forward cannot be replaced.
     """
-    planned = [(module, class_of_ours(stock_class(module), table)) for module in model.modules()]
-    changes = [_Change.plan(module, ours) for module, ours in planned if ours is not None]
+    planned = [(module, fused_class(stock_class(module), table)) for module in model.modules()]
+    changes = [_Change.plan(module, fused) for module, fused in planned if fused is not None]
     for change in changes:
         change.make()
         change.module.led_kernels_options = options
@@ -72,14 +79,14 @@ def swap(model: nn.Module, table: Table, options: object) -> int:
 
 def swap_back(model: nn.Module) -> None:
     """Undoes :func:`swap`."""
-    ours = [module for module in model.modules() if stock_class(module) is not type(module)]
-    for change in [_Change.plan(module, stock_class(module)) for module in ours]:
+    fused = [module for module in model.modules() if stock_class(module) is not type(module)]
+    for change in [_Change.plan(module, stock_class(module)) for module in fused]:
         change.make()
         del change.module.led_kernels_options
 
 
 class _Change(NamedTuple):
-    """A module, the class it is to get, and which instance attributes hold the forward of its present one."""
+    """A module is to get a new class; ``bound`` are its attributes that hold the forward of its present class."""
 
     module: nn.Module
     new_class: type[nn.Module]
@@ -87,8 +94,13 @@ class _Change(NamedTuple):
 
     @classmethod
     def plan(cls, module: nn.Module, new_class: type[nn.Module]) -> _Change:
+        """Plans the change of one module.
+
+        Raises:
+            TypeError: for a module whose forward was replaced on the instance by another function.
+        """
         attributes, forward = vars(module), type(module).forward
-        # accelerate's hooks keep the forward they wrap in _old_forward, and leave it in forward once removed
+        # accelerate's hooks keep the forward that they wrap in _old_forward, and leave it in forward once removed.
         bound = [
             name
             for name in ("forward", "_old_forward")
@@ -102,6 +114,7 @@ class _Change(NamedTuple):
         return cls(module, new_class, bound)
 
     def make(self) -> None:
+        """Changes the module's class, and the forwards that it holds as attributes with it."""
         self.module.__class__ = self.new_class
         for name in self.bound:
             setattr(self.module, name, MethodType(self.new_class.forward, self.module))

@@ -1,1 +1,1 @@
-"""Models on disk and on the hub: files, names of tensors, smaller weights."""
+"""Reads and writes models on disk and on the hub: files, names of tensors, quantized weights."""

@@ -70,9 +70,9 @@ def load_pretrained(
     for module in set(model.modules()).difference(to_quantize.values()):
         module.to_empty(device=device, recurse=False)
     model.tie_weights()
-    with _said_of(f"the weights of {path_or_id}"):
+    with _errors_about(f"the weights of {path_or_id}"):
         _copy_into(model.state_dict(), tensors)
-        while to_quantize:  # one by one: never are all there in full precision
+        while to_quantize:  # one by one, so that not all are there in full precision
             name, linear = to_quantize.popitem()
             linear.to_empty(device=device)
             _copy_into(linear.state_dict(prefix=f"{name}."), tensors)
@@ -88,7 +88,7 @@ def load_pretrained(
         model.generation_config = _generation_config(fetch, path_or_id, config, stored)
         if model.generation_config.unsupported:
             warnings.warn(
-                f"{path_or_id} asks for {model.generation_config.asked_in_vain()}; generate decodes without it.",
+                f"{path_or_id} asks for {model.generation_config.describe_unsupported()}; generate decodes without it.",
                 stacklevel=3,
             )
     return model.eval()
@@ -97,7 +97,7 @@ def load_pretrained(
 def read_config(
     fetch: Fetch, source: str | os.PathLike[str], settings: Mapping[str, Any] | None = None
 ) -> tuple[LEDConfig, dict[str, Any]]:
-    """Of config.json with ``settings`` in place of its own, and all that it says.
+    """Returns the config of config.json with ``settings`` in place of its own, and all values of the file.
 
     Raises:
         FileNotFoundError, ValueError: when it is not there or has no meaning.
@@ -106,27 +106,29 @@ def read_config(
     if settings and "num_labels" in settings and "id2label" not in settings:
         stored.pop("id2label", None)
     stored |= settings or {}
-    with _said_of(f"config.json of {source}"):
+    with _errors_about(f"config.json of {source}"):
         return LEDConfig.from_dict(stored), stored
 
 
 def _generation_config(
     fetch: Fetch, source: str | os.PathLike[str], config: LEDConfig, stored: Mapping[str, Any]
 ) -> GenerationConfig:
-    """Of generation_config.json, and of what is not there, of config.json."""
+    """Returns the settings of generation_config.json, and of config.json those that the former lacks."""
     path = fetch("generation_config.json")
     own = read_json(path) if path is not None else {}
-    with _said_of(f"generation_config.json of {source}"):
+    with _errors_about(f"generation_config.json of {source}"):
         GenerationConfig.from_dict(vars(config) | own).check_ids(config.vocab_size)
     own = {key: value for key, value in own.items() if value is not None}
-    with _said_of(f"config.json of {source}"):
+    with _errors_about(f"config.json of {source}"):
         generation = GenerationConfig.from_dict(vars(config) | stored | own, own)
         generation.check_ids(config.vocab_size)
     return generation
 
 
 def trained_head(path_or_id: str | os.PathLike[str], revision: str | None = None) -> str | None:
-    """Which head the checkpoint's weights have, "qa_outputs" or "classification_head"; ``None``: it writes.
+    """Returns which head the checkpoint's weights have, "qa_outputs" or "classification_head".
+
+    It is ``None`` for a checkpoint that writes.
 
     Raises:
         ValueError: when its config.json says that there is one and there is none.
@@ -147,11 +149,11 @@ def trained_head(path_or_id: str | os.PathLike[str], revision: str | None = None
 
 
 def _copy_into(targets: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> None:
-    """Fills our own ``targets``, of which those on the meta device have no memory yet."""
+    """Fills our own ``targets`` from a checkpoint's ``tensors``, except those on the meta device."""
     for name, target in to_hf_state_dict(targets).items():
         if name in tensors and not target.is_meta:
             source = tensors[name]
-            target.copy_(source)  # into views of the fused projections: no second copy of the weights
+            target.copy_(source)  # the targets are views of the fused projections
             is_narrower = torch.finfo(target.dtype).max < torch.finfo(source.dtype).max
             if is_narrower and bool((target.isinf().to(source.device) & source.isfinite()).any()):
                 raise ValueError(
@@ -161,7 +163,7 @@ def _copy_into(targets: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> 
 
 
 def _most_common_dtype(tensors: Iterable[Tensor]) -> torch.dtype:
-    """That of most numbers: norms or the head may have been kept in another."""
+    """Returns the dtype of most numbers, as norms or the head may have been kept in another."""
     counts: Counter[torch.dtype] = Counter()
     for tensor in tensors:
         counts[tensor.dtype] += tensor.numel()
@@ -169,7 +171,7 @@ def _most_common_dtype(tensors: Iterable[Tensor]) -> torch.dtype:
 
 
 def save_pretrained(model: nn.Module, directory: Path) -> None:
-    """Writes ``model``; see ``LEDPreTrainedModel.save_pretrained``."""
+    """Writes ``model``'s checkpoint; see ``LEDPreTrainedModel.save_pretrained``."""
     if model.is_quantized:
         raise ValueError(
             "the model's weights are quantised and cannot be saved; save it before, and quantise on loading."
@@ -198,7 +200,8 @@ def save_pretrained(model: nn.Module, directory: Path) -> None:
 
 
 @contextmanager
-def _said_of(what: str) -> Iterator[None]:
+def _errors_about(what: str) -> Iterator[None]:
+    """Puts ``what`` before the message of a ValueError."""
     try:
         yield
     except ValueError as error:

@@ -1,4 +1,4 @@
-"""Reads a checkpoint's files of settings and of its tokenizer, none of them further than such files reach."""
+"""Reads a checkpoint's files of settings and of its tokenizer, with a bound on the size of each."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ import json
 from pathlib import Path
 from typing import Any
 
-SETTINGS, TOKENIZER = 4, 24  # mebibytes of a file at most: large multilingual tokenizers have 20
-_MOST_BRACKETS = 10**6  # in a JSON file: one for each merge, of which large tokenizers have 250,000
+SETTINGS_MIB, TOKENIZER_MIB = 4, 24  # the largest files; large multilingual tokenizers have 20 MiB
+_MAX_BRACKETS = 10**6  # in a JSON file: one for each merge, of which large tokenizers have 250,000
 
 
-def read_whole(path: Path, most: int = SETTINGS) -> bytes:
-    """The content of a file of at most ``most`` mebibytes.
+def read_bounded(path: Path, max_mib: int = SETTINGS_MIB) -> bytes:
+    """Returns the content of a file of at most ``max_mib`` mebibytes.
 
     Raises:
         OSError: when it cannot be read.
@@ -19,25 +19,24 @@ def read_whole(path: Path, most: int = SETTINGS) -> bytes:
     """
     try:
         with path.open("rb") as file:
-            content = file.read((most << 20) + 1)
-    except OSError as error:  # reading, unlike opening, does not say what
+            content = file.read((max_mib << 20) + 1)
+    except OSError as error:  # reading, unlike opening, does not name the file
         raise OSError(f"{path} cannot be read ({error.strerror}); fetch it again.") from None
-    if len(content) > most << 20:
-        raise ValueError(f"{path} has more than {most} MiB; fetch it again.")
+    if len(content) > max_mib << 20:
+        raise ValueError(f"{path} has more than {max_mib} MiB; fetch it again.")
     return content
 
 
-def read_json(path: Path, most: int = SETTINGS) -> dict[str, Any]:
-    """The object in a JSON file.
+def read_json(path: Path, max_mib: int = SETTINGS_MIB) -> dict[str, Any]:
+    """Returns the object in a JSON file.
 
     Raises:
-        OSError, ValueError: as for :func:`read_whole`, and when the file is not a JSON object.
+        OSError, ValueError: as for :func:`read_bounded`, and when the file is not a JSON object.
     """
-    content = read_whole(path, most)
-    if (
-        content.count(b"[") + content.count(b"{") > _MOST_BRACKETS
-    ):  # a third of a microsecond and 64 bytes each
-        raise ValueError(f"{path} has more than {_MOST_BRACKETS:,} lists and objects; fetch it again.")
+    content = read_bounded(path, max_mib)
+    # Each list or object takes a third of a microsecond and 64 bytes.
+    if content.count(b"[") + content.count(b"{") > _MAX_BRACKETS:
+        raise ValueError(f"{path} has more than {_MAX_BRACKETS:,} lists and objects; fetch it again.")
     try:
         values = json.loads(content)
     except RecursionError:

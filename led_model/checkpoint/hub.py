@@ -1,4 +1,4 @@
-"""Where the files of a checkpoint are: in a directory, or on the Hugging Face hub."""
+"""Finds the files of a checkpoint, in a directory or on the Hugging Face hub."""
 
 from __future__ import annotations
 
@@ -10,14 +10,16 @@ from pathlib import Path
 from typing import Any
 
 from led_kernels.extras import install_extra
-from led_model.schema import plain
+from led_model.schema import printable
 
-Fetch = Callable[[str], Path | None]  # a file of the checkpoint by name, None when it has no such file
+# Returns the path of a checkpoint's file by its name, None when there is no such file.
+Fetch = Callable[[str], Path | None]
 
-HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "token")  # of hf_hub_download
+HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "token")  # arguments of hf_hub_download
 
-# Why the hub could not be asked in this process: with a wrong name and no network it is tried once, not per file.
+# This holds why the hub could not be reached by this process: without a network it is tried once, not per file.
 _unreachable: list[str] = []
+_asked: list[bool] = []
 
 
 def checkpoint_files(
@@ -25,7 +27,7 @@ def checkpoint_files(
     revision: str | None = None,
     hub_options: Mapping[str, Any] | None = None,
 ) -> Fetch:
-    """A function from a file's name to its path: in a directory, or downloaded from the hub.
+    """Returns a function from a file's name to its path: in a directory, or downloaded from the hub.
 
     Args:
         hub_options: arguments of ``huggingface_hub.hf_hub_download``, those of ``HUB_OPTIONS``.
@@ -50,9 +52,8 @@ def checkpoint_files(
     options = {name: value for name, value in (hub_options or {}).items() if value is not None}
 
     def fetch(name: str) -> Path | None:
-        offline = (
-            {} if _hub_answers(options) else {"local_files_only": True}
-        )  # what is in the cache still serves
+        # Without the hub, what is in the cache still serves.
+        offline = {} if _hub_answers(options) else {"local_files_only": True}
         try:
             return Path(hf_hub_download(str(path_or_id), name, **{"revision": revision} | options | offline))
         except LocalEntryNotFoundError as error:  # no network and not in the cache
@@ -76,7 +77,7 @@ def _in_directory(directory: Path, name: str) -> Path | None:
     path = directory / name
     if path.is_file():
         return path
-    if os.path.lexists(path):  # it would not be missed, only its settings
+    if os.path.lexists(path):  # otherwise the settings in it would be missing without a word
         raise FileNotFoundError(
             f"{path} is there but is no file, or a link to none; fetch it again, or remove it."
         )
@@ -84,7 +85,7 @@ def _in_directory(directory: Path, name: str) -> Path | None:
 
 
 def what_else_is_in(path_or_id: str | os.PathLike[str], otherwise: str = "give a complete checkpoint") -> str:
-    """A clause on what a directory without a complete checkpoint is, and what to give instead."""
+    """Returns a clause on what a directory without a complete checkpoint is, and what to give instead."""
     directory = Path(path_or_id)
     if not directory.is_dir():
         return otherwise
@@ -102,11 +103,15 @@ def what_else_is_in(path_or_id: str | os.PathLike[str], otherwise: str = "give a
 
 
 def first_line(error: BaseException) -> str:
-    return plain(str(error).strip().split("\n")[0].rstrip(".")) or type(error).__name__
+    """Returns what a message quotes of a library's error."""
+    return printable(str(error).strip().split("\n")[0].rstrip(".")) or type(error).__name__
 
 
 def _hub_answers(options: Mapping[str, Any]) -> bool:
-    """Whether the hub can be reached, asked once for the process: hf_hub_download itself tries for half a minute."""
+    """Returns whether the hub can be reached.
+
+    It is asked once per process, as hf_hub_download itself tries for half a minute.
+    """
     if options.get("local_files_only"):
         return True
     if not _asked:
@@ -115,9 +120,6 @@ def _hub_answers(options: Mapping[str, Any]) -> bool:
 
         try:
             get_session().head(constants.ENDPOINT, timeout=10)
-        except Exception as error:  # of whichever HTTP library the installed release uses
+        except Exception as error:  # the installed release may use any HTTP library
             _unreachable.append(first_line(error))
     return not _unreachable
-
-
-_asked: list[bool] = []

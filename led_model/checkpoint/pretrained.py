@@ -1,4 +1,4 @@
-"""What all models share: checkpoints in and out, tied weights, a vocabulary that can grow."""
+"""Defines the base of all models, which loads and saves checkpoints, ties weights and resizes the vocabulary."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ from led_model.schema import check_names
 
 
 class LEDPreTrainedModel(nn.Module):
-    """Base of :class:`LEDModel` and of the models with a head, whose ``led`` it is."""
+    """A base of ``LEDModel`` and of the models with a head, whose ``led`` is an ``LEDModel``."""
 
-    base_prefix = "led."  # of the encoder's and decoder's tensors in this class's checkpoints
+    base_prefix = "led."  # the encoder's and decoder's tensors have it in this class's checkpoints
     is_quantized = False
 
     def __init__(self, config: LEDConfig) -> None:
@@ -47,7 +47,7 @@ class LEDPreTrainedModel(nn.Module):
         quantization_config: Any | None = None,
         **settings: Any,
     ) -> Model:
-        """A model, in eval mode, from a directory that transformers wrote or from the Hugging Face hub.
+        """Returns a model, in eval mode, from a directory that transformers wrote or from the Hugging Face hub.
 
         A checkpoint of another head's model will do: its head is left aside. A question answering or
         classification head that the checkpoint lacks starts out random, with a warning.
@@ -73,7 +73,7 @@ class LEDPreTrainedModel(nn.Module):
             ValueError: when a file cannot be read, or tensors are missing, unexpected or of another shape; for
                 another ``dtype`` or ``device_map``, and for arguments that contradict each other.
             TypeError: for a setting that neither config.json nor the hub has.
-            ImportError: when the package that quantises is not installed.
+            ImportError: when the package that quantizes is not installed.
         """
         if dtype is not None and torch_dtype is not None and dtype != torch_dtype:
             raise ValueError(f"dtype is {dtype} and torch_dtype {torch_dtype}; give dtype alone.")
@@ -81,9 +81,7 @@ class LEDPreTrainedModel(nn.Module):
         own = set(inspect.signature(LEDPreTrainedModel.from_pretrained).parameters) - {"settings"}
         fields = {field.name for field in dataclasses.fields(LEDConfig)}
         check_names(settings, own | fields | {*HUB_OPTIONS, "label2id"}, "from_pretrained")
-        if (
-            label2id := settings.pop("label2id", None)
-        ) is not None:  # the same as id2label, the other way round
+        if (label2id := settings.pop("label2id", None)) is not None:  # it is id2label, inverted
             settings.setdefault("id2label", {label_id: label for label, label_id in dict(label2id).items()})
         return load_pretrained(
             cls,
@@ -103,22 +101,22 @@ class LEDPreTrainedModel(nn.Module):
         once. The directory is made if need be; files of these names in it are replaced.
 
         Raises:
-            ValueError: when embeddings that the config ties are no longer one tensor, or weights are quantised.
+            ValueError: when embeddings that the config ties are no longer one tensor, or weights are quantized.
         """
         save_pretrained(self, Path(directory))
 
     @property
     def device(self) -> torch.device:
-        """Where the parameters are: the first one's device."""
+        """Returns the device of the first parameter."""
         return next(self.parameters()).device
 
     @property
     def dtype(self) -> torch.dtype:
-        """What the model computes in: the embeddings' dtype."""
+        """Returns the dtype of the embeddings, which the model computes in."""
         return self.base_model.shared.weight.dtype
 
     def num_parameters(self, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
-        """Numbers in all parameters, each counted once, or in those that are to be trained."""
+        """Returns how many numbers all parameters hold, or those that are to be trained, each counted once."""
         left_out = {m.weight for m in self.modules() if exclude_embeddings and isinstance(m, nn.Embedding)}
         counted = (p for p in self.parameters() if p not in left_out)
         return sum(p.numel() for p in counted if p.requires_grad or not only_trainable)
@@ -126,7 +124,7 @@ class LEDPreTrainedModel(nn.Module):
     def gradient_checkpointing_enable(
         self, gradient_checkpointing_kwargs: Mapping[str, Any] | None = None
     ) -> None:
-        """Recomputes the encoder's layers, whose activations are the long ones, in the backward.
+        """Makes the backward recompute the encoder's layers, whose activations take most memory.
 
         Args:
             gradient_checkpointing_kwargs: for transformers' callers, ``{"use_reentrant": False}`` at most.
@@ -142,16 +140,17 @@ class LEDPreTrainedModel(nn.Module):
         self.base_model.encoder.gradient_checkpointing = True
 
     def gradient_checkpointing_disable(self) -> None:
-        """Keeps activations for the backward again."""
+        """Makes the forward keep activations for the backward again."""
         self.base_model.encoder.gradient_checkpointing = False
 
     @property
     def is_gradient_checkpointing(self) -> bool:
+        """Returns whether the backward recomputes the encoder's layers."""
         return self.base_model.encoder.gradient_checkpointing
 
     @property
     def base_model(self) -> LEDPreTrainedModel:
-        """The :class:`LEDModel` itself."""
+        """Returns the ``LEDModel`` that this model is or has."""
         return self.get_submodule(self.base_prefix.removesuffix("."))
 
     def tie_weights(self) -> None:
@@ -161,7 +160,7 @@ class LEDPreTrainedModel(nn.Module):
             return
         for stack in (base.encoder, base.decoder):
             if type(base.shared) is not nn.Embedding or type(stack.embed_tokens) is not nn.Embedding:
-                stack.embed_tokens = base.shared  # a caller's own, which has more to it than a weight
+                stack.embed_tokens = base.shared  # a caller's own module may hold more than a weight
                 continue
             for name in ("weight", "num_embeddings", "embedding_dim", "padding_idx"):
                 setattr(stack.embed_tokens, name, getattr(base.shared, name))
@@ -201,10 +200,10 @@ class LEDPreTrainedModel(nn.Module):
         return base.shared
 
     def shift_right(self, ids: Tensor, name: str = "ids") -> Tensor:
-        """Decoder input for teacher forcing: start token, then all but the last id; -100 becomes padding.
+        """Returns the decoder input for teacher forcing: start token, then all but the last id; -100 becomes padding.
 
         Raises:
-            ValueError: with the ``name`` of what are no ids ``[batch, length]``.
+            ValueError: with the ``name`` of ids that are not ``[batch, length]``.
         """
         check_id_shape(name, ids)
         start = torch.full_like(ids[:, :1], self.config.decoder_start_token_id)
@@ -214,7 +213,7 @@ class LEDPreTrainedModel(nn.Module):
         return shifted.masked_fill(shifted == -100, self.config.pad_token_id)
 
     def init_weights(self, module: nn.Module) -> None:
-        """Fills the linear layers and embeddings in ``module`` as before training; biases and padding: 0."""
+        """Fills the linear layers and embeddings in ``module`` as before training; biases and padding become 0."""
         filled = set()
         for part in module.modules():
             if (
@@ -222,7 +221,7 @@ class LEDPreTrainedModel(nn.Module):
                 or part.weight in filled
                 or part.weight.is_meta
             ):
-                continue  # numbers for the meta device would only take time
+                continue  # drawing numbers for the meta device would only take time
             filled.add(part.weight)
             nn.init.normal_(part.weight, std=self.config.init_std)
             if getattr(part, "bias", None) is not None:
@@ -232,12 +231,12 @@ class LEDPreTrainedModel(nn.Module):
                     part.weight[part.padding_idx].zero_()
 
 
-def _tie_again(model: LEDPreTrainedModel, loaded: object) -> None:
+def _tie_again(model: LEDPreTrainedModel, incompatible_keys: object) -> None:
     model.tie_weights()
 
 
 def _dtype(given: torch.dtype | str | None) -> torch.dtype | None:
-    """``None`` for the checkpoint's own."""
+    """Returns the dtype of a name or of a dtype, ``None`` for the checkpoint's own."""
     if given is None or given == "auto":
         return None
     dtype = getattr(torch, given.removeprefix("torch."), None) if isinstance(given, str) else given
@@ -248,6 +247,7 @@ def _dtype(given: torch.dtype | str | None) -> torch.dtype | None:
 
 
 def _device(device_map: Any) -> torch.device | str:
+    """Returns the one device that a ``device_map`` names."""
     if device_map == "auto":
         return torch.accelerator.current_accelerator(check_available=True) or "cpu"
     place = device_map
@@ -262,7 +262,7 @@ def _device(device_map: Any) -> torch.device | str:
 
 
 def resized(table: nn.Parameter, rows: int) -> nn.Parameter:
-    """``[old rows, dim]`` cut or filled up to ``[rows, dim]`` with the mean row."""
+    """Returns ``[old rows, dim]`` cut to ``[rows, dim]``, or filled up to it with the mean row."""
     with torch.no_grad():
         mean = table.to(torch.promote_types(table.dtype, torch.float32)).mean(0).to(table.dtype)
         filled = torch.cat([table[:rows], mean.expand(max(rows - len(table), 0), -1)])

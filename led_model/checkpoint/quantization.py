@@ -1,4 +1,4 @@
-"""Linear layers with smaller weights: 4 bits by bitsandbytes, or 8 by torchao.
+"""Quantizes the weights of linear layers: to 4 bits by bitsandbytes, or to 8 by torchao.
 
 Embeddings, norms, biases and heads keep their dtype, and so do the activations.
 """
@@ -13,14 +13,14 @@ from torch import nn
 
 from led_kernels.extras import install_extra
 
-# a linear layer, its weights on the device that is to hold them, to the layer that takes its place
+# Takes a linear layer, whose weights are on the device that is to hold them, and returns the one that replaces it.
 Quantize = Callable[[nn.Linear], nn.Linear]
 
 
 def choose_quantizer(
     load_in_4bit: bool, load_in_8bit: bool, quantization_config: Any | None
 ) -> Quantize | None:
-    """What these arguments of ``LEDPreTrainedModel.from_pretrained`` ask for; ``None``: nothing.
+    """Returns what these arguments of ``LEDPreTrainedModel.from_pretrained`` ask for; ``None`` if they ask for nothing.
 
     Raises:
         ValueError: for more than one request, or a config that asks for something else than 4 bits.
@@ -55,7 +55,7 @@ def choose_quantizer(
 
 
 def quantizable_linears(model: nn.Module) -> dict[str, nn.Linear]:
-    """By name, the linear layers inside the encoder's and the decoder's layers."""
+    """Returns the linear layers inside the encoder's and the decoder's layers, by name."""
     base = model.base_model
     inside = {
         linear
@@ -73,7 +73,7 @@ def _four_bits(
     compress_statistics: bool = False,
     quant_storage: torch.dtype = torch.uint8,
 ) -> Quantize:
-    """Blocks of 64 weights, each with its largest magnitude and 4-bit indices into one table.
+    """Returns a function that stores blocks of 64 weights as a largest magnitude and 4-bit indices into one table.
 
     Dettmers et al., "QLoRA", https://arxiv.org/abs/2305.14314, section 3. ``compute_dtype``, by default that of
     the weights, is what products are computed in; they are returned in the input's dtype.
@@ -98,13 +98,13 @@ def _four_bits(
         )
         smaller.weight = Params4bit(linear.weight.data, **vars(smaller.weight))
         smaller.bias = linear.bias
-        return smaller.to(linear.weight.device)  # bitsandbytes quantises a weight when it is first moved
+        return smaller.to(linear.weight.device)  # bitsandbytes quantizes a weight when it is first moved
 
     return quantize
 
 
 def _int8() -> Quantize:
-    """``round(127 w / max |w|)`` with one fp32 scale for each output."""
+    """Returns a function that stores weights as ``round(127 w / max |w|)``, with one fp32 scale for each output."""
     try:
         from torchao.quantization import Int8WeightOnlyConfig, quantize_
     except ImportError as error:

@@ -1,4 +1,4 @@
-"""What a checkpoint's tensors are called, which of them a config wants, and what does not fit.
+"""Translates the names of a checkpoint's tensors, and checks which of them a config wants and what does not fit.
 
 :func:`hf_names` is the one place that knows what our parameters are called in a checkpoint; reading and
 :func:`to_hf_state_dict` both follow it.
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from led_model.config import LEDConfig
-from led_model.schema import plain
+from led_model.schema import printable
 
 EMBEDDINGS = (
     "led.shared.weight",
@@ -22,7 +22,7 @@ EMBEDDINGS = (
     "led.decoder.embed_tokens.weight",
     "lm_head.weight",
 )
-ARCHITECTURE_OF = {  # by heads that transformers trains
+ARCHITECTURE_OF = {  # transformers' classes by the names of their heads
     "qa_outputs": "LEDForQuestionAnswering",
     "classification_head": "LEDForSequenceClassification",
 }
@@ -33,7 +33,7 @@ _DECODER_QKV = re.compile(r"((?:led\.)?decoder\.layers\.\d+\.self_attn)\.qkv\.(\
 
 
 def hf_names(name: str) -> list[str]:
-    """The tensors of a Hugging Face checkpoint that, stacked along dimension 0, are our tensor ``name``."""
+    """Returns the tensors of a Hugging Face checkpoint that, stacked along dimension 0, are our tensor ``name``."""
     if match := _ENCODER_ATTENTION.fullmatch(name):
         layer, module, kind = match.groups()
         modules = ("query", "key", "value") if module == "qkv" else (module,)
@@ -45,7 +45,7 @@ def hf_names(name: str) -> list[str]:
 
 
 def to_hf_state_dict(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Our state dict under Hugging Face's names, fused projections as views of their parts."""
+    """Returns our state dict under Hugging Face's names, with views of the parts of fused projections."""
     renamed = {}
     for name, tensor in state_dict.items():
         parts = hf_names(name)
@@ -54,13 +54,17 @@ def to_hf_state_dict(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def named_as_head_model(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """A bare LEDModel's checkpoint has the same tensors without the prefix."""
+    """Returns the tensors by the names of a model with a head; a bare LEDModel's checkpoint lacks their prefix."""
     bare = not any(name.startswith("led.") for name in tensors)
     return {f"led.{name}": tensor for name, tensor in tensors.items()} if bare else dict(tensors)
 
 
 def check_size(config: LEDConfig, tensors: Mapping[str, Tensor], source: object) -> None:
-    """Whether config.json is of a model as large as the weights: asked before one of its size is built."""
+    """Checks that config.json describes a model as large as the weights, before a model of that size is built.
+
+    Raises:
+        ValueError: when it does not.
+    """
     problems = []
     for side in ("encoder", "decoder"):
         layers = {m[1] for name in tensors if (m := re.match(rf"led\.{side}\.layers\.(\d+)\.", name))}
@@ -79,15 +83,19 @@ def check_size(config: LEDConfig, tensors: Mapping[str, Tensor], source: object)
 
 
 def fill_embeddings(tensors: dict[str, Tensor], tied: bool, source: object) -> None:
-    """Gives all four names their table: checkpoints keep any one of those that are tied, or all of them."""
-    if not tied:  # only the head is sure to be apart; before version 5, transformers always shared the others
+    """Gives all four embeddings their table, as checkpoints keep any one of those that are tied, or all of them.
+
+    Raises:
+        ValueError: when tied tables differ.
+    """
+    if not tied:  # the head alone is sure to be apart: before version 5 transformers always shared the others
         for name in EMBEDDINGS[1:3]:
             if name not in tensors and EMBEDDINGS[0] in tensors:
                 tensors[name] = tensors[EMBEDDINGS[0]]
         return
     present = [name for name in EMBEDDINGS if name in tensors]
     for name in present[1:]:
-        if not _are_one(tensors[name], tensors[present[0]]):
+        if not _are_same(tensors[name], tensors[present[0]]):
             raise ValueError(
                 f"config.json of {source} ties {name} to {present[0]} but they differ; "
                 "set tie_word_embeddings to false in it, or drop one."
@@ -97,8 +105,8 @@ def fill_embeddings(tensors: dict[str, Tensor], tied: bool, source: object) -> N
         tensors.update(dict.fromkeys(EMBEDDINGS, finest))
 
 
-def _are_one(a: Tensor, b: Tensor) -> bool:
-    """Whether one is the other, or the other rounded to its dtype."""
+def _are_same(a: Tensor, b: Tensor) -> bool:
+    """Returns whether two tables are the same, up to rounding one to the dtype of the other."""
     coarse = min(a.dtype, b.dtype, key=lambda dtype: torch.finfo(dtype).bits)
     return torch.allclose(a.to(coarse), b.to(coarse), rtol=0, atol=0, equal_nan=True)
 
@@ -106,7 +114,7 @@ def _are_one(a: Tensor, b: Tensor) -> bool:
 def without_other_heads(
     tensors: Mapping[str, Tensor], expected: Iterable[str], prefix: str
 ) -> dict[str, Tensor]:
-    """The tensors, named from a base model's view if it is one, without heads that the model does not have."""
+    """Returns the tensors without heads that the model lacks, by its own names: a base model's have no ``led.``."""
     own = tuple(head for head in _HEADS if any(name.startswith(head) for name in expected))
     foreign = tuple(head for head in _HEADS if head not in own)
     return {
@@ -117,7 +125,7 @@ def without_other_heads(
 
 
 def missing_heads(expected: Iterable[str], tensors: Iterable[str]) -> tuple[str, ...]:
-    """Heads to be trained of which a checkpoint has nothing."""
+    """Returns the heads that the model has and of which a checkpoint has no tensor."""
     names = list(tensors)
     return tuple(
         head
@@ -128,8 +136,10 @@ def missing_heads(expected: Iterable[str], tensors: Iterable[str]) -> tuple[str,
 
 
 def expected_shapes(model_class: type[nn.Module], config: LEDConfig) -> dict[str, tuple[int, ...]]:
-    """By Hugging Face's names, all that ``model_class`` has. Built is a model of one layer a side, as the config may
-    claim any number."""
+    """Returns the shapes of all tensors that ``model_class`` has, by Hugging Face's names.
+
+    They are read off a model of one layer a side, as the config may claim any number.
+    """
     with torch.device("meta"):
         state = model_class(
             replace(config, encoder_layers=1, decoder_layers=1, attention_window=2)
@@ -152,6 +162,11 @@ def _of_layer(name: str, number: int) -> str:
 def check_tensors(
     expected: Mapping[str, tuple[int, ...]], tensors: Mapping[str, Tensor], source: object
 ) -> None:
+    """Checks that there are all tensors that are expected and no others, each of its shape.
+
+    Raises:
+        ValueError: naming those that do not fit.
+    """
     problems = []
     if missing := expected.keys() - tensors.keys():
         problems.append(f"lacks {_listed(missing)}")
@@ -174,4 +189,4 @@ def _raise_misfit(problems: Sequence[str], source: object) -> None:
 def _listed(names: Iterable[str], limit: int = 8) -> str:
     names = sorted(names)
     more = f" and {len(names) - limit} more" if len(names) > limit else ""
-    return ", ".join(map(plain, names[:limit])) + more
+    return ", ".join(map(printable, names[:limit])) + more

@@ -1,4 +1,4 @@
-"""Opens files of weights, after a look at what they claim: reading them then takes no more than they are long."""
+"""Opens files of weights, after checks that reading them takes no more memory than they are long."""
 
 from __future__ import annotations
 
@@ -16,65 +16,66 @@ from safetensors.torch import load_file
 
 from led_model.checkpoint.hub import first_line
 
-MOST_TENSORS = 20_000  # of a checkpoint; LED-large has 700
-_MOST_LISTED = 4 << 20  # bytes that list the tensors in a file; LED-large needs 100,000
+MAX_TENSORS = 20_000  # in a checkpoint; LED-large has 700
+_MAX_HEADER = 4 << 20  # bytes that list the tensors of a file; LED-large needs 100,000
 _END, _END_64, _LOCATOR = b"PK\5\6", b"PK\6\6", b"PK\6\7"
 
 
 def read_file(path: Path) -> Any:
-    """What a ``.safetensors`` or ``.bin`` file holds, mapped into memory where that is possible.
+    """Returns what a ``.safetensors`` or ``.bin`` file holds, mapped into memory where that is possible.
 
     Raises:
         ValueError: when it cannot be read.
     """
-    with _readable(path):
+    with _reading(path):
         if path.suffix == ".safetensors":
             _names_in_header(path)
             return load_file(path)
         is_archive = _check_archive(path)
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # what torch warns of is refused in a sentence
+            warnings.simplefilter("ignore")  # an error says what torch warns of
             return torch.load(path, map_location="cpu", weights_only=True, mmap=is_archive)
 
 
 def names_in_header(path: Path) -> list[str]:
-    """Of the tensors in a ``.safetensors`` file.
+    """Returns the names of the tensors in a ``.safetensors`` file.
 
     Raises: as for :func:`read_file`.
     """
-    with _readable(path):
+    with _reading(path):
         return _names_in_header(path)
 
 
 @contextmanager
-def _readable(path: Path) -> Iterator[None]:
+def _reading(path: Path) -> Iterator[None]:
+    """Turns what reading a damaged file raises into a ValueError of one sentence."""
     try:
         yield
-    except pickle.UnpicklingError:  # whose text is advice to trust the file
+    except pickle.UnpicklingError:  # its text is advice to trust the file
         raise ValueError(
             f"{path} holds no readable weights: it is damaged, or a pickle of other things than tensors; fetch it "
             "again, or save the model's state_dict as safetensors."
         ) from None
-    except Exception as error:  # on damaged files, both libraries and pickle raise whatever befell them
+    except Exception as error:  # on damaged files, both libraries and pickle raise errors of any type
         raise ValueError(f"{path} holds no readable weights ({first_line(error)}); fetch it again.") from None
 
 
 def _names_in_header(path: Path) -> list[str]:
-    """Of a file of safetensors: its length in 8 bytes, and an object of the tensors."""
+    """Returns the names in a safetensors header, which is its length in 8 bytes and an object of the tensors."""
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
-        if length > _MOST_LISTED:
+        if length > _MAX_HEADER:
             raise ValueError(f"its header is {length:,} bytes long")
         header = json.loads(file.read(length))
     if not isinstance(header, dict):
         raise ValueError("its header is no object")
-    if len(header) > MOST_TENSORS:
+    if len(header) > MAX_TENSORS:
         raise ValueError(f"it has {len(header):,} tensors, more than any LED")
     return [name for name in header if name != "__metadata__"]
 
 
 def _check_archive(path: Path) -> bool:
-    """Whether a file is a zip archive, as torch writes it since 1.6.
+    """Returns whether a file is a zip archive, as torch writes since 1.6, and checks that archive.
 
     Raises:
         ValueError: when its directory is damaged or far too large, or when an entry is compressed.
@@ -85,7 +86,7 @@ def _check_archive(path: Path) -> bool:
         size = path.stat().st_size
         file.seek(max(size - 98, 0))
         last = file.read()
-    # the records at the end: that of large archives (56 bytes), where it is (20), and the one of all archives (22)
+    # The records at the end: that of large archives (56 bytes), where it is (20), and that of all archives (22).
     large, locator, end = last[:-42], last[-42:-22], last[-22:]
     if end[:4] != _END:
         raise ValueError("its directory is missing")
@@ -94,7 +95,7 @@ def _check_archive(path: Path) -> bool:
         if large[:4] != _END_64 or int.from_bytes(locator[8:16], "little") != size - 98:
             raise ValueError("its directory is damaged")
         entries, length = int.from_bytes(large[32:40], "little"), int.from_bytes(large[40:48], "little")
-    if entries > MOST_TENSORS or length > _MOST_LISTED:
+    if entries > MAX_TENSORS or length > _MAX_HEADER:
         raise ValueError(f"it has {entries:,} entries and a directory of {length:,} bytes")
     with zipfile.ZipFile(path) as archive:
         if any(name.endswith("/constants.pkl") for name in archive.namelist()):
@@ -102,6 +103,6 @@ def _check_archive(path: Path) -> bool:
         for entry in archive.infolist():
             if entry.compress_type != zipfile.ZIP_STORED or entry.file_size != entry.compress_size:
                 raise ValueError("an entry is compressed")
-            if entry.filename.endswith("data.pkl") and entry.file_size > _MOST_LISTED:
+            if entry.filename.endswith("data.pkl") and entry.file_size > _MAX_HEADER:
                 raise ValueError(f"its list of tensors is {entry.file_size:,} bytes long")
     return True

@@ -1,4 +1,4 @@
-"""Reads a checkpoint's tensors, in every form that transformers has written, and refuses what is none."""
+"""Reads a checkpoint's tensors, in every form that transformers has written, and refuses other contents."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from torch import Tensor
 
 from led_model.checkpoint.files import read_json
 from led_model.checkpoint.hub import Fetch, what_else_is_in
-from led_model.checkpoint.weight_formats import MOST_TENSORS, names_in_header, read_file
-from led_model.schema import TEXT, check_values, plain, quoted, table_of
+from led_model.checkpoint.weight_formats import MAX_TENSORS, names_in_header, read_file
+from led_model.schema import STRING, check_values, mapping_of, printable, quoted
 
 WEIGHT_FILES = (
     "model.safetensors",
@@ -22,13 +22,13 @@ WEIGHT_FILES = (
     "pytorch_model.bin.index.json",
 )
 WEIGHT_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
-_LONGEST_NAME = 255  # bytes; file systems refuse longer ones by an error of their own
-_MOST_SHARING = 4  # tensors of the same numbers: the embeddings, which may be tied
-_INDEX_RULES = {"weight_map": table_of(TEXT, TEXT, "shards by tensor names")}
+_MAX_NAME = 255  # bytes of a file's name; file systems refuse longer ones by an error of their own
+_MAX_SHARING = 4  # tensors of the same numbers: there are four embeddings, which may be tied
+_INDEX_RULES = {"weight_map": mapping_of(STRING, STRING, "shards by tensor names")}
 
 
 def read_tensors(fetch: Fetch, source: str | os.PathLike[str]) -> dict[str, Tensor]:
-    """Every tensor of the checkpoint, on the CPU, without gradients.
+    """Returns every tensor of the checkpoint, on the CPU, without gradients.
 
     Raises:
         FileNotFoundError: when a file is not there.
@@ -44,9 +44,9 @@ def read_tensors(fetch: Fetch, source: str | os.PathLike[str]) -> dict[str, Tens
                 f"{path} holds {_one_of(twice)}, as another shard does; fetch the shards again, together."
             )
         tensors |= own
-        if len(tensors) > MOST_TENSORS:
+        if len(tensors) > MAX_TENSORS:
             raise ValueError(
-                f"{source} has more than {MOST_TENSORS:,} tensors, which no LED has; fetch it again."
+                f"{source} has more than {MAX_TENSORS:,} tensors, which no LED has; fetch it again."
             )
     if index is not None and (lost := _weight_map(index).keys() - tensors.keys()):
         raise ValueError(
@@ -56,7 +56,7 @@ def read_tensors(fetch: Fetch, source: str | os.PathLike[str]) -> dict[str, Tens
 
 
 def tensor_names(fetch: Fetch, source: str | os.PathLike[str]) -> set[str]:
-    """The names of the checkpoint's tensors, without their numbers.
+    """Returns the names of the checkpoint's tensors, without reading their numbers where that is possible.
 
     Raises: as for :func:`read_tensors`.
     """
@@ -68,7 +68,7 @@ def tensor_names(fetch: Fetch, source: str | os.PathLike[str]) -> set[str]:
 
 
 def weight_files(fetch: Fetch, source: str | os.PathLike[str]) -> list[Path]:
-    """The file of weights, or all shards.
+    """Returns the paths of the file of weights, or of all shards.
 
     Raises:
         FileNotFoundError: when one is not there.
@@ -78,6 +78,11 @@ def weight_files(fetch: Fetch, source: str | os.PathLike[str]) -> list[Path]:
 
 
 def required(fetch: Fetch, name: str, source: str | os.PathLike[str], named_by: str = "") -> Path:
+    """Returns the path of a file that must be there.
+
+    Raises:
+        FileNotFoundError: when it is not.
+    """
     path = fetch(name)
     if path is None:
         raise FileNotFoundError(f"{source} holds no {name}{named_by}; {what_else_is_in(source)}.")
@@ -85,7 +90,7 @@ def required(fetch: Fetch, name: str, source: str | os.PathLike[str], named_by: 
 
 
 def _weights(fetch: Fetch, source: str | os.PathLike[str]) -> tuple[Path | None, list[Path]]:
-    """The index, if there is one, and the files."""
+    """Returns the index of the shards, if there is one, and the files of weights."""
     for name in WEIGHT_FILES:
         if (path := fetch(name)) is not None:
             if not name.endswith(".index.json"):
@@ -98,14 +103,14 @@ def _weights(fetch: Fetch, source: str | os.PathLike[str]) -> tuple[Path | None,
 
 
 def _weight_map(path: Path) -> dict[str, str]:
-    """Names of shards by names of tensors."""
+    """Returns the names of the shards by the names of their tensors."""
     index = read_json(path)
     try:
         check_values({"weight_map": index.get("weight_map")}, _INDEX_RULES)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
     for shard in set(index["weight_map"].values()):
-        is_name = Path(shard).name == shard and len(shard.encode(errors="replace")) <= _LONGEST_NAME
+        is_name = Path(shard).name == shard and len(shard.encode(errors="replace")) <= _MAX_NAME
         if not is_name or not shard.isprintable() or not shard.endswith((".safetensors", ".bin")):
             raise ValueError(
                 f"{path} names {quoted(shard)}, which is no file of weights beside it; fetch it again."
@@ -114,7 +119,11 @@ def _weight_map(path: Path) -> dict[str, str]:
 
 
 def _checked(path: Path, tensors: Any) -> dict[str, Tensor]:
-    """``tensors``, if that is what they are."""
+    """Returns what a file holds without gradients, if it is a dict of dense floating point tensors.
+
+    Raises:
+        ValueError: when it is not.
+    """
     if not isinstance(tensors, dict) or not all(
         isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in tensors.items()
     ):
@@ -123,14 +132,14 @@ def _checked(path: Path, tensors: Any) -> dict[str, Tensor]:
         kind = _kind(tensor)
         if kind not in WEIGHT_DTYPES:
             raise ValueError(
-                f"{path} holds {plain(name)} as {str(kind).removeprefix('torch.')}; give weights as dense float32, "
+                f"{path} holds {printable(name)} as {str(kind).removeprefix('torch.')}; give weights as dense float32, "
                 "float16, bfloat16 or float64."
             )
         if tensor.is_meta or tensor.nbytes > tensor.untyped_storage().nbytes():
             raise ValueError(
-                f"{path} holds {plain(name)} without all of its numbers; save the model's state_dict."
+                f"{path} holds {printable(name)} without all of its numbers; save the model's state_dict."
             )
-    if sum(tensor.nbytes for tensor in tensors.values()) > _MOST_SHARING * path.stat().st_size:
+    if sum(tensor.nbytes for tensor in tensors.values()) > _MAX_SHARING * path.stat().st_size:
         raise ValueError(
             f"{path} holds the same numbers under many names; save the model's state_dict as safetensors."
         )
@@ -138,7 +147,7 @@ def _checked(path: Path, tensors: Any) -> dict[str, Tensor]:
 
 
 def _kind(tensor: Tensor) -> Any:
-    """The dtype of a plain tensor, or what is not plain about it."""
+    """Returns the dtype of a dense tensor, or what else a tensor is."""
     if tensor.is_nested:
         return "nested tensor"
     if tensor.layout != torch.strided:
@@ -147,4 +156,4 @@ def _kind(tensor: Tensor) -> Any:
 
 
 def _one_of(names: Iterable[str]) -> str:
-    return plain(min(names))
+    return printable(min(names))

@@ -1,1 +1,1 @@
-"""The command ``led``: documents in, results out."""
+"""Implements the command ``led``, which reads documents and writes results."""

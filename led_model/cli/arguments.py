@@ -1,4 +1,4 @@
-"""Flags that the commands on documents share, and what their values may be; nothing here imports torch."""
+"""Adds the flags that commands on documents share, and parses their values; nothing here imports torch."""
 
 from __future__ import annotations
 
@@ -8,29 +8,34 @@ from typing import Any
 
 
 def at_least(smallest: int) -> Callable[[str], int]:
+    """Returns a parser of integers that are not below ``smallest``."""
     return within(smallest, 2**31 - 1, int)
 
 
 def within(low: float, high: float, kind: type = float) -> Callable[[str], Any]:
+    """Returns a parser of numbers from ``low`` to ``high``, both inclusive."""
+
     def parse(text: str) -> Any:
         value = kind(text)
         if value < low and high == 2**31 - 1:
             raise argparse.ArgumentTypeError(f"{text} is below {low}")
-        if not low <= value <= high:  # nor is NaN
+        if not low <= value <= high:  # true for NaN too
             raise argparse.ArgumentTypeError(f"{text} is not between {low} and {high}")
         return value
 
-    parse.__name__ = kind.__name__  # argparse names it in its message
+    parse.__name__ = kind.__name__  # argparse puts it into its message
     return parse
 
 
 def not_empty(text: str) -> str:
+    """Returns a name, which must not be blank."""
     if not text.strip():
         raise argparse.ArgumentTypeError("the name is empty")
     return text
 
 
 def not_blank(text: str) -> str:
+    """Returns a question, which must be text that can be encoded."""
     if not text.strip():
         raise argparse.ArgumentTypeError("a question is not blank")
     try:
@@ -41,6 +46,7 @@ def not_blank(text: str) -> str:
 
 
 def add_output(parser: argparse.ArgumentParser) -> None:
+    """Adds the flags that say where and how results are written."""
     parser.add_argument("--output", metavar="FILE.jsonl", help="append results here, and resume from here")
     parser.add_argument(
         "--overwrite",
@@ -56,7 +62,11 @@ def add_output(parser: argparse.ArgumentParser) -> None:
 
 
 def add_long(parser: argparse.ArgumentParser, chunk: str, condense: str | None) -> None:
-    """The last two say what these choices do; without ``condense`` there is no such choice."""
+    """Adds ``--long``.
+
+    Args:
+        chunk, condense: help on what these choices do; without ``condense`` there is no such choice.
+    """
     explanation = (
         "what to do with a document longer than the model reads: error (default) leaves it out, truncate reads its "
         "beginning, chunk reads it in pieces, cut between paragraphs or sentences where possible, and "
@@ -70,6 +80,7 @@ def add_long(parser: argparse.ArgumentParser, chunk: str, condense: str | None) 
 
 
 def add_sampling(parser: argparse.ArgumentParser) -> None:
+    """Adds the flags of sampling."""
     group = parser.add_argument_group(
         "chance", "Nothing is left to chance unless this or generation_config asks for it."
     )
@@ -103,6 +114,7 @@ def add_sampling(parser: argparse.ArgumentParser) -> None:
 
 
 def add_running(parser: argparse.ArgumentParser) -> None:
+    """Adds the flags that say how the command runs."""
     group = parser.add_argument_group("running")
     smaller = group.add_mutually_exclusive_group()
     for bits, kind in ((4, "NF4, by bitsandbytes"), (8, "int8, by torchao")):
@@ -126,6 +138,7 @@ def add_running(parser: argparse.ArgumentParser) -> None:
 
 
 def add_joining(parser: argparse.ArgumentParser) -> None:
+    """Adds ``--join``."""
     parser.add_argument(
         "--join",
         action="store_true",

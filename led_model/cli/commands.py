@@ -1,4 +1,4 @@
-"""``led summarize``, ``led answer`` and ``led classify``: documents in, results out, one batch at a time."""
+"""Runs ``led summarize``, ``led answer`` and ``led classify`` over documents, one batch at a time."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ from led_model.cli.loading import load_task, made_by
 from led_model.cli.pieces import Piece
 from led_model.cli.results import ResultFile, to_line
 from led_model.cli.streaming import TextStreamer
-from led_model.cli.tasks import Found, Task, as_text
-from led_model.cli.terminal import complain, no_bars, one_line, quiet, say, seconds
+from led_model.cli.tasks import Result, Task, as_text
+from led_model.cli.terminal import log, log_error, no_bars, one_line, quiet, seconds
 from led_model.overflow import NotFinite
 
 DONE, SOME_FAILED, INTERRUPTED = 0, 3, 130
@@ -43,25 +43,25 @@ def run_on_documents(args: Namespace) -> int:
             question = getattr(args, "question", None)
             results = stack.enter_context(ResultFile(args.output, made_by(args), question, args.overwrite))
         if results is not None and results.count:
-            say(f"{args.output} holds {results.count:,} results already; these documents are left out.")
+            log(f"{args.output} holds {results.count:,} results already; these documents are left out.")
         run = _Run(args, results, sources, problems)
         stack.enter_context(run.bar)
         try:
             run.work()
         except KeyboardInterrupt:
-            run.bar.close()  # before anything is said
+            run.bar.close()  # it would overwrite the message
             if results is None or results.count == 0:
                 raise
-            complain(
+            log_error(
                 f"interrupted; {args.output} holds {results.count:,} results. Give the same command again to go "
                 "on with the others.",
                 f"led {args.command}",
             )
             return INTERRUPTED
         if results is not None and results.count:
-            results.check_that_it_is_ours()
+            results.check_unchanged()
         if run.renamed:
-            say(
+            log(
                 f"{run.renamed:,} of the results in {args.output} stand under names that their documents had before, "
                 "which have the same text."
             )
@@ -69,7 +69,7 @@ def run_on_documents(args: Namespace) -> int:
 
 
 def find_documents(args: Namespace) -> tuple[list[Source | Joined], list[str]]:
-    """Where the documents are, and a sentence on each input that names none; with ``--join`` they are one."""
+    """Returns where the documents are, and a sentence on each input that names none; with ``--join`` they are one."""
     sources, problems = find_sources(
         args.inputs, jsonl=args.jsonl, text_field=args.text_field, leave_out=args.output
     )
@@ -80,20 +80,20 @@ def find_documents(args: Namespace) -> tuple[list[Source | Joined], list[str]]:
 
 @dataclass
 class _Run:
-    """One command's way through its documents; ``failed`` counts those, and the inputs, that came to nothing."""
+    """Runs one command over its documents; ``failed`` counts documents and inputs without a result."""
 
     args: Namespace
     results: ResultFile | None
     sources: list[Source | Joined]
     problems: list[str]  # inputs that name no document
     failed: int = 0
-    made: int = 0
-    earlier: int = 0  # made by an earlier run
-    renamed: int = 0  # of these, of documents that had another name or id
-    total: int | None = field(init=False)  # documents; None: unknown until they are read
+    made: int = 0  # results
+    earlier: int = 0  # results made by an earlier run
+    renamed: int = 0  # those of them whose documents had another name or id
+    total: int | None = field(init=False)  # documents; None while their number is unknown
     bar: tqdm = field(init=False)
-    format: str | None = field(init=False)  # that results are printed in; None: they are not
-    streamer: TextStreamer | None = None  # that prints the only one while it is written
+    format: str | None = field(init=False)  # in which results are printed; None: they are not
+    streamer: TextStreamer | None = None  # prints the only result while it is written
 
     def __post_init__(self) -> None:
         extents = [source.extent for source in self.sources]
@@ -111,25 +111,27 @@ class _Run:
             disable=True if self.total == 1 else no_bars(),
         )
 
-    def complain(self, problem: str) -> None:
+    def fail(self, problem: str) -> None:
+        """Counts and reports a document or an input that has no result."""
         self.failed += 1
-        complain(problem, f"led {self.args.command}")
+        log_error(problem, f"led {self.args.command}")
 
     def work(self) -> None:
+        """Reads all documents and delivers their results."""
         for problem in self.problems:
-            self.complain(problem)
+            self.fail(problem)
         documents = self._documents()
         first = next(documents, None)
-        if first is None:  # nothing to do: nothing to load
+        if first is None:  # no model is needed
             return
         start = time.perf_counter()
         task = load_task(self.args)
         loading = time.perf_counter() - start
         if self.is_alone and self.format == "text" and sys.stdout.isatty():
             task.streamer = self.streamer = TextStreamer(task.reader.tokenizer, sys.stdout)
-        self.bar.reset()  # loading tells nothing of how long the documents will take
+        self.bar.reset()  # the time of loading says nothing about the documents
         pieces = self._pieces(task, chain([first], documents))
-        found: list[Found | NotFinite] = []
+        found: list[Result | NotFinite] = []
         while batch := list(islice(pieces, self.args.batch_size)):
             for piece, result in zip(batch, self._results(task, batch), strict=True):
                 found.append(result)
@@ -139,20 +141,20 @@ class _Run:
                 self.bar.set_description_str(self._count(), refresh=False)
                 self.bar.update(piece.document.size / piece.count)
         self.bar.close()
-        if self.total == 1 and not self.made:  # what failed has been said
+        if self.total == 1 and not self.made:  # the failure has been reported
             return
         done = "" if self.total == 1 else f"{self.made:,} documents done, {self.failed:,} failed; "
-        say(f"{done}loaded in {seconds(loading)}, {task.work}.")
+        log(f"{done}loaded in {seconds(loading)}, {task.work}.")
 
-    def _results(self, task: Task, batch: Sequence[Piece]) -> Sequence[Found | NotFinite]:
-        """What was found in each piece: one whose numbers overflow takes no other with it."""
+    def _results(self, task: Task, batch: Sequence[Piece]) -> Sequence[Result | NotFinite]:
+        """Returns the result of each piece; one whose numbers overflow spoils no other of its batch."""
         try:
             return task.run(batch)
         except NotFinite as error:
             return [error] if len(batch) == 1 else [self._results(task, [piece])[0] for piece in batch]
 
-    def _finish(self, task: Task, last: Piece, found: Sequence[Found | NotFinite]) -> None:
-        """The result of a document of which all pieces are read, or why there is none."""
+    def _finish(self, task: Task, last: Piece, found: Sequence[Result | NotFinite]) -> None:
+        """Delivers the result of a document of which all pieces are read, or reports why there is none."""
         about = {"tokens": last.tokens, "pieces": last.count, "truncated": last.is_truncated}
         try:
             for result in found:
@@ -160,18 +162,18 @@ class _Run:
                     raise result
             joined = task.join(last.document, found)
         except NotFinite as error:
-            self.complain(f"{last.document.name}: {error}")
+            self.fail(f"{last.document.name}: {error}")
             return
         self._deliver(last.document, joined | about)
 
     def _documents(self) -> Iterator[Document]:
-        """Those that can be read and are still to be done."""
+        """Yields the documents that can be read and have no result yet."""
         for source in self.sources:
             is_counted = source.extent[0] is not None
             for document in source.read():
                 self.bar.total += 0 if is_counted else document.size
                 if isinstance(document, Unreadable):
-                    self.complain(document.message)
+                    self.fail(document.message)
                 elif (record := self._earlier_record(document)) is None:
                     yield document
                     continue
@@ -182,24 +184,27 @@ class _Run:
                 self.bar.total -= document.size
 
     def _pieces(self, task: Task, documents: Iterator[Document]) -> Iterator[Piece]:
+        """Yields the pieces of all documents that the model can read."""
         for document in documents:
             try:
                 pieces = task.reader.pieces(document)
             except ValueError as error:
-                self.complain(str(error))
+                self.fail(str(error))
                 self.bar.total -= document.size
                 continue
             yield from pieces
 
     def _earlier_record(self, document: Document) -> dict[str, Any] | None:
+        """Returns what an earlier run has written for the document, if it has."""
         if self.results is None:
             return None
         record = self.results.take(document)
         if record is None and self.results.has_changed(document):
-            say(f"{document.name} has changed since its result was made; it is read again.")
+            log(f"{document.name} has changed since its result was made; it is read again.")
         return record
 
     def _deliver(self, document: Document, result: dict[str, Any]) -> None:
+        """Writes and prints a result."""
         record = {"id": document.id, "source": document.source} | result
         if self.results is not None:
             record = self.results.append(document, result)
@@ -213,7 +218,7 @@ class _Run:
         text = (
             as_text(record)
             if self.format == "text"
-            else to_line(record, is_ascii=not _holds_any_letter(encoding))
+            else to_line(record, is_ascii=not _encodes_any_letter(encoding))
         )
         if self.streamer is not None:
             self.streamer.finish(text)
@@ -228,7 +233,7 @@ class _Run:
         return f"{self.made + self.earlier}{of_all} documents"
 
 
-def _holds_any_letter(encoding: str) -> bool:
+def _encodes_any_letter(encoding: str) -> bool:
     return codecs.lookup(encoding).name.startswith("utf")
 
 
@@ -237,11 +242,11 @@ def _set_threads(wanted: int | None) -> None:
         return
     there = os.cpu_count() or wanted
     if wanted > there:
-        say(f"--threads is {wanted} and there are {there} processors, which are all used.")
+        log(f"--threads is {wanted} and there are {there} processors, which are all used.")
     torch.set_num_threads(min(wanted, there))
 
 
 def _name(record: dict[str, Any]) -> tuple[object, ...]:
-    """What a record calls its document, however the path of that is spelled."""
+    """Returns what a record calls its document, however the path of that is spelled."""
     source = os.path.realpath(record["source"])
     return source, source if record["id"] == record["source"] else record["id"]

@@ -1,4 +1,4 @@
-"""``led demo``: a long real text through the fused kernels and through transformers' chunked attention."""
+"""Runs ``led demo``: a long real text through the fused kernels and through transformers' chunked attention."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ from led_model.config import LEDConfig
 from led_model.modeling.model import LEDForConditionalGeneration
 
 _WARM_UP_TOKENS = 64
-_FIRST_WORD_ID = 4  # after the special tokens
+_FIRST_WORD_ID = 4  # the special tokens come before
 
 
 @dataclass
 class DemoSettings:
-    """Lengths in tokens; layers of the encoder and of the decoder; ``window`` as in config.json."""
+    """Holds lengths in tokens, layers of the encoder and of the decoder, and ``window`` as in config.json."""
 
     tokens: int = 16384
     compare_tokens: int = 4096
@@ -44,7 +44,7 @@ class DemoSettings:
 
 @dataclass
 class Measurement:
-    """One encoder run in a process of its own; ``peak``: bytes above the weights, ``None`` if unknown."""
+    """Holds what was measured of one encoder run; ``peak`` is in bytes above the weights, ``None`` if unknown."""
 
     tokens: int
     seconds: float
@@ -93,6 +93,7 @@ def run_demo(settings: DemoSettings) -> None:
 
 
 def _comparison(fused: Measurement, stock: Measurement) -> list[list[str]]:
+    """Returns the rows of the table that compares two encoders on one text."""
     difference, largest = np.abs(fused.output - stock.output).max(), np.abs(stock.output).max()
     rows = [
         [
@@ -107,7 +108,7 @@ def _comparison(fused: Measurement, stock: Measurement) -> list[list[str]]:
 
 
 def demo_config(settings: DemoSettings) -> LEDConfig:
-    """led-base's shape, https://huggingface.co/allenai/led-base-16384/blob/main/config.json."""
+    """Returns led-base's shape, https://huggingface.co/allenai/led-base-16384/blob/main/config.json."""
     return LEDConfig(
         d_model=768,
         encoder_layers=settings.layers,
@@ -123,7 +124,7 @@ def demo_config(settings: DemoSettings) -> LEDConfig:
 
 
 def demo_ids(tokens: int, vocab_size: int) -> Tensor:
-    """``[1, tokens]``: a start token, then Python's help pages, each word a hash that never changes."""
+    """Returns ``[1, tokens]``: a start token, then Python's help pages, each word a hash that never changes."""
     from pydoc_data.topics import topics
 
     text = "\n".join(topics[name] for name in sorted(topics))
@@ -135,7 +136,7 @@ def demo_ids(tokens: int, vocab_size: int) -> Tensor:
 
 
 def build_model(settings: DemoSettings) -> LEDForConditionalGeneration:
-    """The same weights for the same seed, in every process."""
+    """Returns a model with the same weights for the same seed, in every process."""
     torch.manual_seed(settings.seed)
     return LEDForConditionalGeneration(demo_config(settings)).eval().to(settings.device)
 
@@ -148,7 +149,9 @@ def measure_fused(settings: DemoSettings, tokens: int, new_tokens: int) -> Measu
         return model.led.encode(input_ids, global_attention_mask=_first_is_global(input_ids))
 
     label = f"fused, {tokens:,} tokens"
-    measurement, input_ids, encoded = _measure(encode, model.led.encoder.layers, settings, tokens, label)
+    measurement, input_ids, encoder_hidden_states = _measure(
+        encode, model.led.encoder.layers, settings, tokens, label
+    )
     if new_tokens > 1:
         times: list[float] = []
         with tqdm(total=new_tokens, desc="decoding", unit="token", leave=False, disable=None) as bar:
@@ -158,9 +161,13 @@ def measure_fused(settings: DemoSettings, tokens: int, new_tokens: int) -> Measu
                 times.append(time.perf_counter())
                 bar.update()
 
-            # random weights have no end to say: every token is wanted
+            # An end that random weights choose means nothing, so that none is allowed.
             model.generate(
-                input_ids, encoded=encoded, on_token=on_token, max_new_tokens=new_tokens, eos_token_id=None
+                input_ids,
+                encoder_hidden_states=encoder_hidden_states,
+                on_token=on_token,
+                max_new_tokens=new_tokens,
+                eos_token_id=None,
             )
         measurement.decode_seconds = times[-1] - times[0]
     return measurement
@@ -196,15 +203,16 @@ def measure_transformers(settings: DemoSettings, tokens: int) -> Measurement:
 def _measure(
     encode: Callable[[Tensor], Tensor], layers: nn.ModuleList, settings: DemoSettings, tokens: int, label: str
 ) -> tuple[Measurement, Tensor, Tensor]:
+    """Returns the measurement of one run of an encoder, its input and its output."""
     input_ids = demo_ids(tokens, demo_config(settings).vocab_size).to(settings.device)
     with torch.no_grad():
         encode(input_ids[:, :_WARM_UP_TOKENS])
         with layer_progress(layers, label), peak_memory(settings.device) as peak:
             start = time.perf_counter()
-            encoded = encode(input_ids)
-            output = encoded[0].cpu().numpy()  # waits for the device
+            encoder_hidden_states = encode(input_ids)
+            output = encoder_hidden_states[0].cpu().numpy()  # waits for the device
             elapsed = time.perf_counter() - start
-    return Measurement(tokens, elapsed, peak(), output), input_ids, encoded
+    return Measurement(tokens, elapsed, peak(), output), input_ids, encoder_hidden_states
 
 
 def _first_is_global(input_ids: Tensor) -> Tensor:
@@ -214,6 +222,7 @@ def _first_is_global(input_ids: Tensor) -> Tensor:
 
 
 def _in_own_process(function: Callable[..., Measurement], *args: object) -> Measurement:
+    """Calls a function in a fresh process."""
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
         try:
             return pool.submit(function, *args).result()

@@ -1,4 +1,4 @@
-"""Reads documents one at a time, however they come, and never more of one than a bound."""
+"""Reads documents one at a time, from files, pipes or stdin, and no more than a bound of each."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ import io
 import json
 import os
 import reprlib
-import select
 import stat
 import sys
 from collections.abc import Iterator, Sequence
@@ -17,17 +16,18 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import islice
-from typing import Any, BinaryIO
+from typing import BinaryIO
+
+from led_model.cli.pipe import NoWriter, Pipe
 
 BETWEEN_PARTS = "\n\n"
-MOST_BYTES = 2**25  # of a document: a hundred books, of which Python and the tokenizer hold copies
-_COUNTED = 100_000  # lines; a file of more is read without having been counted
-_SKIPPED = 4 * MOST_BYTES  # of a line that is too long, until the next is looked for no further
-# Lines without a document, one after another, from which on a file is taken for one of something else.
-_MOST_FAULTS_FIRST, _MOST_FAULTS, _MOST_BLANKS = 20, 100, 10_000
-_PATIENCE = 3000  # milliseconds that a pipe is given to find a writer
+MAX_BYTES = 2**25  # of a document: it may be a hundred books, of which Python and the tokenizer hold copies
+_MAX_COUNTED = 100_000  # lines; a longer file is read without having been counted
+_MAX_SKIPPED = 4 * MAX_BYTES  # of a line that is too long; beyond, the next line is not looked for
+# After so many lines without a document, one after another, a file is taken for one of something else.
+_MAX_FAULTS_FIRST, _MAX_FAULTS, _MAX_BLANKS = 20, 100, 10_000
 
-# What is no text by its first bytes, and what makes text of it.
+# The first bytes of files that are no text, and what makes text of them.
 _OTHER_FORMATS = {
     b"%PDF": "is a PDF; run pdftotext on it",
     b"PK\x03\x04": "is an archive or an office document; unpack it, or save it as text",
@@ -36,8 +36,7 @@ _OTHER_FORMATS = {
     b"{\\rtf": "is RTF; save it as text",
 }
 
-
-# Byte order marks; that of UTF-32 begins as that of UTF-16.
+# Encodings by byte order mark, UTF-32 first, as its mark begins like that of UTF-16.
 _ENCODINGS = {
     codecs.BOM_UTF32_LE: "utf-32",
     codecs.BOM_UTF32_BE: "utf-32",
@@ -48,7 +47,7 @@ _ENCODINGS = {
 
 @dataclass(frozen=True)
 class Document:
-    """One text; ``source`` is its file as the user named it, ``id`` the file too, or what its JSON line says.
+    """Holds one text; ``source`` is its file as the user named it, ``id`` the file too, or what its JSON line says.
 
     ``size`` is in bytes of the file. ``parts`` are the texts that were joined by blank lines, if several were.
     """
@@ -64,25 +63,28 @@ class Document:
     def of_parts(
         cls, id: str | int, source: str, parts: Sequence[str], size: int, has_own_id: bool = False
     ) -> Document:
+        """Returns the document whose text is ``parts``, joined by blank lines."""
         own = tuple(parts) if len(parts) > 1 else ()
         return cls(id, source, BETWEEN_PARTS.join(parts), size, own, has_own_id)
 
     @property
     def key(self) -> str:
-        """What it is known by in results: its text, in its parts, and the id that it was given, but no name of a file
-        or line."""
+        """Returns a hash by which results know the document: of its text, its parts and an id of its own.
+
+        The names of its file and line are no part of it.
+        """
         identity = json.dumps([self.id if self.has_own_id else None, self.parts or self.text])
         return hashlib.sha256(identity.encode()).hexdigest()[:16]
 
     @property
     def name(self) -> str:
-        """For messages."""
+        """Returns what messages call the document."""
         return self.source if self.id == self.source else f"{self.source}, document {self.id}"
 
 
 @dataclass(frozen=True)
 class Unreadable:
-    """What is wrong with one document, in one sentence, and its size in bytes."""
+    """Says what is wrong with one document, in one sentence, and its size in bytes."""
 
     message: str
     size: int
@@ -90,7 +92,7 @@ class Unreadable:
 
 @dataclass
 class Source:
-    """A file of one text, or of one document a line (JSONL). ``path`` is ``-`` for stdin."""
+    """Reads a file of one text, or of one document a line (JSONL). ``path`` is ``-`` for stdin."""
 
     path: str
     is_jsonl: bool
@@ -98,12 +100,12 @@ class Source:
 
     @property
     def name(self) -> str:
-        """UTF-8, unlike some file names."""
+        """Returns what messages and results call the file, in UTF-8, which not all file names are."""
         return "stdin" if self.path == "-" else os.fsencode(self.path).decode("utf-8", "replace")
 
     @cached_property
     def extent(self) -> tuple[int | None, int]:
-        """How many documents there are, ``None`` where only reading will tell, and their bytes."""
+        """Returns the number of documents, ``None`` where only reading will tell, and that of their bytes."""
         try:
             if self.path == "-" or not os.path.isfile(self.path):
                 return (None if self.is_jsonl else 1), 0
@@ -111,9 +113,9 @@ class Source:
                 return 1, os.path.getsize(self.path)
             with open(self.path, "rb") as file:
                 lines = list(
-                    islice(((len(line), not line.strip()) for line, _ in _lines_of(file)), _COUNTED + 1)
+                    islice(((len(line), not line.strip()) for line, _ in _lines_of(file)), _MAX_COUNTED + 1)
                 )
-            if len(lines) > _COUNTED:
+            if len(lines) > _MAX_COUNTED:
                 return None, 0
             sizes = [size for size, is_blank in lines if not is_blank]
             return len(sizes), sum(sizes)
@@ -121,32 +123,32 @@ class Source:
             return 1, 0
 
     def read(self) -> Iterator[Document | Unreadable]:
-        """The documents in the file's order. Blank JSON lines are none."""
+        """Yields the documents in the file's order, without blank lines of JSONL."""
         try:
             with self._open() as file:
                 if self.is_jsonl:
                     yield from self._lines(file)
                 else:
-                    yield self._text(file.read(MOST_BYTES + 1))
+                    yield self._text(file.read(MAX_BYTES + 1))
         except OSError as error:
             remedies = {PermissionError: "check its permissions", FileNotFoundError: "it is there no more"}
             remedy = remedies.get(type(error), "give a text file")
             yield Unreadable(f"{self.name} cannot be read ({error.strerror}); {remedy}.", 0)
-        except _NobodyWrites:
+        except NoWriter:
             yield Unreadable(f"{self.name} is a pipe that nobody writes into; start its writer first.", 0)
 
     def _open(self) -> AbstractContextManager[BinaryIO]:
         if self.path == "-":
             return nullcontext(sys.stdin.buffer)
         if stat.S_ISFIFO(os.stat(self.path).st_mode):
-            return io.BufferedReader(_Pipe(self.path))
+            return io.BufferedReader(Pipe(self.path))
         return open(self.path, "rb")
 
     def _text(self, data: bytes) -> Document | Unreadable:
         def unreadable(sentence: str) -> Unreadable:
             return Unreadable(f"{self.name} {sentence}", len(data))
 
-        if len(data) > MOST_BYTES:
+        if len(data) > MAX_BYTES:
             return unreadable(too_much())
         for beginning, sentence in _OTHER_FORMATS.items():
             if data.startswith(beginning):
@@ -164,8 +166,8 @@ class Source:
         return Document(self.name, self.name, text, len(data))
 
     def _lines(self, file: BinaryIO) -> Iterator[Document | Unreadable]:
-        line_of: dict[str, int] = {}  # where each id was
-        documents = faults = blanks = 0  # the last two since the last document
+        line_of: dict[str, int] = {}  # the line that each id was in
+        documents = faults = blanks = 0  # the last two count since the last document
         for number, (line, is_whole) in enumerate(_lines_of(file), 1):
             if line.strip():
                 found = self._document(line, number, line_of)
@@ -179,7 +181,7 @@ class Source:
             if not is_whole:
                 yield Unreadable(f"{self.name} line {number} goes on and on; what may follow is not read.", 0)
                 return
-            if faults == (_MOST_FAULTS if documents else _MOST_FAULTS_FIRST) or blanks > _MOST_BLANKS:
+            if faults == (_MAX_FAULTS if documents else _MAX_FAULTS_FIRST) or blanks > _MAX_BLANKS:
                 yield Unreadable(
                     f"{self.name} holds no document in {faults + blanks:,} lines up to line {number:,} and is read "
                     "no further; give JSON objects, one a line.",
@@ -191,7 +193,7 @@ class Source:
 
     def _document(self, line: bytes, number: int, line_of: dict[str, int]) -> Document | Unreadable:
         where = f"{self.name} line {number}"
-        if len(line) > MOST_BYTES:
+        if len(line) > MAX_BYTES:
             return Unreadable(f"{where} {too_much()}", len(line))
         try:
             document_id, parts, is_own = self._parse(line.removeprefix(codecs.BOM_UTF8), number)
@@ -207,7 +209,7 @@ class Source:
 
     def _parse(self, line: bytes, number: int) -> tuple[str | int, list[str], bool]:
         try:
-            with _uncollected():
+            with _without_collection():
                 record = json.loads(line.decode("utf-8"))
         except UnicodeDecodeError as error:
             raise ValueError(f"is not UTF-8 at byte {error.start}; convert the file.") from None
@@ -215,7 +217,7 @@ class Source:
             raise ValueError(f"is not valid JSON ({error}); repair it.") from None
         except RecursionError:
             raise ValueError("is nested too deep; repair it.") from None
-        except ValueError:  # Python's, whose advice is for programmers
+        except ValueError:  # Python's message is for programmers
             raise ValueError("holds a number of thousands of digits; repair it.") from None
         if not isinstance(record, dict):
             raise ValueError(
@@ -242,49 +244,22 @@ class Source:
 
 
 def _lines_of(file: BinaryIO) -> Iterator[tuple[bytes, bool]]:
-    """Lines, of which one that is too long is cut, and whether the next could be found after it."""
-    while line := file.readline(MOST_BYTES + 1):
+    """Yields lines, cut where they are too long, and whether the next line could be found after each."""
+    while line := file.readline(MAX_BYTES + 1):
         skipped, last = 0, line
-        while len(line) > MOST_BYTES and not last.endswith(b"\n") and skipped <= _SKIPPED:
-            last = file.readline(MOST_BYTES)
+        while len(line) > MAX_BYTES and not last.endswith(b"\n") and skipped <= _MAX_SKIPPED:
+            last = file.readline(MAX_BYTES)
             skipped += len(last)
             if not last:
                 break
-        yield line, skipped <= _SKIPPED
-        if skipped > _SKIPPED:
+        yield line, skipped <= _MAX_SKIPPED
+        if skipped > _MAX_SKIPPED:
             return
 
 
-class _NobodyWrites(Exception):
-    pass
-
-
-class _Pipe(io.FileIO):
-    """A pipe with a name, or the shell's ``<(command)``: its first reading waits for a writer, but not without end."""
-
-    _is_new = True
-
-    def __init__(self, path: str) -> None:
-        super().__init__(os.open(path, os.O_RDONLY | os.O_NONBLOCK))  # blocking, this would wait for a writer
-
-    def readinto(self, buffer: Any) -> int | None:
-        if self._is_new:
-            self._is_new = False
-            poll = select.poll()
-            poll.register(self.fileno(), select.POLLIN)
-            is_written = bool(poll.poll(_PATIENCE))
-            count = super().readinto(buffer)  # None: there is a writer who has not written yet
-            if count == 0 and not is_written:
-                raise _NobodyWrites
-            os.set_blocking(self.fileno(), True)
-            if count is not None:
-                return count
-        return super().readinto(buffer)
-
-
 @contextmanager
-def _uncollected() -> Iterator[None]:
-    """Python's collector would look through a million lists again and again while they are made."""
+def _without_collection() -> Iterator[None]:
+    """Turns garbage collection off, which would scan a million lists again and again while they are made."""
     was_enabled = gc.isenabled()
     gc.disable()
     try:
@@ -295,8 +270,8 @@ def _uncollected() -> Iterator[None]:
 
 
 def too_much() -> str:
-    """Of a text; a part of a sentence."""
-    return f"holds more than {MOST_BYTES >> 20} MiB of text; split it."
+    """Returns the end of a message on a text that is too long."""
+    return f"holds more than {MAX_BYTES >> 20} MiB of text; split it."
 
 
 def _short(value: object) -> str:

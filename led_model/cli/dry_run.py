@@ -1,4 +1,4 @@
-"""``--dry-run``: how much there is to read, and what is too long, before a model is loaded."""
+"""Runs ``--dry-run``, which says how much there is to read, and what is too long, without loading a model."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from led_model.cli.documents import Document, Unreadable
 from led_model.cli.loading import finds_answers
 from led_model.cli.pieces import Reader
 from led_model.cli.tasks import longest_input
-from led_model.cli.terminal import complain, quiet
+from led_model.cli.terminal import log_error, quiet
 from led_model.tokenization.tokenizer import LEDTokenizer
 
 
@@ -26,7 +26,7 @@ def count_documents(args: Namespace) -> int:
     failed = 0
     lengths: list[int] = []
     for problem in problems:
-        complain(problem, f"led {args.command}")
+        log_error(problem, f"led {args.command}")
         failed += 1
     for source in sources:
         for document in source.read():
@@ -35,7 +35,7 @@ def count_documents(args: Namespace) -> int:
                     raise ValueError(document.message)
                 tokens, pieces = _measure(reader, document, args.long)
             except ValueError as error:
-                complain(str(error), f"led {args.command}")
+                log_error(str(error), f"led {args.command}")
                 failed += 1
                 continue
             lengths.append(tokens)
@@ -68,10 +68,10 @@ def _reader(args: Namespace) -> Reader:
 
 
 def _measure(reader: Reader, document: Document, long: str) -> tuple[int, int]:
-    """Tokens of a document, special ones included, and the pieces that it would be read in, if it is cut in such."""
+    """Returns how many tokens a document has, special ones included, and in how many pieces it would be read."""
     if long in ("error", "truncate"):
         return reader.count(document), 1
-    with quiet():  # how it would be cut is said here
+    with quiet():  # count_documents says how it would be cut
         pieces = reader.pieces(document)
     around = len(pieces[0].prefix) + len(pieces[0].suffix)
     return around + sum(len(piece.ids) for piece in pieces), len(pieces)

@@ -1,4 +1,4 @@
-"""Which documents a command was given: files, directories, globs, each file once, none of them its own output."""
+"""Finds the documents that a command was given by files, directories and globs, each once, but not its output."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from led_model.cli.documents import Source
 SUFFIXES = (".txt", ".md", ".jsonl")
 _ANY_DEPTH = "**"
 
-Identity = tuple[int, int] | str  # a file whatever its name, also a hard link's; a path where there is none
+Identity = tuple[int, int] | str  # device and inode of a file whatever its name, or the path of a missing one
 
 
 def find_sources(
     inputs: Iterable[str], *, jsonl: bool = False, text_field: str = "text", leave_out: str | None = None
 ) -> tuple[list[Source], list[str]]:
-    """What files, directories (with all below them that is not hidden), globs and ``-`` name, each file once.
+    """Returns what files, directories (with all below them that is not hidden), globs and ``-`` name, each file once.
 
-    Links are followed, those to directories once.
+    Links are followed, and no directory is entered twice.
 
     Args:
-        jsonl: stdin and files of any name are JSONL; otherwise those that end in .jsonl.
-        leave_out: a file, the command's own output, that directories and globs do not name.
+        jsonl: whether stdin and files of any name are JSONL; otherwise files that end in .jsonl are.
+        leave_out: the command's own output, which directories and globs leave out.
 
     Raises:
         ValueError: when an input is that file.
@@ -55,15 +55,16 @@ def find_sources(
 
 
 def identity(path: str | int) -> Identity:
-    """Of a path, or of an open file by its number."""
+    """Returns what identifies a path, or an open file by its number."""
     try:
         status = os.stat(path)
-    except (OSError, ValueError):  # the latter for a NUL in it
+    except (OSError, ValueError):  # a NUL in the path raises the latter
         return os.fsdecode(path) if isinstance(path, (str, bytes)) else str(path)
     return status.st_dev, status.st_ino
 
 
 def _expand(item: str, problems: list[str]) -> list[str]:
+    """Returns the paths that an input names; what cannot be followed is added to ``problems``."""
     if item == "-":
         return [item]
     if os.path.isdir(item):
@@ -82,6 +83,7 @@ def _expand(item: str, problems: list[str]) -> list[str]:
 
 
 def _names_nothing(item: str) -> str:
+    """Returns a sentence on why an input names no file."""
     if os.path.isdir(item):
         return f"{item} holds no {', '.join(SUFFIXES)} file; give files, or a glob."
     if glob.has_magic(item):
@@ -96,7 +98,7 @@ def _names_nothing(item: str) -> str:
 
 
 def _glob(pattern: str, problems: list[str]) -> Iterator[str]:
-    """As ``glob.glob(recursive=True)``, which takes each way around a circle of links."""
+    """Yields what ``glob.glob(recursive=True)`` does, which however follows every way around a circle of links."""
     parts = pattern.split(os.sep)
     if _ANY_DEPTH not in parts:
         yield from glob.glob(pattern)
@@ -110,7 +112,7 @@ def _glob(pattern: str, problems: list[str]) -> Iterator[str]:
 
 
 def _directories(top: str, problems: list[str]) -> Iterator[tuple[str, list[str]]]:
-    """``top`` and all directories below it that are not hidden, each once, with the names in it."""
+    """Yields ``top`` and all directories below it that are not hidden, each once, with the names in it."""
     waiting, seen = [top], {identity(top)}
     while waiting:
         directory = waiting.pop()
@@ -132,7 +134,7 @@ def _names_in(directory: str, problems: list[str]) -> list[str]:
 
 
 def _is_document(path: str, problems: list[str]) -> bool:
-    """Whether it is a file; one that its name promises and that cannot be reached is a problem."""
+    """Returns whether ``path`` is a file; if it cannot be reached, that is added to ``problems``."""
     try:
         return Path(os.path.realpath(path, strict=True)).is_file()
     except (OSError, RuntimeError):

@@ -1,4 +1,4 @@
-"""``led info``: what is installed, and which kernels can run here or why not."""
+"""Runs ``led info``, which says what is installed, and which kernels can run here or why not."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def _version(package: str) -> str:
 
 
 def _drop_in() -> str:
-    """Whether transformers' release was tested, and whose LED decoder is right in it."""
+    """Returns whether transformers' release was tested, and whose LED decoder is right in it."""
     try:
         from led_kernels.hf import decoder_report
         from led_kernels.hf.compat import tested_note
@@ -69,7 +69,7 @@ def _usable(backend: str) -> str:
             return f"usable, instruction set {backend_module('cpu').instruction_set()}"
     except BackendUnavailable as refusal:
         return "no: " + str(refusal).removeprefix(f"backend {backend!r} cannot run: ")
-    except ValueError as refusal:  # of the instruction set that LED_KERNELS_CPU_ISA names
+    except ValueError as refusal:  # LED_KERNELS_CPU_ISA names an instruction set that is not there
         return f"no: {refusal}"
     return "usable, for tests; never chosen by itself" if backend == "reference" else "usable"
 
@@ -77,5 +77,5 @@ def _usable(backend: str) -> str:
 def _chosen(device: str) -> str:
     try:
         return choose_backend(torch.device(device), torch.float32)
-    except (BackendUnavailable, ValueError) as refusal:  # of the backend that LED_KERNELS_BACKEND names
+    except (BackendUnavailable, ValueError) as refusal:  # LED_KERNELS_BACKEND names a backend that cannot run
         return str(refusal)

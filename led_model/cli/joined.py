@@ -1,25 +1,26 @@
-"""``--join``: all documents of a command as the parts of one."""
+"""Joins all documents of a command into one, for ``--join``."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from led_model.cli.documents import MOST_BYTES, Document, Source, Unreadable, too_much
+from led_model.cli.documents import MAX_BYTES, Document, Source, Unreadable, too_much
 
 
 @dataclass
 class Joined:
-    """One document, whose parts are those of ``sources`` in order; with one of them missing there is none."""
+    """Reads one document, whose parts are those of ``sources`` in order; if one is missing there is no document."""
 
     sources: Sequence[Source]
 
     @property
     def extent(self) -> tuple[int, int]:
-        """How many documents there are, one, and its bytes as far as they are known."""
+        """Returns the number of documents, one, and that of its bytes as far as they are known."""
         return 1, sum(source.extent[1] for source in self.sources)
 
     def read(self) -> Iterator[Document | Unreadable]:
+        """Yields what is wrong with the parts, and the document unless one is missing."""
         parts: list[str] = []
         size, missing = 0, False
         for source in self.sources:
@@ -30,7 +31,7 @@ class Joined:
                 else:
                     parts += document.parts or [document.text]
                     size += document.size
-                if size > MOST_BYTES:
+                if size > MAX_BYTES:
                     yield Unreadable(f"what is joined {too_much()}", size)
                     return
         if missing:

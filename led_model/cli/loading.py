@@ -1,4 +1,4 @@
-"""The model that a command needs, and what its results depend on."""
+"""Loads the model that a command needs, and tells what its results depend on."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 from led_model.checkpoint.checkpoint import trained_head
 from led_model.checkpoint.fingerprint import fingerprint
 from led_model.cli.tasks import Classifier, SpanFinder, Task
-from led_model.cli.terminal import say
+from led_model.cli.terminal import log
 from led_model.cli.writers import SAMPLING_FLAGS, Answerer, Summarizer
 from led_model.modeling.heads import LEDForQuestionAnswering, LEDForSequenceClassification
 from led_model.modeling.model import LEDForConditionalGeneration
@@ -32,7 +32,7 @@ GENERATION_FLAGS = (
 
 
 def made_by(args: Namespace) -> dict[str, Any]:
-    """What a result depends on, beside its document: the checkpoint, and the flags that change what is read or written.
+    """Returns what a result depends on beside its document: the checkpoint, and the flags that change it.
 
     Raises:
         FileNotFoundError: when there is no such checkpoint.
@@ -41,7 +41,7 @@ def made_by(args: Namespace) -> dict[str, Any]:
         name: getattr(args, name, None) for name in ("long", "global_tokens", "dtype", *GENERATION_FLAGS)
     }
     flags |= {name: True for name in ("load_in_4bit", "load_in_8bit") if getattr(args, name)}
-    if getattr(args, "seed", None) is not None:  # then chance falls by the batch
+    if getattr(args, "seed", None) is not None:  # then the batch decides what is drawn
         flags["batch_size"] = args.batch_size
     given = {f"--{name.replace('_', '-')}": value for name, value in flags.items() if value is not None}
     weights = fingerprint(args.model, args.revision)
@@ -49,10 +49,10 @@ def made_by(args: Namespace) -> dict[str, Any]:
 
 
 def load_task(args: Namespace) -> Task:
-    """The model that ``args.command`` needs, with its tokenizer."""
+    """Returns the task of ``args.command``, with its model and tokenizer."""
     tokenizer = LEDTokenizer.from_pretrained(args.model, revision=args.revision)
-    if sys.stderr.isatty():  # to somebody who waits
-        say(f"loading {args.model} …")
+    if sys.stderr.isatty():  # somebody waits
+        log(f"loading {args.model} …")
     where = {
         "dtype": DTYPES.get(args.dtype),
         "device": args.device or ("cuda" if torch.cuda.is_available() else "cpu"),
@@ -86,7 +86,7 @@ def load_task(args: Namespace) -> Task:
         )
 
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".* asks for ")  # which the task says
+        warnings.filterwarnings("ignore", message=".* asks for ")  # the task logs it
         model = LEDForConditionalGeneration.from_pretrained(args.model, **where)
     settings = {name: getattr(args, name) for name in GENERATION_FLAGS if getattr(args, name) is not None}
     generation = model.generation_config
@@ -99,7 +99,11 @@ def load_task(args: Namespace) -> Task:
 
 
 def finds_answers(args: Namespace) -> bool:
-    """Whether the checkpoint is one of question answering, which writes nothing."""
+    """Returns whether the checkpoint is one of question answering, which writes nothing.
+
+    Raises:
+        ValueError: when it is, and a flag of writing is given.
+    """
     if trained_head(args.model, args.revision) != "qa_outputs":
         return False
     for name in GENERATION_FLAGS:

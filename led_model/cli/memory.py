@@ -1,4 +1,4 @@
-"""How much memory a piece of work takes above what was held before it."""
+"""Measures how much memory a piece of work takes above what was held before it."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def peak_memory(device: str = "cpu") -> Iterator[Callable[[], int | None]]:
 
     On a GPU torch's allocator counts. On the CPU a thread samples the resident memory of the process through
     psutil (``None`` without it); memory freed before but kept by the allocator would hide a part of the peak,
-    so measure in a fresh process.
+    so it is best measured in a fresh process.
     """
     if torch.device(device).type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)

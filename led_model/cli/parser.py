@@ -1,4 +1,4 @@
-"""The command ``led``: read documents with an LED, show what the kernels do here, say what can run."""
+"""Parses the arguments of ``led`` and runs the command that they name."""
 
 from __future__ import annotations
 
@@ -57,6 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def build_parser() -> argparse.ArgumentParser:
+    """Returns the parser of all commands; a parsed command is a function ``run`` of its arguments."""
     parser = argparse.ArgumentParser(
         prog="led",
         description="Longformer-Encoder-Decoder models on fused attention kernels.",
@@ -143,6 +144,7 @@ def _document_command(
     chunk: str,
     condense: str | None = None,
 ) -> argparse.ArgumentParser:
+    """Adds a command on documents, with the flags that all of them share, and returns its parser."""
     parser = commands.add_parser(
         name,
         help=help,
@@ -263,7 +265,7 @@ def _run_demo(args: argparse.Namespace) -> None:
 
 
 def _device(text: str) -> str:
-    """A device that tensors can be on here."""
+    """Returns the name of a device that tensors can be on here."""
     try:
         kind = torch.device(text).type
     except RuntimeError:

@@ -11,19 +11,19 @@ import numpy as np
 from torch import device as Device
 
 from led_model.cli.documents import BETWEEN_PARTS, Document
-from led_model.cli.terminal import say
+from led_model.cli.terminal import log
 from led_model.tokenization.batch_encoding import BatchEncoding
 from led_model.tokenization.tokenizer import LEDTokenizer
 
 _WINDOW = 2**18  # characters that are encoded at once
 
-# ends of what is best not torn apart, the best places first
+# Patterns after whose matches a text is cut, the best places first.
 _BOUNDARIES = [re.compile(p) for p in (r"\n\s*\n", r"[.!?][\"'”’)\]]*\s+", r"\n\s*", r"\s+")]
 
 
 @dataclass
 class Piece:
-    """A part of a document as the model reads it.
+    """Holds a part of a document as the model reads it.
 
     ``ids`` are the document's own, each with its characters in ``offsets``; what stands around them is in
     ``input_ids``, whose first ``num_globals`` are global. It is number ``index`` of ``count``.
@@ -37,17 +37,17 @@ class Piece:
     num_globals: int
     index: int
     count: int
-    tokens: int  # of the document, as far as it was read
+    tokens: int  # in the document, as far as it was read
     is_truncated: bool
 
     @property
     def input_ids(self) -> list[int]:
-        """Made when they are asked for, as a list takes several times the memory."""
+        """Returns all ids that the model reads, made at each call, as a list takes several times the memory."""
         return [*self.prefix, *self.ids.tolist(), *self.suffix]
 
     @property
     def first(self) -> int:
-        """Where the document's own tokens begin in ``input_ids``."""
+        """Returns the index in ``input_ids`` at which the document's own tokens begin."""
         return len(self.prefix)
 
 
@@ -69,7 +69,7 @@ class Reader:
     long: str = "error"
     global_tokens: int = 1
     question: str | None = None
-    bound_by: str = ""  # what the limit is, where that is not plain
+    bound_by: str = ""  # a clause for messages on what sets the limit
 
     def __post_init__(self) -> None:
         bos, eos = self.tokenizer.cls_token_id, self.tokenizer.sep_token_id
@@ -90,10 +90,11 @@ class Reader:
 
     @property
     def _room(self) -> int:
+        """Returns the number of a document's own tokens that fit into a piece."""
         return self.limit - len(self._prefix) - len(self._suffix)
 
     def pieces(self, document: Document) -> list[Piece]:
-        """The whole document, its beginning, or all of it in order.
+        """Returns the whole document as one piece, its beginning as one, or all of it in several, in order.
 
         Raises:
             ValueError: when the document is too long and ``long`` is "error".
@@ -114,11 +115,11 @@ class Reader:
                     f"{self.bound_by}; cut it, or let --long truncate or --long chunk do so."
                 )
             if self.long == "truncate":
-                say(f"{document.name}: reading the first {self.limit:,} of {total} tokens.")
+                log(f"{document.name}: reading the first {self.limit:,} of {total} tokens.")
                 spans, is_truncated = [(0, self._room)], True
             else:
                 spans = split(document.text, offsets, self._room)
-                say(f"{document.name}: reading {total} tokens in {len(spans)} pieces.")
+                log(f"{document.name}: reading {total} tokens in {len(spans)} pieces.")
         return [
             Piece(
                 document,
@@ -136,13 +137,16 @@ class Reader:
         ]
 
     def count(self, document: Document) -> int:
-        """Tokens of the whole document, special ones included, without holding them."""
+        """Returns how many tokens the whole document has, special ones included, without keeping them."""
         own = sum(len(ids) for ids, _, _ in self._windows(document))
         return len(self._prefix) + own + len(self._suffix)
 
     def _tokens(self, document: Document, enough: int | None) -> tuple[np.ndarray, np.ndarray, bool]:
-        """A document's ids, int32 ``[tokens]``, and their characters, int32 ``[tokens, 2]``: at least ``enough`` of
-        them, if there are, and whether they are all."""
+        """Returns at least ``enough`` of a document's tokens if there are as many, else all.
+
+        Returns:
+            the ids, int32 ``[tokens]``, their characters, int32 ``[tokens, 2]``, and whether they are all.
+        """
         ids, offsets, count, is_all = [np.empty(0, np.int32)], [np.empty((0, 2), np.int32)], 0, True
         for own_ids, own_offsets, is_last in self._windows(document):
             ids.append(np.array(own_ids, np.int32))
@@ -154,9 +158,9 @@ class Reader:
         return np.concatenate(ids), np.concatenate(offsets), is_all
 
     def _windows(self, document: Document) -> Iterator[tuple[list[int], np.ndarray, bool]]:
-        """Ids, their characters, and whether it is the last, of one stretch of the document after another.
+        """Yields the ids of one window of the document after another, their characters, and whether it is the last.
 
-        Window by window, as the tokenizer takes 165 bytes a byte of text.
+        The tokenizer takes 165 bytes of memory a byte of text, which windows bound.
         """
         separator = self.tokenizer.doc_sep_token_id
         parts = document.parts if separator is not None and document.parts else (document.text,)
@@ -174,7 +178,7 @@ class Reader:
             first += len(part) + len(BETWEEN_PARTS)
 
     def batch(self, pieces: Sequence[Piece], device: str | Device) -> BatchEncoding:
-        """``input_ids``, ``attention_mask`` and ``global_attention_mask``, padded to the right."""
+        """Returns ``input_ids``, ``attention_mask`` and ``global_attention_mask``, padded to the right."""
         rows = []
         for piece in pieces:
             separator = self.tokenizer.doc_sep_token_id
@@ -186,14 +190,14 @@ class Reader:
         return self.tokenizer.pad(rows, return_tensors="pt").to(device)
 
     def _encode(self, text: str) -> BatchEncoding:
-        # `</s>` in a document is text, not its end
+        # In a document `</s>` is text, not its end.
         return self.tokenizer(
             text, add_special_tokens=False, split_special_tokens=True, return_offsets_mapping=True
         )
 
 
 def _end_of_window(text: str, begin: int) -> int:
-    """Where a window from ``begin`` ends: before a space after a word, where no token reaches across."""
+    """Returns where a window from ``begin`` ends: before a space after a word, which no token reaches across."""
     end = begin + _WINDOW
     if end >= len(text):
         return len(text)
@@ -204,9 +208,9 @@ def _end_of_window(text: str, begin: int) -> int:
 
 
 def split(text: str, offsets: Sequence[tuple[int, int]] | np.ndarray, room: int) -> list[tuple[int, int]]:
-    """Token ranges of at most ``room``, one after another over all tokens.
+    """Returns token ranges of at most ``room``, one after another over all tokens.
 
-    Each ends in its last quarter, after a paragraph if one ends there, else after a sentence, a line or a word,
+    A range ends in its last quarter, after a paragraph if one ends there, else after a sentence, a line or a word,
     the last of its kind, and else when it is full. ``offsets`` are the tokens' characters in ``text``.
     """
     starts = np.asarray(offsets).reshape(-1, 2)[:, 0]
@@ -221,7 +225,7 @@ def split(text: str, offsets: Sequence[tuple[int, int]] | np.ndarray, room: int)
 
 
 def _boundary(text: str, starts: np.ndarray, earliest: int, full: int) -> int:
-    """The token before which to cut: after ``earliest``, at the latest ``full``."""
+    """Returns the token before which to cut, after ``earliest`` and at the latest ``full``."""
     low, high = int(starts[earliest]), int(starts[full])
     for pattern in _BOUNDARIES:
         for match in reversed(list(pattern.finditer(text, low, high))):

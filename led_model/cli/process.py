@@ -1,4 +1,4 @@
-"""How a command ends: with a status, and where that is not 0 with one sentence on stderr."""
+"""Ends a command with a status and, where that is not 0, with one sentence on stderr."""
 
 from __future__ import annotations
 
@@ -9,11 +9,14 @@ from argparse import Namespace
 import torch
 
 from led_kernels import BackendUnavailable
-from led_model.cli.terminal import complain
+from led_model.cli.terminal import log_error
 
 
 def open_missing_streams() -> None:
-    """Who starts a program with a stream closed would have a file opened under its number, and printed into."""
+    """Opens closed standard streams on the null device.
+
+    Otherwise the next file that is opened would get the number of one, and would be printed into.
+    """
     for number, (name, mode) in enumerate((("stdin", "r"), ("stdout", "w"), ("stderr", "w"))):
         if getattr(sys, name) is None:
             descriptor = os.open(os.devnull, os.O_RDWR)
@@ -24,12 +27,12 @@ def open_missing_streams() -> None:
 
 
 def status_of(args: Namespace, can_print: bool) -> int:
-    """Runs ``args.run``; what can be expected to fail is said in a sentence, and any other error is raised.
+    """Runs ``args.run`` and returns the exit status; errors that are no bugs become a sentence, others are raised.
 
     Args:
         can_print: whether there was a stdout to begin with.
     """
-    speaker = f"led {args.command}"
+    prog = f"led {args.command}"
     try:
         if not can_print and getattr(args, "output", None) is None:
             raise ValueError("there is no stdout to print into; give it one, or --output.")
@@ -38,29 +41,31 @@ def status_of(args: Namespace, can_print: bool) -> int:
         return status
     except OSError as error:
         if error.errno is not None and error.filename is None:
-            return _without_stdout(error, speaker)
-        complain(_sentence(error), speaker)
+            return _without_stdout(error, prog)
+        log_error(_sentence(error), prog)
     except (ValueError, ImportError, BackendUnavailable) as error:
-        complain(str(error), speaker)
+        log_error(str(error), prog)
     except (RuntimeError, MemoryError) as error:
         if not _is_out_of_memory(error):
             raise
         reason = str(error).strip().split("\n")[0]
-        complain(
+        log_error(
             f"memory ran out{f' ({reason})' if reason else ''}; shorten the text or change --batch-size, --dtype or "
             "--device.",
-            speaker,
+            prog,
         )
     except KeyboardInterrupt:
-        complain("interrupted.", speaker)
+        log_error("interrupted.", prog)
         return 130
     return 1
 
 
-def _without_stdout(error: OSError, speaker: str) -> int:
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python says it once more at its end
-    if not isinstance(error, BrokenPipeError):  # there the reader has gone, and knows
-        complain(f"stdout cannot be written ({error.strerror}); print elsewhere, or give --output.", speaker)
+def _without_stdout(error: OSError, prog: str) -> int:
+    """Reports that stdout cannot be written, and returns the exit status."""
+    # Without a file that can be written, Python would report the error once more when it exits.
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    if not isinstance(error, BrokenPipeError):  # the reader of a broken pipe has gone
+        log_error(f"stdout cannot be written ({error.strerror}); print elsewhere, or give --output.", prog)
     return 1
 
 

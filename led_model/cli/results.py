@@ -1,4 +1,4 @@
-"""The output of a long run, one JSON line a document, that an interrupted run can be resumed from.
+"""Keeps the output of a long run, one JSON line a document, from which an interrupted run can be resumed.
 
 A record says what made it: the command, the model with a fingerprint of its files, the settings, and a hash of the
 document. An earlier record counts as done when the same would make it again.
@@ -16,28 +16,28 @@ from typing import Any
 
 from led_model.cli.documents import Document
 from led_model.cli.finding import identity
-from led_model.cli.terminal import say
+from led_model.cli.terminal import log
 
 try:
     import fcntl
-except ImportError:  # Windows: two runs on one output are the user's to avoid
+except ImportError:  # on Windows nothing keeps two runs from one output
     fcntl = None
 
 _BEGINNINGS = [b'{"led": "%b", "id": ' % command for command in (b"summarize", b"answer", b"classify")]
-_LONGEST_LINE = 2**24  # bytes; a record holds no text of its document
-_NOT_COMPARED = ("model",)  # how a model is spelled, as its fingerprint says what it is
+_MAX_LINE = 2**24  # bytes; a record holds no text of its document
+_NOT_COMPARED = ("model",)  # a model may be spelled in several ways, and its fingerprint identifies it
 
 
 class ResultFile:
-    """Appends results, each on disk before the next, and knows those of earlier runs.
+    """Appends results, each on disk before the next, and finds those of earlier runs.
 
     Nothing in the file changes before the first result is there: then what a killed run left of a record is cut off,
-    or all earlier results if ``overwrite``. Only one process at a time has the file, and what another one does to it
-    all the same is noticed before the next result.
+    or all earlier results if ``overwrite``. One process at a time can lock the file, and a change that another one
+    makes to it all the same is noticed before the next result.
 
     Args:
         path: made if it is not there.
-        made_by: what makes the results, by name; its values survive JSON.
+        made_by: what makes the results, by name; its values are the same after a round trip through JSON.
         question: for ``answer``; another question's results in the file do not count.
         overwrite: earlier results do not count, and go.
 
@@ -56,7 +56,7 @@ class ResultFile:
         self.count = 0  # results in the file that count
         self._places: dict[str, list[tuple[int, int]]] = defaultdict(list)  # by the key of their document
         self._hash_of: dict[tuple[str, str], str] = {}  # by source and id
-        self._keep: int | None = 0 if overwrite else None  # bytes; None: all
+        self._keep: int | None = 0 if overwrite else None  # bytes to keep at the first result; None: all
         self._needs_newline = False
         self._is_new = not os.path.exists(path)
         self._real_path = _checked(path, self._is_new)
@@ -70,7 +70,7 @@ class ResultFile:
                     f"--output {path} is the file that this command prints into, too; redirect it to another."
                 )
             self._lock()
-            self._size = os.fstat(self._file.fileno()).st_size  # as we know it
+            self._size = os.fstat(self._file.fileno()).st_size  # what the file must have until the next write
             self._read_earlier(counts=not overwrite)
         except BaseException:
             self._close()
@@ -85,7 +85,7 @@ class ResultFile:
         self._close()
 
     def take(self, document: Document) -> dict[str, Any] | None:
-        """An earlier record of this document's text, if there is one; each record is taken by one document.
+        """Returns an earlier record of this document's text, if there is one; each record is given to one document.
 
         Raises:
             OSError: when another program has changed the file.
@@ -93,23 +93,23 @@ class ResultFile:
         places = self._places.get(document.key)
         if not places:
             return None
-        self.check_that_it_is_ours()
+        self.check_unchanged()
         begin, size = places.pop(0)
         self._file.seek(begin)
         return json.loads(self._file.read(size))
 
     def has_changed(self, document: Document) -> bool:
-        """Whether a record of the document's name is of another text."""
+        """Returns whether a record of the document's name is of another text."""
         known = self._hash_of.get((document.source, str(document.id)))
         return known is not None and known != document.key
 
     def append(self, document: Document, result: dict[str, Any]) -> dict[str, Any]:
-        """Returns the record, when it is on disk.
+        """Appends a record and returns it when it is on disk.
 
         Raises:
             OSError: when it is not: the disk is full, or the file was deleted, replaced or changed.
         """
-        self.check_that_it_is_ours()
+        self.check_unchanged()
         record = {"led": self.made_by["command"], "id": document.id, "source": document.source} | result
         record |= {"document": document.key, "made_by": self.made_by}
         line = to_line(record).encode() + b"\n"
@@ -133,9 +133,12 @@ class ResultFile:
         self.count += 1
         return record
 
-    def check_that_it_is_ours(self) -> None:
-        """Raises OSError when the path does not lead any more to the file that results are appended to, or when that
-        holds less or more than what was appended."""
+    def check_unchanged(self) -> None:
+        """Checks that the path still leads to the file that results are appended to, and that no one else changed it.
+
+        Raises:
+            OSError: when it does not, or when the file has another size than what was appended gives.
+        """
         if identity(self._file.fileno()) != identity(self.path):
             raise OSError(
                 f"--output {self.path} was deleted, moved or replaced during the run, and is without its results; "
@@ -154,30 +157,36 @@ class ResultFile:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
-                say(
+                log(
                     f"--output {self.path} cannot be locked ({error.strerror}); let no other run write into it."
                 )
                 return
-            self._is_new = False  # that process has made it since, and it is not ours to take away
+            self._is_new = False  # that process has made it since, so that it must not be removed
             raise OSError(
                 f"--output {self.path} is being written by another process; wait for it, or give another file."
             ) from None
 
     def _close(self) -> None:
-        """A file that was made and got nothing goes again."""
+        """Closes the file, and removes it if this run made it and wrote nothing."""
         try:
             if self._is_new and self.count == 0 and os.fstat(self._file.fileno()).st_size == 0:
-                self.check_that_it_is_ours()
+                self.check_unchanged()
                 os.unlink(self._real_path)
         except OSError:
             pass
         self._file.close()
 
     def _read_earlier(self, counts: bool) -> None:
-        """Every line must be a result, also where all are to go: ``overwrite`` is no leave to lose anything else."""
+        """Reads earlier results, and checks that every line is one.
+
+        That is checked with ``overwrite`` too, which permits to lose results but nothing else.
+
+        Args:
+            counts: whether these results count.
+        """
         whole = 0  # bytes of complete lines
-        with open(self.path, "rb") as file:  # with a buffer, unlike the one that is appended to
-            for number, line in enumerate(iter(lambda: file.readline(_LONGEST_LINE), b""), 1):
+        with open(self.path, "rb") as file:  # buffered, unlike the file that is appended to
+            for number, line in enumerate(iter(lambda: file.readline(_MAX_LINE), b""), 1):
                 is_complete = line.endswith(b"\n")
                 record = _parse(line)
                 if record is None:
@@ -193,7 +202,11 @@ class ResultFile:
                 whole += len(line)
 
     def _count(self, record: dict[str, Any], number: int, place: tuple[int, int]) -> None:
-        """``place``: where its line begins, and how long that is, in bytes."""
+        """Notes an earlier record; ``place`` is where its line begins and how long that is, in bytes.
+
+        Raises:
+            ValueError: when another model or other settings made it.
+        """
         made_by = record["made_by"]
         different = [
             name
@@ -213,11 +226,12 @@ class ResultFile:
 
 
 def to_line(record: dict[str, Any], is_ascii: bool = False) -> str:
+    """Returns a record as a line of JSON."""
     return json.dumps(record, ensure_ascii=is_ascii)
 
 
 def _checked(path: str, is_new: bool) -> str:
-    """The path without links.
+    """Returns the path without links.
 
     Raises:
         OSError: when no results can be appended there.
@@ -235,7 +249,7 @@ def _checked(path: str, is_new: bool) -> str:
 
 
 def _parse(line: bytes) -> dict[str, Any] | None:
-    """A record of ours, else None."""
+    """Returns a line as a record, or ``None`` if it is something else."""
     if not line.startswith(tuple(_BEGINNINGS)):
         return None
     try:
@@ -253,7 +267,7 @@ def _parse(line: bytes) -> dict[str, Any] | None:
 
 
 def _has_result(record: dict[str, Any]) -> bool:
-    """Whether it can be printed."""
+    """Returns whether a record has a result that can be printed."""
     if "label" not in record:
         return isinstance(record.get("summary", record.get("answer")), str)
     numbers = record.get("probabilities", record["label"])
@@ -261,7 +275,7 @@ def _has_result(record: dict[str, Any]) -> bool:
 
 
 def _is_torn(line: bytes) -> bool:
-    """Whether it is the beginning of a record and nothing else, which no whole JSON object is."""
+    """Returns whether a line is the beginning of a record and no complete JSON value."""
     if not any(line.startswith(known) or known.startswith(line) for known in _BEGINNINGS):
         return False
     try:

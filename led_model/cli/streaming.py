@@ -1,4 +1,4 @@
-"""A summary or an answer on a terminal, word by word while it is written."""
+"""Prints a summary or an answer on a terminal, word by word while it is written."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ _UNFINISHED = "\N{REPLACEMENT CHARACTER}"  # what the first bytes of a character
 class TextStreamer:
     """Prints what ``generate`` writes, as its ``streamer``, for one sequence at a time.
 
-    Sequences, one after another, are lines. White space waits for the word behind it, and bytes for the rest of their
-    character, so that what is printed is the beginning of the stripped text.
+    Each sequence is a line. White space is printed with the word behind it, and bytes with the rest of their character,
+    so that what is printed is always the beginning of the stripped text.
     """
 
     def __init__(self, tokenizer: LEDTokenizer, file: TextIO) -> None:
@@ -26,21 +26,21 @@ class TextStreamer:
         self._begin()
 
     def put(self, tokens: Tensor) -> None:
-        """int64 of one element, the next token; the first call has the prompt, which is no text."""
+        """Takes the next token, int64 of one element; the first call has the prompt, which is not printed."""
         if self._is_prompt:
             self._is_prompt = False
             return
         self._ids.append(int(tokens))
-        self._go_on(self._text().rstrip(_UNFINISHED).rstrip())
+        self._extend_line(self._text().rstrip(_UNFINISHED).rstrip())
 
     def end(self) -> None:
-        """The sequence is written, or was cut off."""
-        self._go_on(self._text())
+        """Prints the rest of the sequence, which is complete or was cut off."""
+        self._extend_line(self._text())
         self._print("\n")
         self._begin()
 
     def lines(self, texts: Iterable[str]) -> None:
-        """Sequences that were written without this stream."""
+        """Prints sequences that were written without this streamer."""
         self._print("".join(f"{text}\n" for text in texts))
 
     def finish(self, text: str) -> None:
@@ -55,8 +55,8 @@ class TextStreamer:
     def _text(self) -> str:
         return self.tokenizer.decode(self._ids, skip_special_tokens=True).strip()
 
-    def _go_on(self, text: str) -> None:
-        """Prints what the line lacks of ``text``; nothing if it begins otherwise."""
+    def _extend_line(self, text: str) -> None:
+        """Prints what the line lacks of ``text``, or nothing if the text begins otherwise."""
         if text.startswith(self._line):
             self._print(text[len(self._line) :])
             self._line = text

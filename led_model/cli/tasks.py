@@ -1,4 +1,4 @@
-"""What the commands do with a batch of pieces: find a span, give a class, or write (``writers.py``)."""
+"""Defines what the commands do with a batch of pieces: find a span, give a class, or write (``writers.py``)."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ from led_model.overflow import check_finite
 from led_model.tokenization.batch_encoding import BatchEncoding
 from led_model.tokenization.tokenizer import LEDTokenizer
 
-Found = dict[str, Any]  # what was found out about a piece, or about a document
+Result = dict[str, Any]  # what a model gives for a piece, or for a document
 
 
 @dataclass
 class Work:
-    """Tokens read and written so far, and the seconds that took."""
+    """Counts tokens read and written so far, and the seconds that took."""
 
     read_tokens: int = 0
     read_seconds: float = 0.0
@@ -47,19 +47,26 @@ class Work:
 
 
 def longest_input(config: LEDConfig, writes: bool) -> int:
-    """How many tokens the model reads; a head sits on the decoder, which reads as many as the encoder."""
+    """Returns how many tokens the model reads; under a head the decoder reads as many as the encoder."""
     positions = config.max_encoder_position_embeddings
     return positions if writes else min(positions, config.max_decoder_position_embeddings)
 
 
 class Task(ABC):
-    """A model at work. ``streamer``, if there is one, prints what it writes, where that is the result as it stands."""
+    """Runs a model over pieces of documents.
+
+    ``streamer``, if there is one, prints what it writes, where that is the result as it stands.
+    """
 
     writes = False
     streamer: TextStreamer | None = None
 
     def __init__(self, model: LEDPreTrainedModel, tokenizer: LEDTokenizer, **reading: Any) -> None:
-        """``reading``: the other fields of :class:`Reader`."""
+        """Checks that the model is sound and that the tokenizer fits it, and prepares a :class:`Reader`.
+
+        Args:
+            reading: the other fields of :class:`Reader`.
+        """
         check_weights(model)
         self.model = model
         self.device = next(model.parameters()).device
@@ -74,8 +81,8 @@ class Task(ABC):
         self.reader = Reader(tokenizer, longest, **reading)
         self.work = Work()
 
-    def run(self, pieces: Sequence[Piece]) -> list[Found]:
-        """Reads a batch, and returns what it found in each piece."""
+    def run(self, pieces: Sequence[Piece]) -> list[Result]:
+        """Reads a batch, and returns a result for each piece."""
         inputs = self.reader.batch(pieces, self.device)
         with torch.no_grad():
             found = self._run(pieces, inputs)
@@ -83,15 +90,16 @@ class Task(ABC):
         return found
 
     def read(self, inputs: BatchEncoding) -> AbstractContextManager[None]:
-        """A progress bar over the encoder's layers."""
+        """Draws a progress bar over the encoder's layers within the block."""
         return layer_progress(self.model.led.encoder.layers, f"reading {inputs.input_ids.numel():,} tokens")
 
     @abstractmethod
-    def _run(self, pieces: Sequence[Piece], inputs: BatchEncoding) -> list[Found]: ...
+    def _run(self, pieces: Sequence[Piece], inputs: BatchEncoding) -> list[Result]:
+        """Returns a result for each piece, of ``inputs`` that are their batch."""
 
     @abstractmethod
-    def join(self, document: Document, found: Sequence[Found]) -> Found:
-        """A document's result, from those of its pieces in order."""
+    def join(self, document: Document, found: Sequence[Result]) -> Result:
+        """Returns a document's result, from those of its pieces in order."""
 
 
 class SpanFinder(Task):
@@ -105,7 +113,7 @@ class SpanFinder(Task):
         super().__init__(model, tokenizer, **reading)
         self.longest_answer = longest_answer
 
-    def _run(self, pieces: Sequence[Piece], inputs: BatchEncoding) -> list[Found]:
+    def _run(self, pieces: Sequence[Piece], inputs: BatchEncoding) -> list[Result]:
         start = time.perf_counter()
         with self.read(inputs):
             output = self.model(**inputs)
@@ -117,21 +125,23 @@ class SpanFinder(Task):
             own = slice(piece.first, piece.first + len(piece.offsets))
             first, last, score = best_span(start_logits[row, own], end_logits[row, own], self.longest_answer)
             begin, end = int(piece.offsets[first][0]), int(piece.offsets[last][1])
-            answer = piece.document.text[begin:end].rstrip()  # a token of space may come last
+            answer = piece.document.text[begin:end].rstrip()  # the last token may be a space
             found.append({"answer": answer, "score": score, "start": begin, "end": begin + len(answer)})
         return found
 
-    def join(self, document: Document, found: Sequence[Found]) -> Found:
+    def join(self, document: Document, found: Sequence[Result]) -> Result:
         return {"question": self.reader.question} | max(found, key=lambda piece: piece["score"])
 
 
 class Classifier(Task):
-    """Gives probabilities of labels; a document's logits, up to a constant its log-probabilities, are the mean
-    of its pieces'."""
+    """Gives probabilities of labels.
+
+    A document's logits, which up to a constant are its log-probabilities, are the mean of its pieces'.
+    """
 
     model: LEDForSequenceClassification
 
-    def _run(self, pieces: Sequence[Piece], inputs: BatchEncoding) -> list[Found]:
+    def _run(self, pieces: Sequence[Piece], inputs: BatchEncoding) -> list[Result]:
         start = time.perf_counter()
         with self.read(inputs):
             logits = self.model(**inputs).logits.float().cpu()
@@ -139,7 +149,7 @@ class Classifier(Task):
         self.work.read_seconds += time.perf_counter() - start
         return [{"logits": row} for row in logits]
 
-    def join(self, document: Document, found: Sequence[Found]) -> Found:
+    def join(self, document: Document, found: Sequence[Result]) -> Result:
         config = self.model.config
         logits = torch.stack([piece["logits"] for piece in found]).mean(0)
         labels = [(config.id2label or {}).get(i, f"LABEL_{i}") for i in range(len(logits))]
@@ -154,8 +164,8 @@ class Classifier(Task):
         return {"label": label, "probabilities": by_label}
 
 
-def as_text(result: Found) -> str:
-    """A document's result for people: what was written or found, or labels with their numbers, a line each."""
+def as_text(result: Result) -> str:
+    """Returns a document's result for people: what was written or found, or labels with their numbers, a line each."""
     if "label" not in result:
         return result["answer"] if "answer" in result else result["summary"]
     numbers = result.get("probabilities") or result["label"]
@@ -164,19 +174,27 @@ def as_text(result: Found) -> str:
 
 
 def check_weights(model: nn.Module) -> None:
-    """Raises ValueError when a weight is NaN or infinite: every result would be made of it."""
+    """Checks that no weight is NaN or infinite, as every result would be made of it.
+
+    Raises:
+        ValueError: naming such a weight.
+    """
     for name, weight in chain(model.named_parameters(), model.named_buffers()):
         four_bits = getattr(weight, "quant_state", None)
-        values = weight.data if four_bits is None else four_bits.absmax  # the largest of each block
-        if type(values) is not Tensor:  # int8, by torchao
+        values = weight.data if four_bits is None else four_bits.absmax  # the largest magnitude of each block
+        if type(values) is not Tensor:  # torchao's int8 weights
             values = values.dequantize()
-        forbids = values.isneginf() if name == "final_logits_bias" else False  # a token, by -inf
+        # A bias of -inf forbids a token.
+        forbids = values.isneginf() if name == "final_logits_bias" else False
         if values.is_floating_point() and not bool((values.isfinite() | forbids).all()):
             raise ValueError(f"the model's {name} holds NaN or infinity; give a sound checkpoint.")
 
 
 def best_span(start_logits: Tensor, end_logits: Tensor, longest: int) -> tuple[int, int, float]:
-    """First and last token, both inclusive, and score of the best span of 1 to ``longest`` tokens; float ``[n]``."""
+    """Returns the first token, the last token and the score of the best span of 1 to ``longest`` tokens.
+
+    The logits are float ``[n]``; a score is the sum of the two at the ends of a span.
+    """
     longest = min(longest, len(end_logits))
     ends = torch.nn.functional.pad(end_logits, (0, longest - 1), value=float("-inf")).unfold(0, longest, 1)
     score, best = (start_logits[:, None] + ends).flatten().max(0)  # [n, longest]: start, tokens after it

@@ -1,4 +1,4 @@
-"""What the commands share: a table, a progress bar over layers, messages, numbers for people."""
+"""Prints for people: tables, a progress bar over layers, messages and numbers."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from contextvars import ContextVar
 from torch import nn
 from tqdm import tqdm
 
-_LONGEST = 2000  # characters of a message
+_MAX_MESSAGE = 2000  # characters
 _is_quiet = ContextVar("is_quiet", default=False)
 
 
 @contextmanager
 def quiet(wanted: bool = True) -> Iterator[None]:
-    """No bars and no messages but complaints within, if ``wanted``."""
+    """Keeps bars and messages other than errors off stderr within the block, if ``wanted``."""
     token = _is_quiet.set(wanted or _is_quiet.get())
     try:
         yield
@@ -25,12 +25,12 @@ def quiet(wanted: bool = True) -> Iterator[None]:
 
 
 def no_bars() -> bool | None:
-    """tqdm's ``disable``: ``None`` draws a bar on a terminal only."""
+    """Returns what tqdm takes as ``disable``; ``None`` draws a bar on a terminal only."""
     return True if _is_quiet.get() else None
 
 
 def table(rows: Sequence[Sequence[str]], header: Sequence[str] = ()) -> str:
-    """Aligned columns: the first to the left, the others to the right."""
+    """Returns rows in aligned columns, the first to the left, the others to the right."""
     lines = [list(header), *map(list, rows)] if header else [list(row) for row in rows]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     text = [
@@ -46,10 +46,10 @@ def table(rows: Sequence[Sequence[str]], header: Sequence[str] = ()) -> str:
 
 @contextmanager
 def layer_progress(layers: nn.ModuleList, description: str) -> Iterator[None]:
-    """A bar that grows with each layer that has run; only on a terminal."""
+    """Draws a bar that grows with each layer that has run, on a terminal only."""
     with tqdm(total=len(layers), desc=description, unit="layer", leave=False, disable=no_bars()) as bar:
 
-        def count(*_: object) -> None:  # what a hook returns would replace the layer's output
+        def count(*_: object) -> None:  # a value that a hook returns would replace the layer's output
             bar.update()
 
         hooks = [layer.register_forward_hook(count) for layer in layers]
@@ -68,22 +68,22 @@ def seconds(value: float) -> str:
     return f"{value:.2f} s"
 
 
-def say(message: str, speaker: str = "led") -> None:
-    """A line on stderr, above the bars if there are any; none where it is :func:`quiet`."""
+def log(message: str, prog: str = "led") -> None:
+    """Prints a line on stderr, above the bars if there are any, unless it is :func:`quiet`."""
     if not _is_quiet.get():
-        complain(message, speaker)
+        log_error(message, prog)
 
 
-def complain(message: str, speaker: str = "led") -> None:
-    """A line on stderr about what failed, also where it is :func:`quiet`."""
-    with suppress(OSError):  # that nobody can read it is no reason to stop the work
-        tqdm.write(f"{speaker}: {one_line(message)}", file=sys.stderr)
+def log_error(message: str, prog: str = "led") -> None:
+    """Prints a line on stderr about what failed, also where it is :func:`quiet`."""
+    with suppress(OSError):  # a closed stderr is no reason to stop the work
+        tqdm.write(f"{prog}: {one_line(message)}", file=sys.stderr)
 
 
 def one_line(text: str) -> str:
-    """Names of files, and what checkpoints say, may hold anything: here it moves no cursor and fills no screen."""
-    if len(text) > _LONGEST:
-        text = f"{text[: _LONGEST - 300]} … {text[-300:]}"
+    """Returns a text as one line of bounded length without control characters, which file names may hold."""
+    if len(text) > _MAX_MESSAGE:
+        text = f"{text[: _MAX_MESSAGE - 300]} … {text[-300:]}"
     return "".join(
         character if character.isprintable() else character.encode("unicode_escape").decode()
         for character in text

@@ -1,4 +1,4 @@
-"""Tasks of models that write: summaries, and answers in their own words."""
+"""Defines the tasks of models that write summaries, or answers in their own words."""
 
 from __future__ import annotations
 
@@ -12,8 +12,9 @@ from tqdm import tqdm
 
 from led_model.cli.documents import Document
 from led_model.cli.pieces import Piece
-from led_model.cli.tasks import Found, Task
-from led_model.cli.terminal import no_bars, quiet, say
+from led_model.cli.tasks import Result, Task
+from led_model.cli.terminal import log, no_bars, quiet
+from led_model.masks import key_mask
 from led_model.modeling.model import LEDForConditionalGeneration
 from led_model.overflow import check_finite
 from led_model.tokenization.batch_encoding import BatchEncoding
@@ -23,7 +24,10 @@ SAMPLING_FLAGS = ("temperature", "top_k", "top_p", "seed")
 
 
 class _Writer(Task):
-    """A model that writes the entry ``field`` of a result. ``compares``: a document's pieces compete, by ``score``."""
+    """Writes the entry ``field`` of a result.
+
+    With ``compares`` each of a document's pieces gets a ``score``, by which the best is chosen.
+    """
 
     model: LEDForConditionalGeneration
     field: str
@@ -31,41 +35,41 @@ class _Writer(Task):
     compares = False
 
     def __init__(
-        self, model: LEDForConditionalGeneration, tokenizer: LEDTokenizer, settings: Found, **reading: Any
+        self, model: LEDForConditionalGeneration, tokenizer: LEDTokenizer, settings: Result, **reading: Any
     ) -> None:
         super().__init__(model, tokenizer, **reading)
         self.settings = settings | {"num_return_sequences": 1}
         generation = model.generation_config.updated(**self.settings)
-        generation.check(model.config.vocab_size)  # before a long text has been read
+        generation.check(model.config.vocab_size)  # fails before a long text is read
         if not generation.do_sample and (idle := [name for name in SAMPLING_FLAGS if name in settings]):
             flags = ", ".join(f"--{name.replace('_', '-')}" for name in idle)
             raise ValueError(f"{flags} would change nothing; give --do-sample too, or leave it out.")
         self.has_beams = generation.num_beams > 1
-        self.limit = generation.length_limit() - 1
+        self.limit = generation.max_sequence_length() - 1
         if self.limit > (positions := model.config.max_decoder_position_embeddings):
             raise ValueError(
                 f"{self.limit:,} new tokens are asked for but the decoder has {positions:,} positions; give "
                 f"--max-new-tokens of at most {positions}."
             )
         if generation.unsupported:
-            say(f"the checkpoint asks for {generation.asked_in_vain()}; decoding without it.")
+            log(f"the checkpoint asks for {generation.describe_unsupported()}; decoding without it.")
 
-    def _run(self, pieces: Sequence[Piece], inputs: BatchEncoding) -> list[Found]:
+    def _run(self, pieces: Sequence[Piece], inputs: BatchEncoding) -> list[Result]:
         model, start = self.model, time.perf_counter()
         with self.read(inputs):
-            encoded = model.led.encode(**inputs)
-            check_finite(encoded, model.dtype)
+            encoder_hidden_states = model.led.encode(**inputs)
+            check_finite(encoder_hidden_states, model.dtype)
         read = time.perf_counter()
         streamer = self.streamer if self._is_result(pieces[0]) else None
         by_token = streamer is not None and len(pieces) == 1 and not self.has_beams
         no_bar = True if by_token else no_bars()
         with tqdm(total=self.limit, desc="writing", unit="token", leave=False, disable=no_bar) as bar:
-            listener = None if bar.disable else lambda _: bar.update()
+            on_token = None if bar.disable else lambda _: bar.update()
             sequences = model.generate(
                 inputs.input_ids,
                 inputs.attention_mask,
-                encoded=encoded,
-                on_token=listener,
+                encoder_hidden_states=encoder_hidden_states,
+                on_token=on_token,
                 streamer=streamer if by_token else None,
                 **self.settings,
             ).tolist()
@@ -81,19 +85,21 @@ class _Writer(Task):
             streamer.lines(texts)
         scores: list[float | None] = [None] * len(texts)
         if self.compares and any(piece.count > 1 for piece in pieces):
-            scores = mean_log_probs(model, encoded, inputs.attention_mask, torch.tensor(sequences)).tolist()
+            scores = mean_log_probs(
+                model, encoder_hidden_states, inputs.attention_mask, torch.tensor(sequences)
+            ).tolist()
         return [{self.field: text, "score": score} for text, score in zip(texts, scores, strict=True)]
 
     def _is_result(self, piece: Piece) -> bool:
-        """Whether what is written from a piece is a line of its document's result."""
+        """Returns whether what is written from a piece is a line of its document's result."""
         return piece.count == 1 or not self.compares
 
 
 class Summarizer(_Writer):
-    """Writes a summary of each piece; a document's are joined in order, a line each.
+    """Writes a summary of each piece and joins those of a document in order, a line each.
 
-    With ``condense`` they are read as a document of their own, and so on until one summary is left. If they make no
-    fewer pieces than they were made of, they are joined.
+    With ``condense`` the joined summaries are read as a document of their own, and so on until one summary is left. If
+    they make no fewer pieces than they were made of, they stay joined.
     """
 
     field = "summary"
@@ -102,16 +108,16 @@ class Summarizer(_Writer):
         super().__init__(*args, **reading)
         self.condense = condense
 
-    def join(self, document: Document, found: Sequence[Found]) -> Found:
+    def join(self, document: Document, found: Sequence[Result]) -> Result:
         joined = "\n".join(piece["summary"] for piece in found)
         if not self.condense or len(found) == 1 or not joined.strip():
             return {"summary": joined}
-        with quiet():  # how they are read is said here
+        with quiet():  # the message below says how they are read
             pieces = self.reader.pieces(Document(document.id, document.source, joined, 0))
         if len(pieces) >= len(found):
-            say(f"{document.name}: the summaries of its pieces are no shorter than these, and are joined.")
+            log(f"{document.name}: the summaries of its pieces are no shorter than these, and are joined.")
             return {"summary": joined}
-        say(
+        log(
             f"{document.name}: summarizing {len(found)} summaries, in {len(pieces)} piece{'s' * (len(pieces) > 1)}."
         )
         return self.join(document, [result for piece in pieces for result in self.run([piece])])
@@ -121,12 +127,12 @@ class Summarizer(_Writer):
 
 
 class Answerer(_Writer):
-    """Writes an answer from each piece; a document's is the one that the model finds likeliest, per token."""
+    """Writes an answer from each piece and takes that one for a document's whose tokens are likeliest on average."""
 
     field = "answer"
     compares = True
 
-    def join(self, document: Document, found: Sequence[Found]) -> Found:
+    def join(self, document: Document, found: Sequence[Result]) -> Result:
         asked = {"question": self.reader.question}
         if len(found) == 1:
             return asked | {"answer": found[0]["answer"]}
@@ -134,13 +140,21 @@ class Answerer(_Writer):
 
 
 def mean_log_probs(
-    model: LEDForConditionalGeneration, encoded: Tensor, attention_mask: Tensor, sequences: Tensor
+    model: LEDForConditionalGeneration,
+    encoder_hidden_states: Tensor,
+    attention_mask: Tensor,
+    sequences: Tensor,
 ) -> Tensor:
-    """Of each of ``sequences``, int64 ``[batch, length]``, per token up to its end: float32 ``[batch]``."""
-    sequences = sequences.to(encoded.device)
+    """Returns the mean log-probability of each sequence's tokens up to its end, float32 ``[batch]``.
+
+    ``sequences`` is int64 ``[batch, length]``.
+    """
+    sequences = sequences.to(encoder_hidden_states.device)
     decoder = model.led.decoder
-    cross_mask = (attention_mask != 0)[:, None, None, :]
-    hidden = decoder(sequences[:, :-1], decoder.cross_keys_values(encoded), cross_mask=cross_mask)
+    cross_mask = key_mask(attention_mask)
+    hidden = decoder(
+        sequences[:, :-1], decoder.cross_keys_values(encoder_hidden_states), cross_mask=cross_mask
+    )
     targets = sequences[:, 1:]
     logits = model.logits(hidden).float()
     log_probs = logits.gather(-1, targets[..., None])[..., 0] - logits.logsumexp(-1)

@@ -1,25 +1,26 @@
-"""The decoder's key and value cache: allocated once, written in place, never grown."""
+"""Defines the decoder's key and value caches, which are allocated once, written in place and never grown."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
 
-from led_kernels.decode import write_rows
+from led_kernels.gemv import write_rows
 from led_model.config import LEDConfig
 from led_model.precision import autocast_dtype
-from led_model.schema import check_values, whole
+from led_model.schema import check_values, integer
 
-_SIZES = {"batch": whole(0), "max_length": whole(1), "beams": whole(1)}
+_SIZES = {"batch": integer(0), "max_length": integer(1), "beams": integer(1)}
 
 
 class StaticKVCache:
-    """Keys and values of every decoder self-attention, one slot per target position.
+    """Holds the keys and values of every decoder self-attention, one of each per target position.
 
-    ``keys`` and ``values`` are ``[layers, batch, heads, max_length, head_dim]``. Shapes and addresses never
-    change, and slots are chosen by an index tensor, so a decoding step can be compiled once or captured in a
-    graph. Slots not yet written hold zeros (0 weight times NaN would be NaN) and :meth:`attention_mask` hides
-    them: it is needed even where a step has one query, or empty slots take part and the tokens are wrong.
+    ``keys`` and ``values`` are ``[layers, batch, heads, capacity, head_dim]``, with a capacity of ``max_length``
+    positions. Shapes and addresses never change, and positions are chosen by an index tensor, so a decoding step can be
+    compiled once or captured in a graph. Positions not yet written hold zeros (0 weight times NaN would be NaN) and
+    :meth:`attention_mask` hides them: it is needed even where a step has one query, or empty positions take part and
+    the tokens are wrong.
     """
 
     def __init__(
@@ -36,23 +37,23 @@ class StaticKVCache:
         shape = (config.decoder_layers, batch, heads, max_length, config.d_model // heads)
         self.keys = torch.zeros(shape, dtype=dtype, device=device)
         self.values = torch.zeros(shape, dtype=dtype, device=device)
-        self.slots = torch.arange(max_length, device=device)
+        self.positions = torch.arange(max_length, device=device)
 
     def tensors(self) -> tuple[Tensor, ...]:
-        """All that a step reads or writes; none is ever replaced by another."""
+        """Returns all tensors that a step reads or writes, none of which is ever replaced by another."""
         return tuple(value for value in vars(self).values() if isinstance(value, Tensor))
 
     @property
     def max_length(self) -> int:
-        return self.slots.shape[0]
+        """Returns the number of positions."""
+        return self.positions.shape[0]
 
-    def positions_of(self, target: int) -> int:
-        """How many positions ``target`` tokens of a step stand at."""
-        return target
+    def num_positions(self, num_tokens: int) -> int:
+        """Returns at how many positions ``num_tokens`` tokens of a step stand."""
+        return num_tokens
 
     def check(self, hidden: Tensor, padding_mask: Tensor | None, decoder: nn.Module) -> None:
-        """Whether this is a cache of what ``hidden``, ``[batch, target, d_model]``, is in the layers of ``decoder``,
-        and the mask fits it.
+        """Checks that the cache and the mask fit the ``decoder`` and its input ``hidden`` ``[batch, target, d_model]``.
 
         Raises:
             ValueError: naming ``cache`` or ``attention_mask``.
@@ -87,47 +88,50 @@ class StaticKVCache:
             )
 
     def is_empty_at(self, position: int) -> bool:
-        """Whether no layer has written anything at ``position``."""
-        slots = self.slots_of(self.slots[position : position + 1])
+        """Returns whether no layer has written anything at ``position``."""
+        indices = self.indices_of(self.positions[position : position + 1])
         return bool(len(self.keys)) and not any(
-            bool(x.index_select(3, slots).any()) for x in (self.keys, self.values)
+            bool(x.index_select(3, indices).any()) for x in (self.keys, self.values)
         )
 
-    def write(self, layer: int, slots: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Writes ``[batch, heads, n, head_dim]`` at :meth:`slots_of` their positions; returns the full buffers."""
-        write_rows(self.keys[layer], slots, key)
-        write_rows(self.values[layer], slots, value)
+    def write(self, layer: int, indices: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Writes ``[batch, heads, n, head_dim]`` at :meth:`indices_of` their positions; returns the full buffers."""
+        write_rows(self.keys[layer], indices, key)
+        write_rows(self.values[layer], indices, value)
         return self.keys[layer], self.values[layer]
 
-    def slots_of(self, position: Tensor) -> Tensor:
-        """Where what belongs to ``position``, int64 ``[n]``, is written: int64 ``[n]``."""
+    def indices_of(self, position: Tensor) -> Tensor:
+        """Returns where in ``keys`` and ``values`` the tokens at ``position`` are written; both are int64 ``[n]``."""
         return position
 
     def attention_mask(self, position: Tensor, padding_mask: Tensor | None = None) -> Tensor:
-        """Which slots queries at ``position [n]`` see: those up to themselves that hold no padding.
+        """Returns which positions the queries at ``position [n]`` see: those up to themselves that hold no padding.
 
-        ``padding_mask`` is ``[batch, ≤ max_length]``, nonzero for tokens; slots beyond it hold tokens.
-        Returns bool ``[batch or 1, 1, n, max_length]``.
+        Args:
+            padding_mask: ``[batch, ≤ max_length]``, nonzero for tokens; positions beyond it hold tokens.
+
+        Returns:
+            bool ``[batch or 1, 1, n, max_length]``.
         """
-        mask = (self.slots <= position[:, None])[None, None]
+        mask = (self.positions <= position[:, None])[None, None]
         if padding_mask is not None:
             mask = mask & self._present(padding_mask)[:, None, None, :]
         return mask
 
     def _present(self, padding_mask: Tensor) -> Tensor:
-        """Bool ``[batch, max_length]`` of ``padding_mask`` ``[batch, ≤ max_length]``."""
+        """Returns which positions hold no padding, bool ``[batch, max_length]``; those past the mask hold none."""
         missing = self.max_length - padding_mask.shape[1]
         return torch.nn.functional.pad(padding_mask != 0, (0, missing), value=True)
 
 
 class BeamKVCache(StaticKVCache):
-    """Keys and values of all beams of a document in one pool, and who wrote what each beam has to see.
+    """Holds the keys and values of all beams of a document together, and which beam wrote what each beam has to see.
 
-    ``keys`` and ``values`` are ``[layers, batch, heads, max_length * beams, head_dim]``: what beam ``b`` writes
-    at position ``p`` stays in slot ``p * beams + b``. ``ancestry``, int64 ``[batch, beams, max_length]``, says
-    which beam wrote the position that now belongs to a beam's past. Beams are the queries of one attention
-    over their document's pool, so changing places moves ``ancestry`` and nothing else, and cross-attention
-    reads the keys and values of a document once for all its beams.
+    ``keys`` and ``values`` are ``[layers, batch, heads, capacity, head_dim]`` with a capacity of
+    ``max_length * beams``: what beam ``b`` writes at position ``p`` stays at the index ``p * beams + b``. ``ancestry``,
+    int64 ``[batch, beams, max_length]``, says which beam wrote the position in a beam's past. Beams are the queries of
+    one attention over all keys of their document, so reordering beams moves ``ancestry`` and nothing else, and
+    cross-attention reads the keys and values of a document once for all its beams.
     """
 
     def __init__(
@@ -142,12 +146,12 @@ class BeamKVCache(StaticKVCache):
     ) -> None:
         check_values({"beams": beams, "max_length": max_length}, _SIZES)
         super().__init__(config, batch, max_length * beams, dtype=dtype, device=device)
-        self.slots = torch.arange(max_length, device=device)  # positions: each is one slot per beam
+        self.positions = torch.arange(max_length, device=device)  # each has one index per beam
         self.beams = torch.arange(beams, device=device)
         self.ancestry = self.beams[:, None].repeat(batch, 1, max_length)
 
-    def positions_of(self, target: int) -> int:
-        """One: the tokens of a step are those of the beams at one position."""
+    def num_positions(self, num_tokens: int) -> int:
+        """Returns 1, as the tokens of a step are those of the beams at one position."""
         return 1
 
     def check(self, hidden: Tensor, padding_mask: Tensor | None, decoder: nn.Module) -> None:
@@ -158,26 +162,29 @@ class BeamKVCache(StaticKVCache):
                 "one token for each beam."
             )
 
-    def slots_of(self, position: Tensor) -> Tensor:
-        """The slots of all beams at ``position``, int64 ``[1]``: int64 ``[beams]``."""
+    def indices_of(self, position: Tensor) -> Tensor:
+        """Returns where all beams write at ``position``, int64 ``[1]``: int64 ``[beams]``."""
         return position * len(self.beams) + self.beams
 
     def attention_mask(self, position: Tensor, padding_mask: Tensor | None = None) -> Tensor:
-        """Which slots the beams at ``position [1]`` see: one of each position up to it that is no padding.
+        """Returns which indices the beams at ``position [1]`` see: one of each position up to it that is no padding.
 
-        ``padding_mask`` as in :meth:`StaticKVCache.attention_mask`, one row per document. Returns bool
-        ``[batch, 1, beams, max_length * beams]``.
+        Args:
+            padding_mask: as in :meth:`StaticKVCache.attention_mask`, one row per document.
+
+        Returns:
+            bool ``[batch, 1, beams, max_length * beams]``.
         """
-        past = self.slots <= position
+        past = self.positions <= position
         if padding_mask is not None:
             past = past & self._present(padding_mask)[:, None, :]
         seen = (self.ancestry[..., None] == self.beams) & past[..., None]  # [batch, beams, max_length, beams]
         return seen.flatten(2)[:, None]
 
     def reorder(self, parents: Tensor, position: Tensor) -> None:
-        """After the step at ``position [1]``, beam ``b`` goes on from what was beam ``parents[:, b]``.
+        """Makes beam ``b``, after the step at ``position [1]``, go on from what was beam ``parents[:, b]``.
 
         ``parents`` is int64 ``[batch, beams]``. Positions not yet written belong to their own beam.
         """
         inherited = self.ancestry.gather(1, parents[..., None].expand_as(self.ancestry))
-        self.ancestry.copy_(torch.where(self.slots <= position, inherited, self.beams[:, None]))
+        self.ancestry.copy_(torch.where(self.positions <= position, inherited, self.beams[:, None]))

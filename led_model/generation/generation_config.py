@@ -1,4 +1,4 @@
-"""How tokens are chosen, as Hugging Face's generation_config.json says it, as a dataclass."""
+"""Defines the dataclass of what Hugging Face's generation_config.json says of how tokens are chosen."""
 
 from __future__ import annotations
 
@@ -9,20 +9,20 @@ from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 from led_model.schema import (
-    FLAG,
+    BOOLEAN,
     TOKEN_ID,
     TOKEN_IDS,
     check_names,
     check_values,
+    convert_numbers,
+    integer,
     list_of,
-    make_plain,
     number,
     one_of,
-    plain,
-    whole,
+    printable,
 )
 
-# settings of transformers that choose other tokens and are not here, with the value that leaves them off
+# These settings of transformers choose other tokens and are not here; each has the value that turns it off.
 _UNSUPPORTED_GENERATION = {
     "begin_suppress_tokens": None,
     "constraints": None,
@@ -48,33 +48,33 @@ _UNSUPPORTED_GENERATION = {
     "typical_p": 1.0,
     "watermarking_config": None,
 }
-# those that change how fast tokens come, or what is returned beside them
+# These change how fast tokens come, or what is returned beside them.
 _NO_OTHER_TOKENS = re.compile(
     r"_.*|assistant_.*|bos_token_id|cache_.*|compile_config|continuous_batching_config|disable_compile|is_assistant|"
     r"low_memory|max_cache_len|max_matching_ngram_size|num_assistant_.*|output_.*|prefill_chunk_size|prompt_lookup_.*|"
     r"remove_invalid_values|return_.*|speculation_type|target_lookbehind|transformers_version|use_cache|use_mtp"
 )
 
-_COUNT = whole(0)
+_COUNT = integer(0)
 _RULES = {
     "decoder_start_token_id": TOKEN_ID,
     "pad_token_id": TOKEN_ID.optional,
     "eos_token_id": (TOKEN_ID | TOKEN_IDS).optional,
     "forced_bos_token_id": TOKEN_ID.optional,
     "forced_eos_token_id": (TOKEN_ID | TOKEN_IDS).optional,
-    "max_length": whole(1).optional,
+    "max_length": integer(1).optional,
     "max_new_tokens": _COUNT.optional,
     "min_length": _COUNT,
     "min_new_tokens": _COUNT.optional,
-    "num_beams": whole(1, 1024),
-    "num_return_sequences": whole(1, 1024),
+    "num_beams": integer(1, 1024),
+    "num_return_sequences": integer(1, 1024),
     "length_penalty": number(-50, 50),  # beyond, powers of a length leave the range of floats
     "early_stopping": one_of(True, False, "never"),
-    "do_sample": FLAG,
+    "do_sample": BOOLEAN,
     "temperature": number(0),
     "top_k": _COUNT,
     "top_p": number(0, 1),
-    "seed": whole(-(2**63), 2**63 - 1).optional,
+    "seed": integer(-(2**63), 2**63 - 1).optional,
     "repetition_penalty": number(1e-3, 1e3),  # beyond, scores leave the range of floats
     "no_repeat_ngram_size": _COUNT,
     "encoder_no_repeat_ngram_size": _COUNT,
@@ -86,11 +86,11 @@ _RULES = {
 
 @dataclass
 class GenerationConfig:
-    """How tokens are chosen and when that starts and stops; names and defaults are those of transformers.
+    """Says how tokens are chosen and when that starts and stops, by the names and defaults of transformers.
 
     ``max_length`` counts the start token; ``max_new_tokens`` does not, and wins; with neither, 20 are made.
-    ``min_length`` and ``min_new_tokens`` likewise. ``seed`` (not in transformers) makes sampling repeatable;
-    without one torch's global generator is drawn from. ``unsupported`` holds what a checkpoint asks for
+    ``min_length`` and ``min_new_tokens`` are related likewise. ``seed`` (not in transformers) makes sampling
+    repeatable; without one torch's global generator is drawn from. ``unsupported`` holds what a checkpoint asks for
     beyond these fields, by name.
 
     Raises:
@@ -123,15 +123,15 @@ class GenerationConfig:
 
     def __post_init__(self) -> None:
         check_values(vars(self), _RULES)
-        make_plain(self)
-        self.length_penalty = float(self.length_penalty)  # a power of whole numbers knows no bounds
+        convert_numbers(self)
+        self.length_penalty = float(self.length_penalty)  # powers of integers would be integers of any size
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], own: Mapping[str, Any] | None = None) -> GenerationConfig:
-        """From generation_config.json, or from config.json, where older checkpoints keep the same keys.
+        """Returns what generation_config.json says, or config.json, where older checkpoints keep the same keys.
 
         Args:
-            own: those of ``values`` that can be of nothing else, so that what is not known among them is unsupported.
+            own: the part of ``values`` that is about generation alone, whose unknown settings are thus unsupported.
 
         ``None`` means "not given", except that ``pad_token_id`` and ``eos_token_id`` may be none at all.
         """
@@ -157,7 +157,7 @@ class GenerationConfig:
         return cls(**given, unsupported=unsupported)
 
     def updated(self, **settings: Any) -> GenerationConfig:
-        """A copy with the caller's settings, whose limits win over those that this one has in another unit.
+        """Returns a copy with the caller's settings, whose limits win over those that this one has in another unit.
 
         Raises:
             TypeError: for a setting that is no field.
@@ -175,7 +175,7 @@ class GenerationConfig:
         return replace(self, **settings)
 
     def replaced_by(self, other: Any) -> GenerationConfig:
-        """``other``, this class's or transformers' ``GenerationConfig``; what it leaves ``None`` is taken from here.
+        """Returns the settings of ``other``, of this class or transformers', completed where it has ``None``.
 
         Raises:
             TypeError: when it is neither.
@@ -195,14 +195,14 @@ class GenerationConfig:
         known = {f.name for f in fields(self)} - {"unsupported"}
         return self.updated(**{name: given[name] for name in known & given.keys()})
 
-    def asked_in_vain(self) -> str:
-        """What is ``unsupported``, for a sentence."""
+    def describe_unsupported(self) -> str:
+        """Returns the ``unsupported`` settings as a message lists them."""
         return ", ".join(
-            f"{plain(name)}={plain(reprlib.repr(value))}" for name, value in self.unsupported.items()
+            f"{printable(name)}={printable(reprlib.repr(value))}" for name, value in self.unsupported.items()
         )
 
     def check(self, vocab_size: int) -> None:
-        """Refuses what has no meaning or contradicts itself.
+        """Refuses settings that have no meaning or contradict each other.
 
         Raises:
             ValueError: naming the setting and what to give instead.
@@ -250,21 +250,22 @@ class GenerationConfig:
 
     @property
     def eos_token_ids(self) -> list[int]:
-        """Each once."""
+        """Returns the ids that end a sequence, each once."""
         return list(dict.fromkeys(_as_list(self.eos_token_id)))
 
     @property
     def forced_eos_token_ids(self) -> list[int]:
+        """Returns the ids of which one must end a sequence of the greatest length."""
         return _as_list(self.forced_eos_token_id)
 
-    def length_limit(self, prompt: int = 1) -> int:
-        """Longest sequence to return, its ``prompt`` tokens (1: the start token) included."""
+    def max_sequence_length(self, prompt: int = 1) -> int:
+        """Returns the length of the longest sequence, its ``prompt`` tokens (1: the start token) included."""
         if self.max_new_tokens is not None:
             return prompt + self.max_new_tokens
         return self.max_length if self.max_length is not None else prompt + 20
 
-    def least_length(self, prompt: int = 1) -> int:
-        """Shortest sequence to return before any end of text, prompt included; the limit wins over it."""
+    def min_sequence_length(self, prompt: int = 1) -> int:
+        """Returns the length before which no sequence ends, prompt included; the limit wins over it."""
         return self.min_length if self.min_new_tokens is None else prompt + self.min_new_tokens
 
 

@@ -1,4 +1,4 @@
-"""What changes the scores of the next token before one is chosen, in transformers' order.
+"""Builds the rules that change the scores of the next token before one is chosen, in transformers' order.
 
 Scores are float32 ``[rows, vocab_size]``: logits, or log-probabilities in beam search. Nothing here waits for
 the device: which rules apply depends on the length alone.
@@ -17,16 +17,16 @@ from torch import Tensor
 
 from led_model.generation.generation_config import GenerationConfig
 
-_ANY, _NONE = -1, -2  # in the place of a token: one that all tokens equal, and one that equals none
+_ANY, _NONE = -1, -2  # in the place of a token: one matches all tokens, the other none
 
-Processor = Callable[[Tensor, Tensor], Tensor]
+LogitsProcessor = Callable[[Tensor, Tensor], Tensor]
 """Takes the tokens so far, int64 ``[rows, length]``, and the scores; returns the new scores."""
 
 
 def build_processors(
     generation: GenerationConfig, input_ids: Tensor, eos: Tensor, rows_per_document: int, prompt: int
-) -> list[Processor]:
-    """Those that ``generation`` asks for, in the order in which they apply.
+) -> list[LogitsProcessor]:
+    """Returns the rules that ``generation`` asks for, in the order in which they apply.
 
     Args:
         input_ids: the encoder's, int ``[batch, source]``.
@@ -34,7 +34,7 @@ def build_processors(
         rows_per_document: row ``r`` of the scores belongs to document ``r // rows_per_document``.
         prompt: number of tokens that the sequences begin with.
     """
-    processors: list[Processor] = []
+    processors: list[LogitsProcessor] = []
     if generation.repetition_penalty != 1.0:
         processors.append(partial(_penalize_repetition, penalty=generation.repetition_penalty))
     if generation.no_repeat_ngram_size > 0:
@@ -44,19 +44,20 @@ def build_processors(
         ngrams = input_ids.to(torch.int64).repeat_interleave(rows_per_document, dim=0).unfold(1, size, 1)
         processors.append(partial(_ban_ngrams, ngrams=ngrams))
     if generation.bad_words_ids:
-        ends, longest = {(token,) for token in generation.eos_token_ids}, generation.length_limit(prompt)
+        ends = {(token,) for token in generation.eos_token_ids}
+        longest = generation.max_sequence_length(prompt)
         distinct = dict.fromkeys(map(tuple, generation.bad_words_ids))
         words = [list(word) for word in distinct if word not in ends and len(word) <= longest]
         processors.append(partial(_ban_words, groups=_by_length(words, input_ids.device)))
-    if (least := generation.least_length(prompt)) > 0 and len(eos):
+    if (least := generation.min_sequence_length(prompt)) > 0 and len(eos):
         processors.append(partial(_delay_end, min_length=least, eos=eos))
     if generation.forced_bos_token_id is not None:
         processors.append(partial(_force, length=1, token_ids=[generation.forced_bos_token_id]))
     if generation.forced_eos_token_ids:
-        last = generation.length_limit(prompt) - 1
+        last = generation.max_sequence_length(prompt) - 1
         processors.append(partial(_force, length=last, token_ids=generation.forced_eos_token_ids))
     if generation.do_sample:
-        # a beam needs one token that goes on, however many ends are likely
+        # A beam needs one token that goes on, however many ends are likely.
         least = max(2, 1 + len(eos)) if generation.num_beams > 1 else 1
         if generation.temperature != 1.0:
             processors.append(partial(_divide, temperature=generation.temperature))
@@ -68,7 +69,10 @@ def build_processors(
 
 
 def _penalize_repetition(tokens: Tensor, scores: Tensor, *, penalty: float) -> Tensor:
-    """CTRL, https://arxiv.org/abs/1909.05858, section 4.1; negative scores are multiplied instead."""
+    """Divides the scores of tokens that are there (CTRL, https://arxiv.org/abs/1909.05858, section 4.1).
+
+    Negative scores are multiplied instead.
+    """
     repeated = scores.gather(1, tokens)
     return scores.scatter(1, tokens, torch.where(repeated < 0, repeated * penalty, repeated / penalty))
 
@@ -80,7 +84,7 @@ def _ban_repeated_ngrams(tokens: Tensor, scores: Tensor, *, size: int) -> Tensor
 
 
 def _ban_ngrams(tokens: Tensor, scores: Tensor, *, ngrams: Tensor) -> Tensor:
-    """``ngrams`` is int64 ``[rows, count, size]``; the last token of each that is about to be completed goes."""
+    """Bans the last token of each n-gram that is about to be completed; ``ngrams`` is int64 ``[rows, count, size]``."""
     length, size = tokens.shape[1], ngrams.shape[2]
     if length < size - 1:
         return scores
@@ -91,7 +95,7 @@ def _ban_ngrams(tokens: Tensor, scores: Tensor, *, ngrams: Tensor) -> Tensor:
 
 
 def _by_length(words: Sequence[list[int]], device: torch.device) -> list[tuple[Tensor, Tensor]]:
-    """Words of about one length together: all but their last token ``[words, longest - 1]``, and the last ``[words]``.
+    """Groups words of similar length: all but their last token ``[words, longest - 1]``, and the last ``[words]``.
 
     Shorter ones are filled on the left with ``_ANY``; lengths up to each power of two are one group, so that words of
     a thousand lengths are few operations at a step.
@@ -111,7 +115,7 @@ def _ban_words(tokens: Tensor, scores: Tensor, *, groups: list[tuple[Tensor, Ten
     length = tokens.shape[1]
     for prefixes, last in groups:
         width = prefixes.shape[1]
-        # a word longer than the sequence meets what is no token
+        # A word longer than the sequence is compared with what is no token.
         ending = F.pad(tokens[:, max(0, length - width) :], (max(0, width - length), 0), value=_NONE)
         begun = ((ending[:, None] == prefixes) | (prefixes == _ANY)).all(-1)  # [rows, words]
         hits = torch.zeros_like(scores).index_add_(1, last, begun.to(scores.dtype))
@@ -141,7 +145,7 @@ def _keep_top_k(tokens: Tensor, scores: Tensor, *, top_k: int) -> Tensor:
 
 
 def _keep_top_p(tokens: Tensor, scores: Tensor, *, top_p: float, least: int) -> Tensor:
-    """Nucleus sampling, https://arxiv.org/abs/1904.09751, section 3.1."""
+    """Keeps the nucleus of the distribution (https://arxiv.org/abs/1904.09751, section 3.1)."""
     ascending, order = scores.sort()
     unlikely = ascending.softmax(-1).cumsum(-1) <= 1 - top_p
     unlikely[:, -least:] = False

@@ -1,4 +1,4 @@
-"""Greedy search and sampling: rows that do not know of each other."""
+"""Implements greedy search and sampling, whose rows do not depend on each other."""
 
 from __future__ import annotations
 
@@ -22,18 +22,18 @@ def sample(search: Search) -> Tensor:
     length_needed = torch.full_like(tokens[0, 0], prompt)
     for length in range(prompt, limit):
         scores = search.step(tokens[:, length - 1].view(batch, search.rows), length - 1)
-        search.watch(scores)
+        search.record_overflow(scores)
         if search.processors or generation.do_sample:
             scores = search.process(tokens[:, :length], scores.float())
-            if (lost := search.rows_lost(scores, ~ended[:, None])) is not None:
-                scores = scores.masked_fill(lost, 0.0)  # what an ended row would go on with is not read
+            if (exhausted := search.exhausted_rows(scores, ~ended[:, None])) is not None:
+                scores = scores.masked_fill(exhausted, 0.0)  # rows that have ended get padding anyway
         next_tokens = search.draw(scores, 1)[:, 0] if generation.do_sample else scores.argmax(-1)
         length_needed += ~ended.all()
         if len(eos):
             next_tokens = torch.where(ended, search.pad, next_tokens)
             ended = ended | torch.isin(next_tokens, eos)
         tokens[:, length] = next_tokens
-        search.hear(next_tokens)
+        search.on_step(next_tokens)
         if len(eos) and search.should_stop(ended.all(), length):
             break
     return tokens[:, : int(length_needed)]

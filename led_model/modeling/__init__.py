@@ -1,1 +1,1 @@
-"""The model: embeddings, attentions, layers, stacks and heads, and what a forward pass returns."""
+"""Defines the model: embeddings, attentions, layers, encoder, decoder and heads, and what a forward returns."""

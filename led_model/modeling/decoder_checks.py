@@ -1,4 +1,4 @@
-"""Whether the arguments of a decoder's call go with its tokens; :mod:`led_model.checks` is for all others."""
+"""Checks that the arguments of a decoder's call fit its tokens; :mod:`led_model.checks` is for all others."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from led_model.checks import check_flags, check_mask, is_dense, may_look, outside, what
+from led_model.checks import check_binary, check_mask, describe, is_dense, is_inspectable, out_of_range
 from led_model.generation.cache import StaticKVCache
 from led_model.precision import autocast_dtype
 
@@ -22,7 +22,7 @@ def check_decoder_call(
     position: Any,
     stack: nn.Module,
 ) -> None:
-    """Holds the decoder's arguments against its embedded tokens ``hidden`` ``[batch, target, d_model]``.
+    """Checks the decoder's arguments against its embedded tokens ``hidden`` ``[batch, target, d_model]``.
 
     Raises:
         ValueError: naming the one that is of another batch, length, width, dtype or device.
@@ -37,19 +37,19 @@ def check_decoder_call(
         or cross_mask.device != hidden.device
     ):
         raise ValueError(
-            f"cross_mask {what(cross_mask)}; give [batch, 1, 1, source] = {(batch, 1, 1, source)} on {hidden.device}, "
-            "bool or numbers to add to the scores."
+            f"cross_mask {describe(cross_mask)}; give [batch, 1, 1, source] = {(batch, 1, 1, source)} on "
+            f"{hidden.device}, bool or numbers to add to the scores."
         )
-    places = stack.embed_positions.weight.shape[0]
+    max_positions = stack.embed_positions.weight.shape[0]
     if cache is None:
         check_mask("attention_mask", attention_mask, hidden, "the decoder's input")
-        check_flags("attention_mask", attention_mask)
+        check_binary("attention_mask", attention_mask)
         count = target
     else:
         if not isinstance(cache, StaticKVCache):
             raise TypeError(f"cache is a {type(cache).__name__}; give a StaticKVCache or a BeamKVCache.")
         cache.check(hidden, attention_mask, stack)
-        places, count = min(places, cache.max_length), cache.positions_of(target)
+        max_positions, count = min(max_positions, cache.max_length), cache.num_positions(target)
     if position is None:
         if cache is not None:
             raise ValueError(
@@ -57,15 +57,15 @@ def check_decoder_call(
             )
         return
     if not is_dense(position) or position.dtype != torch.int64 or position.shape != (count,):
-        raise ValueError(f"position {what(position)}; give int64 [{count}], the places of the tokens.")
+        raise ValueError(f"position {describe(position)}; give int64 [{count}], the places of the tokens.")
     if position.device != hidden.device:
         raise ValueError(
             f"position is on {position.device} and the decoder's input on {hidden.device}; move both to one device."
         )
-    wrong = outside(position, 0, places - 1)
+    wrong = out_of_range(position, 0, max_positions - 1)
     if wrong is not None:
-        raise ValueError(f"position holds {wrong}; give 0 to {places - 1}, the places that there are.")
-    if cache is not None and attention_mask is None and may_look(position) and count:
+        raise ValueError(f"position holds {wrong}; give 0 to {max_positions - 1}, the places that there are.")
+    if cache is not None and attention_mask is None and is_inspectable(position) and count:
         first = int(position.min())
         if first > 0 and cache.is_empty_at(first - 1):
             raise ValueError(
@@ -75,7 +75,9 @@ def check_decoder_call(
 
 
 def _check_cross_keys_values(pairs: Any, hidden: Tensor, stack: nn.Module) -> int | None:
-    """Returns how many tokens of the encoder they are for, ``None`` where there are no layers.
+    """Checks each layer's keys and values and returns for how many tokens of the encoder they are.
+
+    It is ``None`` where there are no layers.
 
     Raises:
         ValueError: naming ``cross_keys_values``.
@@ -87,11 +89,11 @@ def _check_cross_keys_values(pairs: Any, hidden: Tensor, stack: nn.Module) -> in
         or not all(isinstance(pair, Sequence) and len(pair) == 2 for pair in pairs)
     ):
         raise ValueError(
-            f"cross_keys_values {what(pairs)}; give what cross_keys_values(encoded) returns, "
+            f"cross_keys_values {describe(pairs)}; give what cross_keys_values(encoder_hidden_states) returns, "
             f"one pair for each of {len(stack.layers)} layers."
         )
     heads = stack.layers[0].encoder_attn.num_heads if len(stack.layers) else 0
-    # under autocast they are narrower than what they are made of
+    # Under autocast they are narrower than what they are made of.
     mixed = autocast_dtype(hidden.device) is not None
     dtype, source = stack.embed_positions.weight.dtype, None
     for pair in pairs:
@@ -101,12 +103,12 @@ def _check_cross_keys_values(pairs: Any, hidden: Tensor, stack: nn.Module) -> in
             expected = (batch, heads, source, d_model // heads)
             if not is_dense(tensor) or tensor.shape != expected:
                 raise ValueError(
-                    f"cross_keys_values holds what {what(tensor)}; give [batch, heads, source, head_dim] = "
+                    f"cross_keys_values holds what {describe(tensor)}; give [batch, heads, source, head_dim] = "
                     f"{expected}, made from the encoder's output for the same documents."
                 )
             if tensor.device != hidden.device or (tensor.dtype != dtype and not mixed):
                 raise ValueError(
-                    f"cross_keys_values holds what {what(tensor)}; the model computes in {dtype} on {hidden.device}, "
-                    "make them by the model as it is now."
+                    f"cross_keys_values holds what {describe(tensor)}; the model computes in {dtype} on "
+                    f"{hidden.device}, make them by the model as it is now."
                 )
     return source

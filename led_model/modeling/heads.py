@@ -1,4 +1,4 @@
-"""Question answering and sequence classification on top of the decoder's states."""
+"""Defines the models for question answering and sequence classification, by heads on the decoder's states."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from led_model.checkpoint.pretrained import LEDPreTrainedModel
-from led_model.checks import check_id_shape, check_scores, check_targets
+from led_model.checks import check_id_shape, check_target_shape, check_targets
 from led_model.config import LEDConfig
 from led_model.modeling.model import LEDModel
 from led_model.modeling.outputs import Seq2SeqQuestionAnsweringModelOutput, Seq2SeqSequenceClassifierOutput
 
 
 class LEDForQuestionAnswering(LEDPreTrainedModel):
-    """Where in the text the answer starts and ends: two logits for every token of the decoder."""
+    """Finds where in the text an answer starts and ends, by two logits for every token of the decoder."""
 
     def __init__(self, config: LEDConfig) -> None:
         super().__init__(config)
@@ -31,7 +31,7 @@ class LEDForQuestionAnswering(LEDPreTrainedModel):
         end_positions: Tensor | None = None,
         **inputs,
     ) -> Seq2SeqQuestionAnsweringModelOutput:
-        """Arguments of :meth:`LEDModel.forward`, and the labels.
+        """Returns logits, and the loss if there are labels; the other arguments are :meth:`LEDModel.forward`'s.
 
         Args:
             start_positions, end_positions: int ``[batch]`` or ``[batch, 1]``; with both, the loss is the mean
@@ -52,7 +52,7 @@ class LEDForQuestionAnswering(LEDPreTrainedModel):
 
 
 class ClassificationHead(nn.Module):
-    """``[batch, d_model]`` to ``[batch, num_labels]`` through one hidden layer."""
+    """Maps ``[batch, d_model]`` to ``[batch, num_labels]`` through one hidden layer."""
 
     def __init__(self, config: LEDConfig) -> None:
         super().__init__()
@@ -67,9 +67,9 @@ class ClassificationHead(nn.Module):
 
 
 class LEDForSequenceClassification(LEDPreTrainedModel):
-    """One label, several labels or numbers for a text, read off the decoder at its last eos token.
+    """Gives a text one label, several labels or numbers, which are read off the decoder at its last eos token.
 
-    As in transformers 4, whose last releases have this class.
+    It computes what the class of this name in transformers 4 does.
     """
 
     def __init__(self, config: LEDConfig) -> None:
@@ -86,7 +86,7 @@ class LEDForSequenceClassification(LEDPreTrainedModel):
         labels: Tensor | None = None,
         **inputs,
     ) -> Seq2SeqSequenceClassifierOutput:
-        """Arguments of :meth:`LEDModel.forward`, and ``labels``.
+        """Returns logits, and the loss if ``labels`` are given; the other arguments are :meth:`LEDModel.forward`'s.
 
         Args:
             input_ids: int ``[batch, source]``, with as many eos tokens in every row; the decoder's input has
@@ -144,7 +144,7 @@ class LEDForSequenceClassification(LEDPreTrainedModel):
                 "'multi_label_classification'."
             )
         is_flat = kind == "regression" and num_labels == 1
-        check_scores("labels", labels, [(batch,)] * is_flat + [(batch, num_labels)], logits)
+        check_target_shape("labels", labels, [(batch,)] * is_flat + [(batch, num_labels)], logits)
         labels = labels if labels.is_floating_point() else labels.to(logits.dtype)
         if kind == "regression":
             return F.mse_loss(logits.view_as(labels), labels)

@@ -1,4 +1,4 @@
-"""One encoder layer and one decoder layer: attention, residual, norm, feed-forward, residual, norm."""
+"""Defines the layers of encoder and decoder, each block of which ends in a residual and a norm."""
 
 from __future__ import annotations
 
@@ -7,21 +7,21 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from led_kernels import LongformerMask
-from led_kernels.decode import few_rows_add_norm, few_rows_linear
 from led_kernels.eager import is_eager
-from led_kernels.projection import runs_its_own_code
+from led_kernels.gemv import few_rows_add_norm, few_rows_linear
+from led_kernels.modules import runs_its_own_code
 from led_model.activations import ACTIVATIONS
 from led_model.config import LEDConfig
 from led_model.generation.cache import StaticKVCache
 from led_model.modeling.attention import CrossAttention, DecoderSelfAttention, EncoderSelfAttention
 from led_model.modeling.outputs import LayerRecord
 
-# Rows of the feed-forward computed at a time in inference, so that [rows, ffn_dim] stays small.
+# In inference this many rows of the feed-forward are computed at a time, so that [rows, ffn_dim] stays small.
 _FEED_FORWARD_ROWS = 1024
 
 
 class _Layer(nn.Module):
-    """What both layers share: dropout, residual and norm after each block, and the feed-forward."""
+    """Holds what both kinds of layer share: dropout, residual and norm after each block, and the feed-forward."""
 
     def __init__(self, config: LEDConfig, ffn_dim: int) -> None:
         super().__init__()
@@ -39,7 +39,10 @@ class _Layer(nn.Module):
         return few_rows_add_norm(residual, block, norm)
 
     def feed_forward(self, hidden: Tensor) -> Tensor:
-        """The second half of a layer; in inference a long ``hidden`` in pieces, unless hooks shall see it whole."""
+        """Returns what the second half of a layer makes of ``hidden``.
+
+        In inference a long ``hidden`` is computed in pieces, unless hooks want to see it whole.
+        """
         is_short = hidden.numel() <= _FEED_FORWARD_ROWS * hidden.shape[-1]
         if is_short or self.training or torch.is_grad_enabled() or not is_eager(hidden):
             return self._feed_forward(hidden)
@@ -69,7 +72,7 @@ class EncoderLayer(_Layer):
     def forward(self, hidden: Tensor, mask: LongformerMask) -> Tensor:
         hidden = self.add_and_norm(hidden, self.self_attn(hidden, mask), self.self_attn_layer_norm)
         hidden = self.feed_forward(hidden)
-        if hidden.dtype == torch.float16:  # cut what overflowed, without asking whether any did; NaN stays
+        if hidden.dtype == torch.float16:  # what overflowed becomes finite, and NaN stays
             limit = torch.finfo(torch.float16).max - 1000
             hidden = hidden.clamp(-limit, limit)
         return hidden
@@ -86,7 +89,7 @@ class DecoderLayer(_Layer):
         self,
         hidden: Tensor,
         mask: Tensor | None,
-        slots: Tensor | None,
+        cache_indices: Tensor | None,
         cross_keys_values: tuple[Tensor, Tensor],
         cross_mask: Tensor | None,
         cache: StaticKVCache | None,
@@ -94,7 +97,7 @@ class DecoderLayer(_Layer):
     ) -> Tensor:
         if record is not None:
             record.self_attention.append((self.self_attn, hidden))
-        attended = self.self_attn(hidden, mask, slots, cache)
+        attended = self.self_attn(hidden, mask, cache_indices, cache)
         hidden = self.add_and_norm(hidden, attended, self.self_attn_layer_norm)
         if record is not None:
             record.cross_attention.append((self.encoder_attn, hidden))

@@ -1,4 +1,4 @@
-"""Attention probabilities of a run, layer by layer, from what its :class:`LayerRecord` kept."""
+"""Computes the attention probabilities of a run, layer by layer, from what its :class:`LayerRecord` kept."""
 
 from __future__ import annotations
 
@@ -11,12 +11,17 @@ from led_kernels.attention_weights import (
     global_attention_weights,
 )
 from led_kernels.projection import project_global_queries
+from led_model.masks import causal_mask, key_mask
 from led_model.modeling.outputs import LayerRecord
 
 
 def encoder_attentions(record: LayerRecord) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...] | None]:
-    """Of local tokens, per layer ``[batch, heads, seqlen, max_globals + 2 * window_size + 1]``, and of global
-    tokens, per layer ``[batch, heads, seqlen, max_globals]``, ``None`` when there are none."""
+    """Returns the probabilities of the encoder's local tokens and of its global tokens.
+
+    Returns:
+        per layer ``[batch, heads, seqlen, max_globals + 2 * window_size + 1]``, and per layer
+        ``[batch, heads, seqlen, max_globals]``, or ``None`` when there are no global tokens.
+    """
     mask = record.mask
     local, of_globals = [], []
     for attention, hidden in record.self_attention:
@@ -30,29 +35,34 @@ def encoder_attentions(record: LayerRecord) -> tuple[tuple[Tensor, ...], tuple[T
 
 
 def decoder_attentions(record: LayerRecord, attention_mask: Tensor | None) -> tuple[Tensor, ...]:
-    """Per layer ``[batch, heads, target, target]``; ``attention_mask`` ``[batch, target]``, nonzero for
-    tokens. Rows that see no token are zero."""
+    """Returns the probabilities of the decoder's self-attention, per layer ``[batch, heads, target, target]``.
+
+    ``attention_mask`` is ``[batch, target]``, nonzero for tokens. Rows that see no token are zero.
+    """
     weights = []
     for attention, hidden in record.self_attention:
-        target = hidden.shape[1]
-        allowed = torch.ones(target, target, dtype=torch.bool, device=hidden.device).tril()
-        if attention_mask is not None:
-            allowed = allowed & (attention_mask != 0)[:, None, None, :]
+        allowed = causal_mask(torch.arange(hidden.shape[1], device=hidden.device), attention_mask)
         q, k, _ = attention.qkv(hidden).unflatten(-1, (3, attention.num_heads, -1)).transpose(1, 3).unbind(2)
         weights.append(attention_weights(q, k, allowed))
     return tuple(weights)
 
 
-def cross_attentions(record: LayerRecord, encoded: Tensor, cross_mask: Tensor | None) -> tuple[Tensor, ...]:
-    """Per layer ``[batch, heads, target, source]`` over ``encoded`` ``[batch, source, d_model]``;
-    ``cross_mask`` ``[batch, source]``, nonzero for tokens. A document of only padding is averaged over."""
-    if cross_mask is None:
-        cross_mask = encoded.new_ones(encoded.shape[:2])
-    allowed = (cross_mask != 0)[:, None, None, :]
+def cross_attentions(
+    record: LayerRecord, encoder_hidden_states: Tensor, attention_mask: Tensor | None
+) -> tuple[Tensor, ...]:
+    """Returns the probabilities of the cross-attention, per layer ``[batch, heads, target, source]``.
+
+    ``encoder_hidden_states`` is ``[batch, source, d_model]`` and ``attention_mask`` ``[batch, source]``, nonzero for
+    tokens. A document of only padding is averaged over.
+    """
+    batch, source, _ = encoder_hidden_states.shape
+    if attention_mask is None:
+        attention_mask = encoder_hidden_states.new_ones(batch, source)
+    allowed = key_mask(attention_mask)
     weights = []
     for attention, hidden in record.cross_attention:
         q = attention.q_proj(hidden).unflatten(-1, (attention.num_heads, -1)).transpose(1, 2)
-        k = attention.k_proj(encoded).unflatten(-1, (attention.num_heads, -1)).transpose(1, 2)
+        k = attention.k_proj(encoder_hidden_states).unflatten(-1, (attention.num_heads, -1)).transpose(1, 2)
         some = allowed.any(-1, keepdim=True)
-        weights.append(torch.where(some, attention_weights(q, k, allowed), 1 / encoded.shape[1]).to(q.dtype))
+        weights.append(torch.where(some, attention_weights(q, k, allowed), 1 / source).to(q.dtype))
     return tuple(weights)

@@ -1,4 +1,4 @@
-"""What a forward pass returns, under transformers' names, and what it keeps on the way for that."""
+"""Defines what a forward pass returns, under transformers' names, and what it keeps on the way for that."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from led_kernels import LongformerMask
 
 @dataclass
 class LayerRecord:
-    """The inputs that one stack's layers and their attentions saw; outputs asked for are made from them.
+    """Keeps the inputs that one stack's layers and their attentions saw, from which other outputs are made.
 
     ``hidden_states`` has the input ``[batch, seqlen, d_model]`` of every layer; the others pair each attention
     that ran with its input. ``mask`` is the encoder's.
@@ -26,7 +26,7 @@ class LayerRecord:
 
 @dataclass(kw_only=True)
 class Seq2SeqOutput:
-    """What every model returns. Fields that were not asked for are ``None``.
+    """Holds what every model returns. Fields that were not asked for are ``None``.
 
     Like transformers' outputs it can be indexed by name, or by position among the fields that are not ``None``.
 
@@ -51,7 +51,7 @@ class Seq2SeqOutput:
     encoder_global_attentions: tuple[Tensor, ...] | None = None
 
     def to_tuple(self) -> tuple[Any, ...]:
-        """The values that are not ``None``, in transformers' order."""
+        """Returns the values that are not ``None``, in transformers' order."""
         own = [f.name for f in fields(self) if f.name not in _SHARED_FIELDS]
         values = (getattr(self, name) for name in (*own, *_SHARED_FIELDS))
         return tuple(value for value in values if value is not None)
@@ -69,18 +69,18 @@ _SHARED_FIELDS = tuple(f.name for f in fields(Seq2SeqOutput))
 
 @dataclass(kw_only=True)
 class Seq2SeqModelOutput(Seq2SeqOutput):
-    """``last_hidden_state`` is the decoder's, ``[batch, target, d_model]``."""
+    """Adds ``last_hidden_state``, the decoder's, ``[batch, target, d_model]``."""
 
     last_hidden_state: Tensor
 
     def shared(self) -> dict[str, Any]:
-        """The fields that a head's output repeats."""
+        """Returns the fields that a head's output repeats, by name."""
         return {name: getattr(self, name) for name in _SHARED_FIELDS}
 
 
 @dataclass(kw_only=True)
 class Seq2SeqLMOutput(Seq2SeqOutput):
-    """``loss`` (scalar, ``None`` without labels) and ``logits`` ``[batch, target, vocab_size]``."""
+    """Adds ``loss`` (scalar, ``None`` without labels) and ``logits`` ``[batch, target, vocab_size]``."""
 
     loss: Tensor | None = None
     logits: Tensor
@@ -88,7 +88,7 @@ class Seq2SeqLMOutput(Seq2SeqOutput):
 
 @dataclass(kw_only=True)
 class Seq2SeqQuestionAnsweringModelOutput(Seq2SeqOutput):
-    """``loss`` (scalar, ``None`` without positions), ``start_logits`` and ``end_logits`` ``[batch, target]``."""
+    """Adds ``loss`` (scalar, ``None`` without positions), ``start_logits`` and ``end_logits`` ``[batch, target]``."""
 
     loss: Tensor | None = None
     start_logits: Tensor
@@ -97,7 +97,7 @@ class Seq2SeqQuestionAnsweringModelOutput(Seq2SeqOutput):
 
 @dataclass(kw_only=True)
 class Seq2SeqSequenceClassifierOutput(Seq2SeqOutput):
-    """``loss`` (scalar, ``None`` without labels) and ``logits`` ``[batch, num_labels]``."""
+    """Adds ``loss`` (scalar, ``None`` without labels) and ``logits`` ``[batch, num_labels]``."""
 
     loss: Tensor | None = None
     logits: Tensor

@@ -1,1 +1,1 @@
-"""BART's byte-level BPE: its files, and what goes in and out of it."""
+"""Turns texts into token ids and back by BART's byte-level BPE, and reads and writes its files."""

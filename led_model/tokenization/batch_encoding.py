@@ -1,4 +1,4 @@
-"""Encoded texts: what a batch of them is, and how it is padded."""
+"""Defines a batch of encoded texts, and pads it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ PADDING = ("longest", "max_length", "do_not_pad")
 
 
 class BatchEncoding(dict[str, Any]):
-    """Token ids and masks by name, also as attributes: lists, or tensors if these were asked for."""
+    """Holds token ids and masks by name, also as attributes: lists, or tensors if these were asked for."""
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -23,7 +23,7 @@ class BatchEncoding(dict[str, Any]):
             raise AttributeError(f"the batch has no {name}; it has {', '.join(self)}.") from None
 
     def to(self, device: torch.device | str) -> BatchEncoding:
-        """A copy with its tensors on ``device``."""
+        """Returns a copy with its tensors on ``device``."""
         return BatchEncoding({k: v.to(device) if isinstance(v, Tensor) else v for k, v in self.items()})
 
 
@@ -36,7 +36,7 @@ def pad_encoded(
     return_tensors: str | None,
     padding_side: str = "right",
 ) -> BatchEncoding:
-    """See ``LEDTokenizer.pad``."""
+    """Pads sequences to one length; see ``LEDTokenizer.pad``."""
     check_lengths(max_length, pad_to_multiple_of)
     columns = {name: _as_lists(values) for name, values in columns_of(encoded).items()}
     if "input_ids" not in columns:
@@ -75,7 +75,7 @@ def pad_encoded(
 
 
 def strategy_name(name: str, value: bool | str, known: tuple[str, ...]) -> str:
-    """``True`` is the first that is ``known``, ``False`` the last."""
+    """Returns the name of a strategy; ``True`` means the first of those ``known``, ``False`` the last."""
     strategy = known[0 if value else -1] if isinstance(value, bool) else value
     if strategy not in known:
         raise ValueError(f"{name} is {value!r}; give True, False or one of {', '.join(known)}.")
@@ -83,7 +83,7 @@ def strategy_name(name: str, value: bool | str, known: tuple[str, ...]) -> str:
 
 
 def _padded_length(lengths: Sequence[int], how: str, max_length: int | None, multiple: int | None) -> int:
-    """What shorter rows are padded to; 0 for no padding."""
+    """Returns the length that shorter rows are padded to; 0 for no padding."""
     if how == "do_not_pad":
         return 0
     if how == "max_length" and max_length is None:
@@ -93,7 +93,7 @@ def _padded_length(lengths: Sequence[int], how: str, max_length: int | None, mul
 
 
 def _as_lists(values: Any) -> Any:
-    """Tensors, of torch or numpy, as lists."""
+    """Returns the rows as lists, whether they are lists, arrays or tensors."""
     if hasattr(values, "tolist"):
         return values.tolist()
     return [row.tolist() if hasattr(row, "tolist") else row for row in values]

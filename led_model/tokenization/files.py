@@ -12,19 +12,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from led_kernels.extras import install_extra
-from led_model.checkpoint.files import TOKENIZER, read_json
+from led_model.checkpoint.files import TOKENIZER_MIB, read_json
 from led_model.checkpoint.hub import Fetch, checkpoint_files, what_else_is_in
 from led_model.schema import (
-    FLAG,
+    BOOLEAN,
     LARGEST,
-    TEXT,
+    STRING,
     TOKEN_ID,
     Rule,
     check_values,
     list_of,
+    mapping_of,
     number,
     quoted,
-    table_of,
 )
 from led_model.tokenization.tokenizer_json import (
     TOKEN,
@@ -47,26 +47,27 @@ SPECIAL_TOKENS = {
     "mask_token": "<mask>",
 }
 
-_MOST_WORK = 3 * 10**6  # added tokens x calls that add some, each of which indexes all; a microsecond each
-_TOKEN = TEXT | TOKEN
+# This bounds added tokens times calls that add some, as each call indexes all tokens, in a microsecond each.
+_MAX_WORK = 3 * 10**6
+_TOKEN = STRING | TOKEN
 _FLAGS = ("single_word", "lstrip", "rstrip", "normalized")
 _ID_TEXT = Rule(
     "an id", lambda key: isinstance(key, str) and key.isdecimal() and len(key) < 11 and int(key) <= LARGEST
 )
-_TOKENS = (list_of(_TOKEN, "tokens") | table_of(TEXT, _TOKEN, "tokens by name")).optional
+_TOKENS = (list_of(_TOKEN, "tokens") | mapping_of(STRING, _TOKEN, "tokens by name")).optional
 _RULES = dict.fromkeys(SPECIAL_TOKENS, _TOKEN.optional) | {
-    "add_prefix_space": FLAG.optional,
+    "add_prefix_space": BOOLEAN.optional,
     "model_max_length": number(1).optional,
     "additional_special_tokens": _TOKENS,
     "extra_special_tokens": _TOKENS,
-    "added_tokens_decoder": table_of(_ID_TEXT, _TOKEN, "tokens by their ids").optional,
-    "added_tokens": table_of(TEXT, TOKEN_ID, "ids by tokens").optional,
+    "added_tokens_decoder": mapping_of(_ID_TEXT, _TOKEN, "tokens by their ids").optional,
+    "added_tokens": mapping_of(STRING, TOKEN_ID, "ids by tokens").optional,
 }
 
 
 @dataclass
 class TokenizerFiles:
-    """The tokenizer with all its added tokens, the names' special tokens, and the longest text or ``None``."""
+    """Holds a tokenizer with all its added tokens, its special tokens by name, and its longest text or ``None``."""
 
     tokenizer: Tokenizer
     special_tokens: dict[str, str]
@@ -76,7 +77,7 @@ class TokenizerFiles:
 def read_tokenizer_files(
     path_or_id: str | os.PathLike[str], revision: str | None, hub_options: Mapping[str, Any] | None = None
 ) -> TokenizerFiles:
-    """See ``LEDTokenizer.from_pretrained``."""
+    """Reads a checkpoint's tokenizer; see ``LEDTokenizer.from_pretrained``."""
     try:
         import tokenizers  # noqa: F401
     except ImportError:
@@ -98,7 +99,7 @@ def read_tokenizer_files(
         (is_special, [token for token, _ in tokens])
         for is_special, tokens in groupby(added, key=lambda item: item[0].special)
     ]
-    if len(groups) * len(added) > _MOST_WORK:
+    if len(groups) * len(added) > _MAX_WORK:
         raise ValueError(
             f"{path_or_id} has {len(added):,} added tokens, of which special and others alternate {len(groups):,} "
             "times, and would be read for minutes; keep those that are in use."
@@ -122,8 +123,9 @@ def read_tokenizer_files(
 def _check_ids(
     fetch: Fetch, tokenizer: Tokenizer, special_tokens: Mapping[str, str], source: str | os.PathLike[str]
 ) -> None:
-    """Holds the special tokens' ids against config.json, where there is one and it says them: where the two contradict
-    each other, a text would end at another token, and padding would be read.
+    """Checks the special tokens' ids against those of config.json, where there are any.
+
+    Where the two contradict each other, a text would end at another token, and padding would be read.
 
     Raises:
         ValueError: naming the token and both ids.
@@ -134,7 +136,7 @@ def _check_ids(
         stated_ids = stated.get(f"{name}_id")
         ids = stated_ids if isinstance(stated_ids, list) else [stated_ids]
         token, token_id = special_tokens[name], tokenizer.token_to_id(special_tokens[name])
-        if all(map(TOKEN_ID.holds, ids)) and ids and token_id not in ids:
+        if all(map(TOKEN_ID.accepts, ids)) and ids and token_id not in ids:
             raise ValueError(
                 f"{name}_id in config.json of {source} is {reprlib.repr(stated_ids)}, but its tokenizer's {name} "
                 f"{quoted(token)} has the id {token_id}; make them agree."
@@ -142,6 +144,7 @@ def _check_ids(
 
 
 def _backend(fetch: Fetch, source: str | os.PathLike[str]) -> Tokenizer:
+    """Returns the library's tokenizer, without tokens that other files add."""
     if (path := fetch("tokenizer.json")) is not None:
         return read_tokenizer_json(path)
     vocab, merges = fetch("vocab.json"), fetch("merges.txt")
@@ -154,11 +157,11 @@ def _backend(fetch: Fetch, source: str | os.PathLike[str]) -> Tokenizer:
 
 
 def _settings(fetch: Fetch) -> dict[str, Any]:
-    """tokenizer_config.json, completed from the two files that older checkpoints have beside it."""
+    """Returns tokenizer_config.json, completed from the two files that older checkpoints have beside it."""
 
     def read(name: str) -> dict[str, Any]:
         path: Path | None = fetch(name)
-        return {} if path is None else read_json(path, TOKENIZER)
+        return {} if path is None else read_json(path, TOKENIZER_MIB)
 
     settings = read("tokenizer_config.json")
     if "added_tokens_decoder" not in settings:
@@ -170,7 +173,7 @@ def _settings(fetch: Fetch) -> dict[str, Any]:
 def _added_tokens(
     tokenizer: Tokenizer, settings: Mapping[str, Any], named: Iterable[str]
 ) -> Iterator[tuple[AddedToken, int | None]]:
-    """What is still to be added, in this order, with the id it must get where a file says one."""
+    """Yields the tokens still to be added, in order, each with the id that it must get where a file says one."""
     extra = settings.get("additional_special_tokens") or settings.get("extra_special_tokens") or []
     extra = list(extra.values()) if isinstance(extra, Mapping) else extra
     special = {*named, *map(_content, extra)}

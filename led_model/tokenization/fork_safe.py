@@ -1,4 +1,8 @@
-"""Locks that a fork waits for: a child has no thread that would release one, nor what it guards inside a library."""
+"""Makes locks that a fork waits for.
+
+A child process has no thread that would release a lock held at the fork, nor one that would finish what the lock
+guards inside a library.
+"""
 
 from __future__ import annotations
 
@@ -8,11 +12,11 @@ from weakref import WeakSet
 
 _locks: WeakSet[threading.RLock] = WeakSet()
 _held_for_fork: list[threading.RLock] = []
-_one_fork = threading.RLock()  # at a time: two that take each other's locks would wait for ever
+_one_fork = threading.RLock()  # held while one forks, as two that take each other's locks would wait for ever
 
 
 def new_lock() -> threading.RLock:
-    """A lock that is free in children of this process, and was free when they were made."""
+    """Returns a lock that is free in children of this process, and was free when they were made."""
     lock = threading.RLock()
     _locks.add(lock)
     return lock
@@ -31,5 +35,5 @@ def _after_fork() -> None:
     _one_fork.release()
 
 
-if hasattr(os, "register_at_fork"):  # where processes fork at all
+if hasattr(os, "register_at_fork"):  # Windows has no forks
     os.register_at_fork(before=_before_fork, after_in_parent=_after_fork, after_in_child=_after_fork)

@@ -1,4 +1,4 @@
-"""What a tokenizer is given: texts, token ids and lengths, told apart before the library behind it fails on them."""
+"""Checks the texts, token ids and lengths that a tokenizer is given, before the library behind it fails on them."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ from collections.abc import Iterable, Mapping, Sequence
 from operator import index
 from typing import Any
 
-from led_model.schema import check_values, whole
+from led_model.schema import check_values, integer
 
-_LENGTHS = {"max_length": whole(0).optional, "pad_to_multiple_of": whole(0).optional}
-_LARGEST_ID = 2**32 - 1  # that the library takes
+_LENGTHS = {"max_length": integer(0).optional, "pad_to_multiple_of": integer(0).optional}
+_LARGEST_ID = 2**32 - 1  # the library takes no larger ones
 
 
 def texts_of(name: str, value: Any) -> list[str]:
-    """The texts of a text or of several.
+    """Returns a list of a text or of several.
 
     Raises:
         TypeError: for anything else.
@@ -30,7 +30,7 @@ def texts_of(name: str, value: Any) -> list[str]:
 
 
 def check_lengths(max_length: Any, pad_to_multiple_of: Any) -> None:
-    """Whole numbers of 0 or more, or ``None``.
+    """Checks that lengths are integers of 0 or more, or ``None``.
 
     Raises:
         ValueError: naming the argument.
@@ -39,10 +39,10 @@ def check_lengths(max_length: Any, pad_to_multiple_of: Any) -> None:
 
 
 def token_ids_of(value: Any) -> list[int]:
-    """Token ids of a tensor, an array, a list or a single id.
+    """Returns a list of the token ids of a tensor, an array, a list or a single id.
 
     Raises:
-        ValueError: for what no id can be, and for several rows of them.
+        ValueError: for numbers that cannot be ids, and for several rows of ids.
     """
     value = value.tolist() if hasattr(value, "tolist") else value
     given = list(value) if isinstance(value, Iterable) and not isinstance(value, str) else [value]
@@ -62,7 +62,7 @@ def token_ids_of(value: Any) -> list[int]:
 
 
 def columns_of(encoded: Any) -> dict[str, Any]:
-    """The entries of a batch, or of a list of single encodings, by name.
+    """Returns the entries of a batch, or of a list of single encodings, by name.
 
     Raises:
         TypeError: when it is neither.

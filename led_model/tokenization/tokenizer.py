@@ -1,12 +1,10 @@
-"""BART's byte-level BPE, which LED checkpoints use, on the ``tokenizers`` library."""
+"""Defines the tokenizer of LED checkpoints, BART's byte-level BPE, on the ``tokenizers`` library."""
 
 from __future__ import annotations
 
-import copy
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,82 +12,40 @@ from torch import Tensor
 
 from led_model.checkpoint.hub import HUB_OPTIONS
 from led_model.schema import check_names
+from led_model.tokenization.base import TokenizerBase
 from led_model.tokenization.batch_encoding import PADDING, BatchEncoding, pad_encoded, strategy_name
 from led_model.tokenization.files import SPECIAL_TOKENS, read_tokenizer_files
-from led_model.tokenization.fork_safe import new_lock
 from led_model.tokenization.text_checks import check_lengths, texts_of, token_ids_of
 from led_model.tokenization.tokenizer_json import library_errors
 
 if TYPE_CHECKING:
-    from tokenizers import Encoding, Tokenizer
+    from tokenizers import Encoding
 
 _UNREADABLE = ("the tokenizer fails at a text or ids", "take the one that belongs to the checkpoint")
 _TRUNCATION = ("longest_first", "only_first", "only_second", "do_not_truncate")
 
 
-class LEDTokenizer:
-    """Text to token ids, ``<s> text </s>`` or ``<s> text </s></s> pair </s>``, and back.
+class LEDTokenizer(TokenizerBase):
+    """Turns texts into token ids, ``<s> text </s>`` or ``<s> text </s></s> pair </s>``, and back.
 
     Names, arguments and ids are those of transformers' ``LEDTokenizer``; padding is to the right, unless
     ``padding_side`` is set to "left". Each special token, ``bos_token`` to ``mask_token``, has its id in
     ``bos_token_id`` and so on. ``tokenizer`` is the underlying ``tokenizers.Tokenizer``, ``model_max_length``
-    what the checkpoint says, or ``None``. Threads may share one, and transformers' collators take it.
+    what the checkpoint says, or ``None``. Threads may share a tokenizer, and transformers' collators take it.
 
     >>> tokenizer = LEDTokenizer.from_pretrained(directory)
     >>> batch = tokenizer(["A text.", "A longer text."], padding=True, return_tensors="pt")
     >>> output = model(**batch)
     """
 
-    bos_token: str
-    eos_token: str
-    sep_token: str
-    cls_token: str
-    unk_token: str
-    pad_token: str
-    mask_token: str
-    bos_token_id: int
-    eos_token_id: int
-    sep_token_id: int
-    cls_token_id: int
-    unk_token_id: int
-    pad_token_id: int
-    mask_token_id: int
     model_input_names = ("input_ids", "attention_mask")
     is_fast = True
-
-    def __init__(
-        self,
-        tokenizer: Tokenizer,
-        special_tokens: Mapping[str, str] | None = None,
-        model_max_length: int | None = None,
-    ) -> None:
-        """
-        Args:
-            special_tokens: ``{"pad_token": "<pad>", …}`` where they are not BART's; all in the vocabulary.
-        """
-        from tokenizers import processors
-
-        self.tokenizer = tokenizer
-        self.model_max_length = model_max_length
-        self.padding_side = "right"
-        self._lock = new_lock()
-        for name, token in (SPECIAL_TOKENS | dict(special_tokens or {})).items():
-            setattr(self, name, token)
-            setattr(self, f"{name}_id", tokenizer.token_to_id(token))
-        # what a tokenizer.json may ask for, and a whole document must not get
-        tokenizer.no_truncation()
-        tokenizer.no_padding()
-        tokenizer.post_processor = processors.RobertaProcessing(
-            (self.sep_token, self.sep_token_id),
-            (self.cls_token, self.cls_token_id),
-            add_prefix_space=self.add_prefix_space,
-        )
 
     @classmethod
     def from_pretrained(
         cls, path_or_id: str | os.PathLike[str], *, revision: str | None = None, **hub_options: Any
     ) -> LEDTokenizer:
-        """From a directory or hub id with tokenizer.json, or with vocab.json and merges.txt.
+        """Returns the tokenizer of a directory or hub id with tokenizer.json, or with vocab.json and merges.txt.
 
         Special and added tokens are those of tokenizer_config.json, special_tokens_map.json and
         added_tokens.json, where these files are there.
@@ -107,28 +63,6 @@ class LEDTokenizer:
         check_names(hub_options, HUB_OPTIONS, "from_pretrained")
         files = read_tokenizer_files(path_or_id, revision, hub_options)
         return cls(files.tokenizer, files.special_tokens, files.model_max_length)
-
-    def __getstate__(self) -> dict[str, Any]:
-        state = {name: value for name, value in vars(self).items() if name != "_lock"}
-        with self._reading(None, "do_not_truncate", False):  # not with the settings of another thread's call
-            return state | {"tokenizer": copy.deepcopy(self.tokenizer)}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        vars(self).update(state, _lock=new_lock())
-
-    def __len__(self) -> int:
-        """Tokens with an id, added ones included: the rows that an embedding needs."""
-        return self.tokenizer.get_vocab_size(with_added_tokens=True)
-
-    @property
-    def vocab_size(self) -> int:
-        """Tokens of the BPE alone."""
-        return self.tokenizer.get_vocab_size(with_added_tokens=False)
-
-    @property
-    def add_prefix_space(self) -> bool:
-        """Whether a text is read as if a space preceded it."""
-        return getattr(self.tokenizer.pre_tokenizer, "add_prefix_space", False)
 
     def __call__(
         self,
@@ -157,9 +91,9 @@ class LEDTokenizer:
             padding: ``True`` or "longest" of the batch, or "max_length"; always to the right.
             pad_to_multiple_of: padded length is rounded up to a multiple of this.
             split_special_tokens: read ``</s>`` in a text as any other text, not as the end.
-            return_special_tokens_mask: also ``special_tokens_mask``, 1 at special tokens and padding.
-            return_offsets_mapping: also ``offset_mapping``, each token's first character and the one after
-                its last.
+            return_special_tokens_mask: whether ``special_tokens_mask`` is returned, 1 at special tokens and padding.
+            return_offsets_mapping: whether ``offset_mapping`` is returned, each token's first character and the one
+                after its last.
             return_tensors: "pt" for int64 tensors ``[batch, length]``, a single text as a batch of one.
 
         Returns:
@@ -210,7 +144,7 @@ class LEDTokenizer:
         )
         if strategy == "do_not_truncate":
             errors = library_errors(*_UNREADABLE)
-        with errors, self._reading(max_length, strategy, split_special_tokens):
+        with errors, self._settings(max_length, strategy, split_special_tokens):
             encodings = self.tokenizer.encode_batch(inputs, add_special_tokens=add_special_tokens)
 
         names = ["input_ids", "attention_mask"]
@@ -231,7 +165,7 @@ class LEDTokenizer:
         *,
         padding_side: str | None = None,
     ) -> BatchEncoding:
-        """Brings sequences to one length: a batch, a list of single encodings, or a single one.
+        """Pads sequences to one length: a batch, a list of single encodings, or a single one.
 
         ``input_ids`` gets the padding token, ``attention_mask`` (made if it is missing) 0,
         ``special_tokens_mask`` 1, ``offset_mapping`` (0, 0), and ``global_attention_mask`` -1, for 0 means
@@ -250,56 +184,19 @@ class LEDTokenizer:
             encoded, self.pad_token_id, padding, max_length, pad_to_multiple_of, return_tensors, side
         )
 
-    def token_id(self, token: str) -> int | None:
-        """The id of a token of the vocabulary or of the added ones, ``None`` when there is no such token."""
-        if not isinstance(token, str):
-            raise TypeError(f"token is a {type(token).__name__}; give a text.")
-        return self.tokenizer.token_to_id(token)
-
-    @property
-    def doc_sep_token_id(self) -> int | None:
-        """The id of ``<doc-sep>``, which PRIMERA puts between documents; ``None`` in other vocabularies."""
-        return self.token_id("<doc-sep>")
-
-    def convert_tokens_to_ids(self, tokens: str | Sequence[str]) -> int | list[int]:
-        """Ids of tokens, that of the unknown token for those that there are not."""
-        if isinstance(tokens, str):
-            token_id = self.token_id(tokens)
-            return self.unk_token_id if token_id is None else token_id
-        if not isinstance(tokens, Iterable):
-            raise TypeError(f"tokens is a {type(tokens).__name__}; give a token or a list of tokens.")
-        return [self.convert_tokens_to_ids(token) for token in tokens]
-
-    def get_special_tokens_mask(
-        self, token_ids: Sequence[int], already_has_special_tokens: bool = True
-    ) -> list[int]:
-        """1 for special tokens in ``token_ids``, which have theirs already, and 0 for others.
-
-        Raises:
-            ValueError: for ids to which special tokens would still have to be added.
-        """
-        if not already_has_special_tokens:
-            raise ValueError(
-                "already_has_special_tokens is False; ask for return_special_tokens_mask instead."
-            )
-        added = self.tokenizer.get_added_tokens_decoder().items()
-        special = {token_id for token_id, token in added if token.special}
-        special |= {getattr(self, f"{name}_id") for name in SPECIAL_TOKENS}
-        return [int(token_id in special) for token_id in token_ids]
-
     def encode(self, text: str, text_pair: str | None = None) -> list[int]:
-        """Token ids of a text, or of a pair, with the special tokens around them."""
+        """Returns the token ids of a text, or of a pair, with the special tokens around them."""
         for name, given in (("text", text), ("text_pair", "" if text_pair is None else text_pair)):
             if not isinstance(given, str):
                 raise TypeError(f"{name} is a {type(given).__name__}; give a text.")
-        with library_errors(*_UNREADABLE), self._reading(None, "do_not_truncate", False):
+        with library_errors(*_UNREADABLE), self._settings(None, "do_not_truncate", False):
             return self.tokenizer.encode(text, text_pair).ids
 
     def decode(self, token_ids: Iterable[int] | Tensor, skip_special_tokens: bool = False) -> str:
-        """Text of ``token_ids``, with or without the special tokens among them.
+        """Returns the text of ``token_ids``, with or without the special tokens among them.
 
         Raises:
-            ValueError: for what no id can be, such as the -100 of labels.
+            ValueError: for numbers that cannot be ids, such as the -100 of labels.
         """
         ids = token_ids_of(token_ids)
         with library_errors(*_UNREADABLE):
@@ -308,7 +205,7 @@ class LEDTokenizer:
     def batch_decode(
         self, sequences: Iterable[Iterable[int]] | Tensor, skip_special_tokens: bool = False
     ) -> list[str]:
-        """:meth:`decode` for each row of ``sequences``."""
+        """Returns the text of each row of ``sequences``, as :meth:`decode` does."""
         if not isinstance(sequences, Iterable) or isinstance(sequences, str):
             raise TypeError(f"sequences is a {type(sequences).__name__}; give a list of rows of token ids.")
         return [self.decode(row, skip_special_tokens) for row in sequences]
@@ -330,7 +227,8 @@ class LEDTokenizer:
         backend, config = (
             Path(save_directory) / name for name in ("tokenizer.json", "tokenizer_config.json")
         )
-        with self._reading(None, "do_not_truncate", False):  # whose settings would be saved, too
+        # The settings of another thread's call would be saved too.
+        with self._settings(None, "do_not_truncate", False):
             self.tokenizer.save(str(backend))
         flags = ("content", "lstrip", "normalized", "rstrip", "single_word", "special")
         settings = {
@@ -347,22 +245,8 @@ class LEDTokenizer:
         config.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
         return (*vocabulary, str(backend), str(config))
 
-    @contextmanager
-    def _reading(self, max_length: int | None, truncation: str, split_special_tokens: bool) -> Iterator[None]:
-        """These settings belong to the library's tokenizer, not to a call: one thread at a time may have its own."""
-        with self._lock:
-            self.tokenizer.no_truncation()
-            if truncation != "do_not_truncate":
-                self.tokenizer.enable_truncation(max_length, strategy=truncation)
-            self.tokenizer.encode_special_tokens = split_special_tokens
-            try:
-                yield
-            finally:
-                self.tokenizer.no_truncation()
-                self.tokenizer.encode_special_tokens = False
-
     def _longest(self, max_length: int | None, special: int) -> int:
-        """The length to truncate to, once it is known to leave room for the special tokens."""
+        """Returns the length to truncate to, which must leave room for the special tokens."""
         longest = self.model_max_length if max_length is None else max_length
         if longest is None:
             raise ValueError("truncation needs max_length, for the checkpoint's tokenizer does not say one.")
@@ -372,5 +256,6 @@ class LEDTokenizer:
 
 
 def _column(encoding: Encoding, name: str) -> list[Any]:
+    """Returns an entry of one text by transformers' name for it."""
     attribute = {"input_ids": "ids", "offset_mapping": "offsets"}.get(name, name)
     return getattr(encoding, attribute)

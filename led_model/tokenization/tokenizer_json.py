@@ -1,4 +1,4 @@
-"""What a byte-level BPE's tokenizer.json, vocab.json and merges.txt may hold, asked before the library reads them.
+"""Checks a byte-level BPE's tokenizer.json, vocab.json and merges.txt before the library reads them.
 
 The library's other components may end the process, fail at a text instead of here, or make a document of any length
 out of a short one.
@@ -12,81 +12,83 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from led_model.checkpoint.files import TOKENIZER, read_json, read_whole
+from led_model.checkpoint.files import TOKENIZER_MIB, read_bounded, read_json
 from led_model.checkpoint.hub import first_line
 from led_model.schema import (
     ANYTHING,
-    FLAG,
-    TEXT,
+    BOOLEAN,
+    STRING,
     TOKEN_ID,
     Rule,
     check_values,
     list_of,
+    mapping_of,
     object_of,
     one_of,
     quoted,
-    table_of,
 )
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
 _TOKEN_FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
-TOKEN = object_of('an object with "content"', {"content": TEXT}, dict.fromkeys(_TOKEN_FLAGS, FLAG))
-_VOCABULARY = {"vocab": table_of(TEXT, TOKEN_ID, "ids by tokens")}
+TOKEN = object_of('an object with "content"', {"content": STRING}, dict.fromkeys(_TOKEN_FLAGS, BOOLEAN))
+_VOCABULARY = {"vocab": mapping_of(STRING, TOKEN_ID, "ids by tokens")}
 
 _BYTE_LEVEL = object_of(
     "an object of type ByteLevel",
     {"type": one_of("ByteLevel")},
-    dict.fromkeys(("add_prefix_space", "trim_offsets", "use_regex"), FLAG),
+    dict.fromkeys(("add_prefix_space", "trim_offsets", "use_regex"), BOOLEAN),
 )
 
 
-def _alone(name: str) -> Rule:
-    """ByteLevel, or a sequence of it: two would spell bytes of bytes."""
+def _single_byte_level(name: str) -> Rule:
+    """Returns a rule for ByteLevel, alone or in a sequence of one, as two would spell bytes of bytes."""
     sequence = {"type": one_of("Sequence"), name: list_of(_BYTE_LEVEL, "it", least=1, most=1)}
     return _BYTE_LEVEL | object_of("a Sequence of it alone", sequence)
 
 
 _RULES = {
     "added_tokens": list_of(
-        object_of("", {"content": TEXT, "id": TOKEN_ID} | dict.fromkeys(_TOKEN_FLAGS, FLAG)),
+        object_of("", {"content": STRING, "id": TOKEN_ID} | dict.fromkeys(_TOKEN_FLAGS, BOOLEAN)),
         "tokens, each with its id and flags",
     ),
     "normalizer": object_of(
         "an object of type NFC, NFD, NFKC, NFKD or Lowercase",
         {"type": one_of("NFC", "NFD", "NFKC", "NFKD", "Lowercase")},
     ).optional,
-    "pre_tokenizer": _alone("pretokenizers"),
-    "decoder": _alone("decoders"),
+    "pre_tokenizer": _single_byte_level("pretokenizers"),
+    "decoder": _single_byte_level("decoders"),
 }
 _MODEL_RULES = _VOCABULARY | {
     "type": one_of("BPE"),
-    "merges": list_of(TEXT | list_of(TEXT, "two tokens", least=2, most=2), "pairs of tokens"),
+    "merges": list_of(STRING | list_of(STRING, "two tokens", least=2, most=2), "pairs of tokens"),
     "dropout": one_of(None, 0.0, 0),
-    "unk_token": TEXT.optional,
+    "unk_token": STRING.optional,
     "continuing_subword_prefix": one_of(None, ""),
     "end_of_word_suffix": one_of(None, ""),
-    "fuse_unk": FLAG,
-    "byte_fallback": FLAG,
-    "ignore_merges": FLAG,
+    "fuse_unk": BOOLEAN,
+    "byte_fallback": BOOLEAN,
+    "ignore_merges": BOOLEAN,
 }
 
 
 def read_tokenizer_json(path: Path) -> Tokenizer:
-    """Of a byte-level BPE, without what it says of special tokens around a text, padding and truncation.
+    """Returns the byte-level BPE of a tokenizer.json, without its special tokens around a text, padding and truncation.
 
     Raises:
         ValueError: when it is of another kind, or cannot be read.
     """
     from tokenizers import Tokenizer
 
-    stored = read_json(path, TOKENIZER)
+    stored = read_json(path, TOKENIZER_MIB)
     shown = {"added_tokens": [], "normalizer": None, "pre_tokenizer": None, "decoder": None}
     shown |= {name: stored[name] for name in shown if name in stored}
     model = {"type": "BPE", "vocab": None, "merges": None}
     try:
-        check_values({"model": stored.get("model")}, {"model": table_of(TEXT, ANYTHING, "settings of a BPE")})
+        check_values(
+            {"model": stored.get("model")}, {"model": mapping_of(STRING, ANYTHING, "settings of a BPE")}
+        )
         model |= {name: stored["model"][name] for name in _MODEL_RULES if name in stored["model"]}
         check_values(shown, _RULES)
         check_values(model, _MODEL_RULES)
@@ -104,20 +106,20 @@ def read_tokenizer_json(path: Path) -> Tokenizer:
 
 
 def read_vocabulary(vocab: Path, merges: Path) -> Tokenizer:
-    """Of vocab.json and merges.txt.
+    """Returns the byte-level BPE of vocab.json and merges.txt.
 
     Raises:
         ValueError: when one cannot be read, or has no meaning.
     """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-    ids = {"vocab": read_json(vocab, TOKENIZER)}
+    ids = {"vocab": read_json(vocab, TOKENIZER_MIB)}
     try:
         check_values(ids, _VOCABULARY)
         _check_ids(ids["vocab"])
     except ValueError as error:
         raise ValueError(f"{vocab}: {error}") from None
-    read_whole(merges, TOKENIZER)
+    read_bounded(merges, TOKENIZER_MIB)
     with library_errors(f"{vocab} and {merges} are no readable BPE", "fetch them again"):
         tokenizer = Tokenizer(models.BPE.from_file(str(vocab), str(merges)))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -126,7 +128,11 @@ def read_vocabulary(vocab: Path, merges: Path) -> Tokenizer:
 
 
 def check_id(tokenizer: Tokenizer, token: str, token_id: int, source: object) -> None:
-    """Raises ValueError when the library has given an added token another id than the file says."""
+    """Checks that the library has given an added token the id that the file says.
+
+    Raises:
+        ValueError: when it has not.
+    """
     if (found := tokenizer.token_to_id(token)) != token_id:
         raise ValueError(
             f"{source} gives added token {quoted(token)} the id {token_id}, but in its vocabulary it becomes {found}; "
@@ -136,17 +142,22 @@ def check_id(tokenizer: Tokenizer, token: str, token_id: int, source: object) ->
 
 @contextmanager
 def library_errors(what: str, remedy: str) -> Iterator[None]:
-    """Turns what the library raises, bare ``Exception`` and what pyo3 makes of a panic, into a sentence."""
+    """Turns what the library raises, a bare ``Exception`` or what pyo3 makes of a panic, into a ValueError."""
     try:
         yield
     except BaseException as error:
-        is_callers = isinstance(error, (TypeError, UnicodeError))  # what is no text
+        is_callers = isinstance(error, (TypeError, UnicodeError))  # the caller gave what is no text
         if is_callers or not (isinstance(error, Exception) or type(error).__name__ == "PanicException"):
             raise
         raise ValueError(f"{what} ({first_line(error)}); {remedy}.") from None
 
 
 def _check_ids(vocab: Mapping[str, int]) -> None:
+    """Checks that no two tokens have the same id.
+
+    Raises:
+        ValueError: naming two that have.
+    """
     if len(set(vocab.values())) < len(vocab):
         by_id: dict[int, str] = {}
         one, other = next(

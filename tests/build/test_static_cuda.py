@@ -4,11 +4,9 @@ import dataclasses
 
 import pytest
 
-from benchmarks.static import sass
-from benchmarks.static import cuda_kernels
-from benchmarks.static import table
-from benchmarks.static.cuda_kernels import differences, violations
+from benchmarks.static import cuda_kernels, sass, table
 from benchmarks.static.cuda_figures import Row, rows_of
+from benchmarks.static.cuda_kernels import differences, violations
 
 FORWARD_64 = (  # of an element and of dropout
     "_ZN3led4cuda21banded_forward_kernelI"
@@ -259,7 +257,7 @@ def command(monkeypatch, tmp_path):
             return [[Now.row]]
 
     monkeypatch.setattr(sass, "cubins", lambda _: [b""])
-    monkeypatch.setattr(static_cuda, "ProcessPoolExecutor", Pool)
+    monkeypatch.setattr(cuda_kernels, "ProcessPoolExecutor", Pool)
     options = ["--extension", "_C.so", "--table", str(tmp_path / "table.csv")]
     assert cuda_kernels.main(options) == 0
     return Now, [*options, "--check"]

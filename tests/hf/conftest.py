@@ -2,7 +2,7 @@ from pathlib import Path
 
 import pytest
 
-# raised by our own lines, or by how the classes that ours replace are called
+# These are raised by lines of led_kernels, or by how the classes that it replaces are called.
 DEPRECATIONS_OF_OURS = (
     "error::FutureWarning:led_kernels",
     "error::DeprecationWarning:led_kernels",

@@ -1,4 +1,4 @@
-"""A model of LED that says more than one token, and its generation in fp64."""
+"""The tests of decoding share a model of LED that generates more than one token, and its generation in fp64."""
 
 from __future__ import annotations
 
@@ -15,7 +15,10 @@ STATIC = {"cache_implementation": "static"}
 
 
 def decoding_model(seed: int = 2, **overrides) -> nn.Module:
-    """Says more than one token, as its weights are large and its biases zero; ill-conditioned, so in fp64."""
+    """Builds a model that generates more than one token: its weights are large, its biases zero, and it is in fp64.
+
+    In fp32 it would be ill-conditioned.
+    """
     generator = torch.Generator().manual_seed(seed)
     sizes = {"decoder_layers": 2, "decoder_attention_heads": 4, "decoder_ffn_dim": 48}
     model = LEDForConditionalGeneration(CASE.led_config(**sizes | overrides)).eval()
@@ -27,8 +30,8 @@ def decoding_model(seed: int = 2, **overrides) -> nn.Module:
 
 
 def generate(model: nn.Module, **settings) -> tuple[Tensor, Tensor | None]:
-    """Tokens and, but for beams, the logits ``[batch, steps, vocabulary]`` behind them."""
-    # after the encoder, whose layers draw a random number each in transformers up to 5.0
+    """Returns tokens and, but for beams, the logits ``[batch, steps, vocabulary]`` behind them."""
+    # The seed is set after the encoder, whose layers draw a random number each in transformers up to 5.0.
     seeding = model.get_encoder().register_forward_hook(lambda *_: torch.manual_seed(0) and None)
     settings = {"do_sample": False, "max_new_tokens": STEPS} | settings
     with true_fp64():

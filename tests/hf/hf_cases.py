@@ -1,4 +1,4 @@
-"""Small LED and Longformer models of transformers, their inputs, and an oracle in true fp64."""
+"""The tests share these small LED and Longformer models of transformers, their inputs, and an oracle in true fp64."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ PAD, VOCABULARY = 1, 60
 
 @dataclass(frozen=True)
 class HFCase:
-    """A model's sizes and a batch for it.
+    """Holds a model's sizes and a batch for it.
 
     ``windows``: transformers' attention_window of each layer. ``globals_per_row``: positions of global
     tokens, the same list for a row that has none of its own. ``padding``: per batch row ``none``, ``left``,
@@ -76,7 +76,7 @@ class HFCase:
         return LongformerConfig(**settings | overrides)
 
     def inputs(self) -> dict[str, Tensor]:
-        """input_ids, attention_mask and global_attention_mask, int64 ``[batch, seqlen]``."""
+        """Returns input_ids, attention_mask and global_attention_mask, int64 ``[batch, seqlen]``."""
         generator = torch.Generator().manual_seed(len(self.padding) * self.seqlen)
         shape = len(self.padding), self.seqlen
         attention_mask, global_attention_mask = torch.ones(shape).long(), torch.zeros(shape).long()
@@ -100,7 +100,7 @@ class HFCase:
 
     @classmethod
     def draw(cls, seed: int) -> HFCase:
-        """A random case; windows are powers of two, since transformers refuses most others."""
+        """Draws a random case; windows are powers of two, since transformers refuses most others."""
         rng = random.Random(seed)
         seqlen, batch = rng.randint(1, 50), rng.randint(1, 3)
         most = rng.choice([0, 1, 3, seqlen])
@@ -129,7 +129,7 @@ BUILDERS = {"led": led_model, "longformer": longformer_model}
 
 
 def varied(model: nn.Module) -> nn.Module:
-    """Random biases and norms too: transformers starts them at 0 and 1, where mistakes do not show."""
+    """Draws random biases and norms, too: transformers starts them at 0 and 1, where mistakes do not show."""
     generator = torch.Generator().manual_seed(0)
     for parameter in model.parameters():
         parameter.data = torch.randn(parameter.shape, generator=generator) * (
@@ -139,7 +139,7 @@ def varied(model: nn.Module) -> nn.Module:
 
 
 def fused(model: nn.Module, **options) -> nn.Module:
-    """A fused copy."""
+    """Returns a fused copy of a model."""
     model = copy.deepcopy(model)
     apply_led_kernels(model, **options)
     return model
@@ -163,7 +163,7 @@ def true_fp64() -> Iterator[None]:
 
 
 def outputs(model: nn.Module, inputs: dict[str, Tensor], gradients: bool = True) -> dict[str, Tensor]:
-    """Everything that a model returns, by name, with the loss on labels and the parameters' gradients.
+    """Returns everything that a model returns, by name, with the loss on labels and the parameters' gradients.
 
     What LED's decoder makes of a document without tokens is left out: transformers gives it the mean of the padding.
     """
@@ -195,14 +195,14 @@ def outputs(model: nn.Module, inputs: dict[str, Tensor], gradients: bool = True)
 
 
 def _own_globals(weights: Tensor, inputs: dict[str, Tensor]) -> Tensor:
-    """Zeros in the columns past a row's own number of global tokens, where transformers leaves filler."""
+    """Puts zeros where a row has fewer global tokens than another, and transformers leaves filler."""
     counts = (inputs["attention_mask"] * inputs["global_attention_mask"]).sum(1)
     column = torch.arange(weights.shape[-1])
     return weights.masked_fill((column >= counts[:, None])[:, None, None, :], 0)
 
 
 def assert_close(actual: dict[str, Tensor | None], expected: dict[str, Tensor | None], atol: float) -> None:
-    """The same names, ``None`` in the same places, and values within ``atol`` of the largest one (at least 1)."""
+    """Asserts the same names, ``None`` in the same places, and values within ``atol`` of the largest (at least 1)."""
     assert actual.keys() == expected.keys()
     for name, value in expected.items():
         assert (value is None) == (actual[name] is None), name
@@ -214,7 +214,7 @@ def assert_close(actual: dict[str, Tensor | None], expected: dict[str, Tensor | 
 
 
 def assert_parity(case: HFCase, stock: nn.Module, **options) -> None:
-    """:func:`assert_same_function` for all that a model returns on the batch of ``case``."""
+    """Asserts :func:`assert_same_function` for all that a model returns on the batch of ``case``."""
     inputs = case.inputs()
     assert_same_function(stock, lambda model: outputs(model, inputs), **options)
 
@@ -222,7 +222,7 @@ def assert_parity(case: HFCase, stock: nn.Module, **options) -> None:
 def assert_same_function(
     stock: nn.Module, evaluate: Callable[[nn.Module], dict[str, Tensor]], **options
 ) -> None:
-    """In fp64 the fused model equals the oracle; in fp32 its error is at most twice transformers'.
+    """Asserts that in fp64 the fused model equals the oracle, and in fp32 its error is at most twice transformers'.
 
     Both in every tensor that ``evaluate`` names.
     """

@@ -1,4 +1,4 @@
-"""What transformers' own test files ask of every LED and Longformer model, asked of the fused ones."""
+"""The fused models behave as transformers' own test files ask of every LED and Longformer model."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def given(model: nn.Module, case: HFCase = CASE) -> dict[str, Tensor]:
 
 
 def flat(result) -> dict[str, Tensor]:
-    """Every tensor of an output, by name and layer; caches are left out."""
+    """Returns every tensor of an output, by name and layer; caches are left out."""
     named = {}
     for name, value in result.items():
         if isinstance(value, Tensor):
@@ -66,7 +66,7 @@ def test_shapes_and_values_of_every_output(head):
     with torch.no_grad():
         flags = {"output_attentions": True, "output_hidden_states": True}
         expected, actual = (flat(m(**given(m), **flags)) for m in (stock, fused(stock)))
-    # columns past a row's own number of global tokens are filler in transformers
+    # Where a row has fewer global tokens than another, transformers leaves filler.
     assert {n: x.shape for n, x in actual.items()} == {n: x.shape for n, x in expected.items()}
     assert_close(
         *({n: x for n, x in named.items() if "global" not in n} for named in (actual, expected)), 1e-4
@@ -129,7 +129,7 @@ def test_embeddings_instead_of_ids(head):
 
 
 def positions(case: HFCase) -> Tensor:
-    """As Longformer counts them from ids: from 2, padding has 1."""
+    """Returns the positions that Longformer counts from ids: it begins with 2, and padding has 1."""
     real = case.inputs()["attention_mask"]
     return real.cumsum(1) * real + 1
 
@@ -148,7 +148,7 @@ def test_rows_do_not_see_each_other(head):
 
 @pytest.mark.parametrize("head", [head for head in HEADS if head.__name__.startswith("LED")])
 def test_gradients_of_hidden_states(head):
-    """They are kept where asked for, and are stock's; Longformer returns slices, which have none."""
+    """Gradients are kept where asked for, and are those of stock; Longformer returns slices, which have none."""
     stock = build(head)
 
     def gradients(model: nn.Module) -> dict[str, Tensor]:

@@ -1,4 +1,4 @@
-"""LED's decoder: generation under every cache, masks, gradients, and releases that need no help."""
+"""LED's fused decoder is right under every cache and mask, in its gradients, and in all releases."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def test_generation_with_every_cache(prompt, search, stock):
 @known_release
 @pytest.mark.parametrize("search", SEARCHES.values(), ids=SEARCHES.keys())
 def test_stock_fails_or_generates_other_tokens_with_a_static_cache(search, stock):
-    """Why the decoder is replaced."""
+    """Transformers' own decoder gives other tokens with a static cache, which is why it is replaced."""
     expected, _ = generate(stock, **search)
     try:
         tokens, _ = generate(stock, **search, **STATIC)
@@ -112,7 +112,7 @@ def test_second_generation_with_a_longer_cache(stock):
 
 @pytest.mark.parametrize("globally", [False, True], ids=["live", "global"])
 def test_model_card(globally, stock, tmp_path):
-    """from_pretrained, global_attention_mask, a static cache; then stock again."""
+    """A user loads a model, gives it a global_attention_mask and a static cache, and turns it back to stock."""
     stock.save_pretrained(tmp_path)
     if globally:
         apply_led_kernels()
@@ -166,7 +166,7 @@ def test_lora_on_the_decoder(stock):
 
 
 def decoded(model: nn.Module, **inputs) -> dict[str, Tensor]:
-    """Outputs of the decoder and gradients of a loss over its tokens that are no padding."""
+    """Returns outputs of the decoder and gradients of a loss over its tokens that are no padding."""
     mask = inputs["decoder_attention_mask"].bool()
     model.zero_grad()
     result = model(
@@ -184,7 +184,7 @@ def decoded(model: nn.Module, **inputs) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("padding", ["left", "right", "holes"])
 def test_decoder_attention_mask(padding, stock):
-    """Every output and gradient, in fp64."""
+    """Every output and gradient equals that of transformers in fp64."""
     generator = torch.Generator().manual_seed(0)
     mask = torch.ones(2, 9).long()
     mask[1] = {
@@ -241,7 +241,7 @@ def test_attention_dropout_has_the_mean_and_variance_of_stock():
             for module, given in zip(modules, (mask, bias), strict=True)
         ]
     (mean, variance), (_, stock_variance) = ((x.mean(0), x.var(0)) for x in draws)
-    # means of `samples` draws: five standard errors
+    # They are means of `samples` draws: five standard errors are allowed.
     assert ((mean - exact).abs() <= 5 * (variance / samples).sqrt() + 1e-6).all()
     assert (variance.sum() / stock_variance.sum() - 1).abs() < 0.05
 
@@ -281,7 +281,7 @@ def test_static_step_compiles_once_without_a_graph_break(stock):
 
 
 def test_steps_without_cache_positions(stock):
-    """As callers do that hold the cache themselves."""
+    """Callers that hold the cache themselves call the decoder so."""
     name = cache_argument(LEDForConditionalGeneration.forward)
     tokens = torch.tensor([[2, 7, 9, 30, 11, 12], [2, 8, 8, 41, 5, 6]])
     with torch.no_grad(), true_fp64():
@@ -318,7 +318,7 @@ ALIEN = {
 @pytest.mark.parametrize("use_cache", [False, True])
 @torch.no_grad()
 def test_a_row_does_not_serve_for_a_batch(stock, said, use_cache):
-    """Which broadcasting would let pass."""
+    """Broadcasting would let these pass."""
     states = stock.get_encoder()(**CASE.inputs())[0]
     arguments = CASE.inputs() | PROMPTS["prompt"] | {"use_cache": use_cache, "encoder_outputs": (states,)}
     [(name, value)] = ALIEN[said].items()

@@ -1,4 +1,4 @@
-"""Fused models in torch.export, strict or not, of one length or of any, in torch.jit.trace, and under torch.func."""
+"""Fused models can be exported, for one length or for any, traced by torch.jit, and transformed by torch.func."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ OTHER = HFCase(
 
 
 class Encoder(nn.Module):
-    """Hidden states of a model's encoder alone."""
+    """Returns hidden states of a model's encoder alone."""
 
     def __init__(self, model: nn.Module):
         super().__init__()
@@ -36,7 +36,7 @@ class Encoder(nn.Module):
 
 
 def states(model: nn.Module, case: HFCase) -> Tensor:
-    """Of the tokens that are no padding."""
+    """Compares the rows of tokens that are no padding."""
     with torch.no_grad():
         return model(**case.inputs())[case.inputs()["attention_mask"].bool()]
 
@@ -103,7 +103,7 @@ def test_traced_encoder(build):
 
 @pytest.mark.parametrize("build", BUILDERS.values(), ids=BUILDERS.keys())
 def test_functional_gradients(build):
-    """torch.func.grad of a loss over the parameters, with each token's probabilities asked for or not."""
+    """torch.func.grad differentiates a loss by the parameters, with each token's probabilities asked for or not."""
 
     def gradients(model: nn.Module, **flags) -> dict[str, Tensor]:
         inputs, parameters = CASE.inputs(), dict(model.named_parameters(remove_duplicate=True))
@@ -122,7 +122,7 @@ def test_functional_gradients(build):
 
 
 def test_functional_gradient_of_a_frozen_encoder():
-    """The decoder alone learns."""
+    """Only the decoder is trained here."""
     model = fused(led_model(CASE)).requires_grad_(False)
     name = "led.decoder.layers.0.fc1.weight"
     weight = model.get_parameter(name)

@@ -1,4 +1,4 @@
-"""Generation in every way but the plain ones: drafts, states and caches given, every output, a prefix."""
+"""Generation is right in its less plain ways: with drafts, given states or caches, every output, a prefix."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def stock() -> nn.Module:
 
 @pytest.fixture(scope="module")
 def expected(stock) -> Tensor:
-    """Greedy tokens of transformers without a cache, where it is right in every release."""
+    """Returns greedy tokens of transformers without a cache, where it is right in every release."""
     return generate(stock, use_cache=False)[0]
 
 
@@ -49,7 +49,7 @@ def tokens(model: nn.Module, inputs: dict, **settings):
 @pytest.mark.parametrize("row", [0, 1])
 @pytest.mark.parametrize("draft", ["stock assistant", "fused assistant", "same model", "prompt lookup"])
 def test_drafts_are_accepted_and_cut_like_stock(draft, row, stock, expected):
-    """A row at a time, as transformers wants it; what is rejected leaves the cache again."""
+    """Transformers drafts for a row at a time; tokens that are rejected leave the cache again."""
     ours, assistant = fused(stock), decoding_model()
     assistant.get_decoder().layers[1].fc1.weight.data *= 0.5  # right for some of the tokens
     settings = {
@@ -102,7 +102,7 @@ def test_every_output_of_beams(cache, stock):
 
 
 def named(result) -> dict[str, Tensor]:
-    """The floats of what ``generate`` returned; of the decoder those of each step's last token and present keys."""
+    """Returns the floats of what ``generate`` returned; of the decoder those of each step's last token and keys."""
     values = {"sequences_scores": result.sequences_scores}
     for name in ("scores", "logits"):
         values |= {f"{name}[{step}]": value for step, value in enumerate(result[name])}
@@ -112,7 +112,7 @@ def named(result) -> dict[str, Tensor]:
         for step, layers in enumerate(result[name]):
             for layer, value in enumerate(layers):
                 if name == "decoder_attentions":
-                    assert not value[..., step + 1 :].any()  # slots that are still empty
+                    assert not value[..., step + 1 :].any()  # positions that are still empty
                     value = value[..., : step + 1]
                 values[f"{name}[{step}][{layer}]"] = value[..., -1, :]
     return values
@@ -127,11 +127,11 @@ def named(result) -> dict[str, Tensor]:
     ],
 )
 def test_continuing_a_padded_prompt(cache, stock):
-    """Without a cache transformers remembers the mask; two calls of ours with one say the same as its one."""
+    """Two fused calls with a cache give what one stock call gives without, which remembers the mask."""
     settings = {"return_dict_in_generate": True}
     expected = generate(stock, **PROMPT, use_cache=False)[0]
     ours = fused(stock)
-    if cache == STATIC:  # it has as many slots as the first call needs, unless a longer one came before
+    if cache == STATIC:  # it has the capacity that the first call needs, unless a longer one came before
         tokens(ours, CASE.inputs() | PROMPT, **cache)
     begun = tokens(ours, CASE.inputs() | PROMPT, **cache, **settings, max_new_tokens=5)
     mask = nn.functional.pad(PROMPT["decoder_attention_mask"], (0, 5), value=1)
@@ -147,7 +147,7 @@ def test_continuing_a_padded_prompt(cache, stock):
 )
 @pytest.mark.parametrize("layers_hold", [pytest.param(2, marks=has_decoder_of_ours), 4])
 def test_cache_in_tuples(layers_hold, stock):
-    """As older code keeps it: key and value of the tokens, and perhaps of the document, per layer."""
+    """Older code keeps a cache as a tuple per layer: key and value of the tokens, and perhaps of the document."""
     ids = torch.tensor([[2, 7, 9, 30, 11], [2, 8, 8, 41, 5]])
     ours = fused(stock)
     with torch.no_grad(), true_fp64():
@@ -186,7 +186,7 @@ def test_whole_numbers_as_a_mask_of_four_dimensions_are_refused(stock):
 )
 @pytest.mark.parametrize("when", ["before fusing", "afterwards"])
 def test_prefix_tuning(when, stock):
-    """Loss, gradients of the prefix, and generation."""
+    """A tuned prefix gives the same loss, the same gradients of its own, and the same tokens."""
     peft = pytest.importorskip("peft", reason="needs peft: pip install '.[test]'")
 
     def adapted(is_fused: bool) -> nn.Module:

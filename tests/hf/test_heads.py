@@ -1,4 +1,4 @@
-"""Every task model of Longformer and LED, and configurations in the manner of PRIMERA."""
+"""Every task model of Longformer and LED computes the same, also in configurations in the manner of PRIMERA."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def build(head: type[nn.Module]) -> nn.Module:
 
 
 def evaluate(model: nn.Module, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Every output but attentions, and the gradient of every parameter that has one."""
+    """Returns every output but attentions, and the gradient of every parameter that has one."""
     model.zero_grad()
     result = model(**inputs, output_hidden_states=True)
     named = {name: value for name, value in result.items() if isinstance(value, Tensor)}
@@ -88,7 +88,7 @@ PRIMERA = HFCase(
 
 @pytest.fixture
 def primera(tmp_path) -> LEDForConditionalGeneration:
-    """Loaded from a config.json with the keys of PRIMERA's, some of which transformers' LED does not know."""
+    """Loads a model from a config.json with the keys of PRIMERA's, some of which transformers' LED does not know."""
     varied(LEDForConditionalGeneration(PRIMERA.led_config())).save_pretrained(tmp_path)
     path = tmp_path / "config.json"
     config = json.loads(path.read_text()) | {

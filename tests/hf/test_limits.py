@@ -1,4 +1,4 @@
-"""What transformers refuses and the fused models do: any window, lengths near the position limit, half precision."""
+"""Fused models do what transformers refuses: any window, lengths near the position limit, half precision."""
 
 from __future__ import annotations
 

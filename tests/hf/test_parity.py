@@ -1,4 +1,4 @@
-"""Fused models against transformers': every output and gradient, over windows, heads, masks and globals."""
+"""Every output and gradient of fused models equals transformers', over windows, heads, masks and globals."""
 
 from __future__ import annotations
 

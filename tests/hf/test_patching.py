@@ -1,4 +1,4 @@
-"""Applying and reverting: live models, models still to be built, subclasses, copies, and what is refused."""
+"""Kernels are applied and reverted on live models, models still to be built, subclasses and copies, or refused."""
 
 from __future__ import annotations
 
@@ -132,7 +132,7 @@ def test_part_of_a_model_is_enough():
 
 
 def test_attention_alone_takes_the_masks_of_transformers():
-    """A self-attention whose encoder is not fused, as in models with an encoder of their own."""
+    """Has a self-attention whose encoder is not fused, as models with an encoder of their own have."""
     stock = longformer_model(CASE)
     expected = outputs(stock, inputs := HFCase(seqlen=24, globals_per_row=((0, 9), (4,))).inputs())
     for layer in stock.longformer.encoder.layer:
@@ -142,7 +142,7 @@ def test_attention_alone_takes_the_masks_of_transformers():
 
 
 class OwnEncoder(LEDEncoder):
-    """A subclass that keeps the forward."""
+    """Is a subclass that keeps the forward."""
 
 
 class OwnSelfAttention(LEDEncoderSelfAttention):
@@ -200,7 +200,7 @@ def test_model_of_led_model_is_on_the_kernels_already():
 
 @pytest.mark.parametrize("implementation", ["eager", "own"])
 def test_any_attention_implementation(implementation, tmp_path):
-    """Also one for which transformers would build no causal mask."""
+    """The mask may be one for which transformers would build no causal mask."""
     stock = led_model(CASE)
     stock.save_pretrained(tmp_path)
     if implementation == "own":
@@ -214,7 +214,7 @@ def test_any_attention_implementation(implementation, tmp_path):
 
 @pytest.mark.parametrize("build", BUILDERS.values(), ids=BUILDERS.keys())
 def test_capacity_for_globals(build):
-    """Same results; attentions with a column per slot."""
+    """Results are the same, and attentions have a column per slot."""
     stock = build(CASE)
     expected = outputs(stock, CASE.inputs())
     actual = outputs(fused(stock, max_globals=5), CASE.inputs())
@@ -229,7 +229,7 @@ def test_capacity_for_globals(build):
 
 
 def counting_backend(inner: str) -> tuple[Callable, list]:
-    """A torch.compile backend, and the graphs it was given."""
+    """Returns a torch.compile backend, and the list of graphs that it is given."""
     graphs, compile_graph = [], lookup_backend(inner)
 
     def backend(graph, example_inputs):
@@ -249,7 +249,7 @@ def encoder_inputs(seqlen: int, masks: str) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("masks", ["none", "padding", "padding and global"])
 def test_one_compiled_encoder_for_all_lengths(masks):
-    """Without a graph break; with ``dynamic=True`` even the first length is a symbol of the graph."""
+    """There is no graph break; with ``dynamic=True`` even the first length is a symbol of the graph."""
     torch._dynamo.reset()
     model = fused(led_model(CASE), max_globals=2).get_encoder()
     backend, graphs = counting_backend("eager")

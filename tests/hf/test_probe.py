@@ -1,4 +1,4 @@
-"""What is found out about a release of transformers, and what follows: stock stays, ours replaces it, or a refusal."""
+"""A release of transformers is tried out: its decoder stays, is replaced, or is kept from what it does wrong."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ TABLES = {
 
 @pytest.fixture
 def forgetful():
-    """What was found out is asked again, and once more afterwards."""
+    """Forgets what was found out, before a test and after it."""
     for memory in MEMORIES:
         memory.cache_clear()
     yield
@@ -58,12 +58,12 @@ def static(model: nn.Module):
 
 
 def test_what_tested_releases_do():
-    """A list of facts: were the question asked wrongly, some release would answer otherwise."""
+    """These are facts: if the probe were wrong, some release would give another result."""
     if VERSION < (4, 56):  # which do without a cache where one of another kind is asked for
         assert right_decoder() is Decoder.STOCK
         assert "stays" in decoder_report()
     elif not is_newer_than_tested():
-        assert right_decoder() is Decoder.OURS
+        assert right_decoder() is Decoder.FUSED
         assert "is replaced by ours" in decoder_report()
     assert encoder_difference("led") is None
     assert encoder_difference("longformer") is None
@@ -71,7 +71,7 @@ def test_what_tested_releases_do():
 
 
 def play_right_release(monkeypatch):
-    """transformers' decoder gets the forwards of ours."""
+    """Gives transformers' decoder the forwards of the fused one."""
     for theirs, ours in LED_DECODER.items():
         for name, function in inspect.getmembers(ours, inspect.isfunction):
             if function.__module__.startswith("led_kernels."):
@@ -90,7 +90,7 @@ def test_release_with_a_right_decoder_keeps_it(stock, monkeypatch, forgetful):
 
 
 def play_release_of_neither(monkeypatch):
-    """Ours cannot run; transformers' own is wrong already, once it embeds positions that are tensors."""
+    """Makes the fused decoder fail; transformers' own is wrong, once it embeds positions that are tensors."""
 
     def fails(self, *args, **kwargs):
         raise AttributeError("moved")
@@ -142,7 +142,7 @@ def test_decoder_with_a_forward_of_its_own_keeps_it_and_refuses_static_caches(st
 
 @pytest.mark.parametrize("family", ["led", "longformer"])
 def test_encoder_that_differs_is_refused_and_nothing_changed(family, stock, monkeypatch, forgetful):
-    """As if a release had changed what its encoder computes."""
+    """It is played that a release has changed what its encoder computes."""
     inner = fused_led.FusedSelfAttention.forward
     for _, ours in TABLES.values():
         if issubclass(ours, fused_led.FusedSelfAttention):
@@ -205,7 +205,7 @@ def test_answer_does_not_depend_on_the_surroundings():
 
 @pytest.mark.parametrize(("theirs", "ours"), TABLES.values(), ids=TABLES.keys())
 def test_positions_of_arguments_are_those_of_the_release(theirs, ours):
-    """As a caller sees them, who may give any of them by position."""
+    """Returns the arguments as a caller sees them, who may give any of them by position."""
     assert_same = inspect.signature(ours.forward).parameters, inspect.signature(theirs.forward).parameters
     own, stock = ([(p.name, p.kind) for p in parameters.values()] for parameters in assert_same)
     if "past_length" not in dict(own):  # the positional embedding's own is given by position alone
@@ -214,7 +214,7 @@ def test_positions_of_arguments_are_those_of_the_release(theirs, ours):
 
 
 def test_every_position_arrives(stock):
-    """Arguments of the stock forwards by position equal those by name."""
+    """Arguments of the stock forwards mean the same by position and by name."""
     inputs = CASE.inputs()
     decoder_ids = torch.tensor([[2, 7, 9], [2, 8, 8]])
     apply_led_kernels(stock)
@@ -262,7 +262,7 @@ def test_every_spelling_of_the_cache(spelling, stock):
 
 
 def test_arguments_that_ours_do_not_know_are_refused():
-    """Rather than ignored, which would be silent."""
+    """An unknown argument is not ignored, which would be silent."""
 
     def stock(self, hidden, bias=None, layer_head_mask=None, mask=None): ...
     def stock_of_any(self, hidden, bias=None, **kwargs): ...
@@ -284,7 +284,7 @@ def test_arguments_that_ours_do_not_know_are_refused():
 
 
 def test_name_of_a_cache_to_come():
-    """Found by its annotation, so that a further renaming does not even break the import."""
+    """A cache is found by its annotation, so that a further renaming does not even break the import."""
 
     def forward(self, hidden: torch.Tensor, memory: compat.Cache | None = None): ...
 
@@ -293,7 +293,7 @@ def test_name_of_a_cache_to_come():
 
 
 def test_no_deprecation_warning_comes_from_our_calls(stock):
-    """Forward with every output, training, and both caches."""
+    """A fused model runs with every output, in training, and with both caches."""
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         apply_led_kernels(stock)

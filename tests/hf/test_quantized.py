@@ -1,4 +1,4 @@
-"""Models that transformers quantised, as on LED's model card, run the fused encoder with the same result."""
+"""Models that transformers quantized, as on LED's model card, run the fused encoder with the same result."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def directory(tmp_path: Path) -> Path:
 
 
 def load_in_4bit(directory: Path, dtype: torch.dtype) -> nn.Module:
-    """The model card's code: https://huggingface.co/docs/transformers/model_doc/led."""
+    """This is the model card's code: https://huggingface.co/docs/transformers/model_doc/led."""
     pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
     quantization_config = transformers.BitsAndBytesConfig(
         load_in_4bit=True, bnb_4bit_compute_dtype=dtype, bnb_4bit_quant_type="nf4"
@@ -53,7 +53,7 @@ def load(request: pytest.FixtureRequest):
 
 @pytest.fixture
 def fused_calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The names of what runs: ``fused`` for each layer's self-attention, ``absorbed`` where it is."""
+    """Returns the names of what runs: ``fused`` for each layer's self-attention, ``absorbed`` where it is."""
     for family in ("led", "longformer"):
         encoder_difference(family)  # is asked once for a process, and not to be counted
     calls = []
@@ -78,7 +78,7 @@ def generate(model: nn.Module) -> Tensor:
 
 
 def test_plain_weights_are_absorbed(directory: Path, fused_calls: list[str]) -> None:
-    """Or the tests below would not show that quantised ones are left alone."""
+    """Float layers are absorbed; otherwise the tests below would not show that quantized ones are left alone."""
     model = transformers.AutoModelForSeq2SeqLM.from_pretrained(directory)
     apply_led_kernels(model)
     logits(model)
@@ -119,7 +119,7 @@ def test_the_model_cards_bfloat16(directory: Path) -> None:
 def test_accelerates_hooks_run_the_fused_code(
     directory: Path, when: str, fused_calls: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """On a GPU ``device_map`` hooks every module of a quantised model; without one, hooks have to be forced."""
+    """On a GPU ``device_map`` hooks every module of a quantized model; without one, hooks have to be forced."""
     model = load_in_4bit(directory, torch.float32)
     expected = logits(model)
     if when == "before hooks":

@@ -1,4 +1,4 @@
-"""Training: checkpointing, dropout, layerdrop, unused projections."""
+"""Training gives the same gradients, under checkpointing, dropout and layerdrop, and with unused projections."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ CASE = HFCase(globals_per_row=((0, 9), (4,)), padding=("none", "right"))
 
 
 def gradients(model: nn.Module, inputs: dict[str, Tensor], **labels) -> dict[str, Tensor | None]:
-    """The loss under one seed of dropout, and every parameter's gradient."""
+    """Returns the loss under one seed of dropout, and every parameter's gradient."""
     model.zero_grad()
     torch.manual_seed(0)
     loss = model(**inputs, **labels).loss
@@ -54,7 +54,7 @@ def test_unused_global_projections_have_no_gradient(build):
     expected = gradients(stock, inputs, labels=labels)
     assert any(g is None for g in expected.values())
     assert_close(gradients(fused(stock), inputs, labels=labels), expected, 1e-4)
-    # with a capacity all parameters take part: DistributedDataParallel waits for each of them
+    # With a capacity all parameters take part: DistributedDataParallel waits for each of them
     ours = gradients(fused(stock, max_globals=1), inputs, labels=labels)
     assert not any(g is None for name, g in ours.items() if "_global" in name)
 
@@ -92,7 +92,7 @@ def test_attention_dropout_has_the_mean_and_variance_of_stock(name):
             for module, given in ((ours, {}), (stock, masks))
         ]
     (mean, variance), (stock_mean, stock_variance) = ((x.mean(0), x.var(0)) for x in draws)
-    # means of `samples` draws: five standard errors
+    # They are means of `samples` draws: five standard errors are allowed.
     assert ((mean - exact[0]).abs() <= 5 * (variance / samples).sqrt() + 1e-6).all()
     assert ((mean - stock_mean).abs() <= 5 * ((variance + stock_variance) / samples).sqrt() + 1e-6).all()
     assert (variance.sum() / stock_variance.sum() - 1).abs() < 0.05

@@ -1,4 +1,4 @@
-"""What people do with a model around its forward: load, resize, extend, train, wrap, put into a pipeline."""
+"""Users load fused models, resize, extend, train and wrap them, and put them into pipelines."""
 
 from __future__ import annotations
 
@@ -45,7 +45,10 @@ def named_outputs(model: nn.Module) -> dict[str, Tensor]:
 @every_family
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
 def test_resized_token_embeddings(tied, build, tmp_path):
-    """Before fusing or afterwards; what is saved loads into a stock model, where transformers itself can load it."""
+    """Embeddings are resized before fusing or afterwards.
+
+    What is saved then loads into a stock model, where transformers itself can load it.
+    """
     stock = build(CASE, tie_word_embeddings=tied)
     ours = fused(stock)
     for model in (stock, ours):
@@ -69,7 +72,7 @@ def test_resized_token_embeddings(tied, build, tmp_path):
 
 @every_family
 def test_positions_extended_in_memory(build):
-    """As PRIMERA's recipe does for longer documents: the table has its rows again, the config its old number."""
+    """PRIMERA's recipe repeats the rows of the table for longer documents, and leaves the config its old number."""
     stock = build(CASE)
     tables = (
         [stock.get_encoder().embed_positions, stock.get_decoder().embed_positions]
@@ -129,7 +132,7 @@ def test_meta_device_under_a_global_apply(where, build, tmp_path):
 @every_family
 @pytest.mark.parametrize("reentrant", [False, True], ids=["not-reentrant", "reentrant"])
 def test_frozen_model_whose_inputs_require_gradients(reentrant, build):
-    """As adapters on checkpointed layers need it."""
+    """Adapters on checkpointed layers need gradients of the embeddings."""
     peft = pytest.importorskip("peft", reason="needs peft: pip install '.[test]'")
     targets = ["q_proj", "v_proj"] if build is led_model else ["query", "value", "query_global"]
 
@@ -157,7 +160,7 @@ def test_frozen_model_whose_inputs_require_gradients(reentrant, build):
 @pytest.mark.parametrize("training", [False, True], ids=["eval", "training"])
 @pytest.mark.parametrize("name", ["decoder_attentions", "cross_attentions"])
 def test_gradients_of_the_decoders_attentions(name, training):
-    """Of a loss over the logits, and of one over the attentions themselves."""
+    """Gradients are those of a loss over the logits, and of one over the attentions themselves."""
     stock = led_model(CASE, decoder_layers=2, decoder_attention_heads=2).train(training)
 
     def gradients(model: nn.Module) -> dict[str, Tensor]:
@@ -175,7 +178,7 @@ def test_gradients_of_the_decoders_attentions(name, training):
 
 
 class Documents(torch.utils.data.Dataset):
-    """Documents of random tokens, with global attention to the first, and their beginnings as summaries."""
+    """Returns documents of random tokens, with global attention to the first, and their beginnings as summaries."""
 
     def __len__(self) -> int:
         return 4
@@ -191,7 +194,7 @@ class Documents(torch.utils.data.Dataset):
 
 
 def trained(model: nn.Module, directory: Path) -> tuple[list[float], Tensor, dict[str, Tensor]]:
-    """The losses of three steps, the tokens then predicted, and the weights."""
+    """Returns the losses of three steps, the tokens then predicted, and the weights."""
     arguments = Seq2SeqTrainingArguments(
         output_dir=str(directory),
         max_steps=3,
@@ -228,7 +231,7 @@ def test_seq2seq_trainer_that_predicts_with_generate(tmp_path):
 
 @pytest.fixture
 def tokenizer() -> PreTrainedTokenizerFast:
-    """A word per token."""
+    """Builds a tokenizer with a word per token."""
     from tokenizers import Tokenizer, models, pre_tokenizers
 
     words = ["<s>", "<pad>", "</s>", "<unk>", *(f"w{index}" for index in range(4, VOCABULARY))]

@@ -18,8 +18,8 @@ from led_kernels import (
     longformer_attention,
     ops,
 )
-from led_kernels.decode import decode_attention, few_rows_add_norm, few_rows_linear, write_rows
 from led_kernels.dispatch import backend_module
+from led_kernels.gemv import decode_attention, few_rows_add_norm, few_rows_linear, write_rows
 from tests.backends import backends_on
 from tests.hostile.model_calls import model_call
 from tests.hostile.processes import Trial, in_process
@@ -122,9 +122,7 @@ def rows_of(rng: random.Random, mask: LongformerMask) -> tuple[Tensor, ...]:
 def public_call(rng: random.Random) -> None:
     mask = mask_of(rng)
     if rng.random() < 0.5:
-        name = rng.choice(
-            ["seq_start", "seq_len", "token_kind", "padding_before", "global_index", "num_globals"]
-        )
+        name = rng.choice(mask.tensors()._fields)
         change = hostile(rng, getattr(mask, name))
         mask = (
             replace(mask, **{name: change})

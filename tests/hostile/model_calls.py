@@ -58,7 +58,7 @@ def model_call(rng: random.Random, hostile: Callable[[random.Random, Tensor], Te
     if which in ("encode", "classify"):
         del inputs["decoder_input_ids"]
     if which == "generate":
-        inputs |= {"max_new_tokens": 4} | ({"encoded": encoded} if rng.random() < 0.5 else {})
+        inputs |= {"max_new_tokens": 4} | ({"encoder_hidden_states": encoded} if rng.random() < 0.5 else {})
         for name in rng.sample(SETTINGS, rng.randrange(3)):
             inputs[name] = rng.choice(WILD)
     if which == "forward":

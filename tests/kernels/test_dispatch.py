@@ -366,7 +366,7 @@ class TestInstructionSets:
 
     @pytest.mark.parametrize("isa", instruction_sets()[1:])
     def test_decoding_suite(self, isa):
-        self.run_suite(isa, "tests/kernels/test_decode.py", "float32 or float64")
+        self.run_suite(isa, "tests/kernels/test_gemv.py", "float32 or float64")
 
     def run_suite(self, isa, path, cases):
         command = [sys.executable, "-m", "pytest", path, "-q", "-x", "-k", cases]

@@ -1,4 +1,4 @@
-"""LongformerMask: its three constructors, their errors, and that they sync at most once."""
+"""The three constructors of LongformerMask fill its fields, refuse wrong values, and sync at most once."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from led_kernels.mask import PADDING
 
 
 def check(mask: LongformerMask, kinds: list[list[int]], max_globals: int | None = None) -> None:
-    """Every field against plain Python; ``kinds``: per sequence its rows (packed: of its own length)."""
+    """Asserts every field by plain Python; ``kinds`` has for each sequence its rows (packed: of its own length)."""
     counts = [row.count(2) for row in kinds]
     width = max(counts, default=0) if max_globals is None else max_globals
     lengths = [max((i + 1 for i, kind in enumerate(row) if kind), default=0) for row in kinds]
@@ -33,14 +33,9 @@ def check(mask: LongformerMask, kinds: list[list[int]], max_globals: int | None 
     assert mask.num_globals.tolist() == counts
     assert mask.global_index.tolist() == [row + [-1] * (width - len(row)) for row in index]
     assert mask.max_seqlen >= max(lengths, default=0)
-    dtypes = {
-        name: getattr(mask, name).dtype for name in ("seq_start", "seq_len", "token_kind", "padding_before")
-    }
+    dtypes = {name: x.dtype for name, x in mask.tensors()._asdict().items()}
     assert dtypes == dict.fromkeys(dtypes, torch.int32) | {"token_kind": torch.uint8}
-    assert mask.global_index.dtype == mask.num_globals.dtype == torch.int32
-    assert mask.token_kind.is_contiguous()
-    assert mask.padding_before.is_contiguous()
-    assert mask.global_index.is_contiguous()
+    assert all(x.is_contiguous() for x in mask.tensors())
 
 
 KINDS = {
@@ -138,8 +133,8 @@ class TestFromLengths:
         merged = torch.tensor([[2, 1, 1, 2, 1, 0], [1, 1, 2, 0, 0, 0]])
         a = LongformerMask.from_padding(merged)
         b = LongformerMask.from_lengths([5, 3], 6, [[3, 0], [2, -1]])
-        for name in ("seq_start", "seq_len", "token_kind", "padding_before", "global_index", "num_globals"):
-            assert torch.equal(getattr(a, name), getattr(b, name)), name
+        for name, x in a.tensors()._asdict().items():
+            assert torch.equal(x, getattr(b, name)), name
         assert a.max_seqlen == b.max_seqlen
 
     @pytest.mark.parametrize("lengths", [[6], [-1]])
@@ -251,7 +246,7 @@ def test_layers_do_not_sync(name, monkeypatch):
 
 
 def test_debug_checks_the_capacity(monkeypatch):
-    """Where looking would mean waiting for a GPU."""
+    """A device assert checks the values where looking at them would mean waiting for a GPU."""
     monkeypatch.setattr("led_kernels.mask.is_checkable", lambda *tensors: False)
     attention_mask = torch.full((1, 4), 2)
     LongformerMask.from_padding(attention_mask, max_globals=2)  # the caller's error, not looked for
@@ -332,6 +327,18 @@ def test_a_mask_made_by_hand_of_right_tensors():
         replace(mask, max_seqlen=5)
     with pytest.raises(ValueError, match="seq_len of a mask holds"):
         replace(two_sequences(True), max_seqlen=3)
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
+def test_a_mask_of_its_tensors(packed):
+    mask = two_sequences(packed)
+    again = LongformerMask.from_tensors(mask.tensors(), mask.max_seqlen)
+    assert again.max_seqlen == mask.max_seqlen
+    assert all(x is y for x, y in zip(again.tensors(), mask.tensors(), strict=True))
+    wrong = mask.tensors()._replace(num_globals=mask.num_globals + 2)
+    LongformerMask.from_tensors(wrong, mask.max_seqlen)  # values are the caller's
+    with pytest.raises(ValueError, match="num_globals of a mask has shape"):
+        LongformerMask.from_tensors(wrong._replace(num_globals=mask.num_globals[:1]), mask.max_seqlen)
 
 
 def test_to_takes_a_device_only():

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from led_kernels import LongformerMask, banded_attention, global_attention, ops
-from led_kernels.decode import decode_attention, few_rows_add_norm, few_rows_linear, write_rows
+from led_kernels.gemv import decode_attention, few_rows_add_norm, few_rows_linear, write_rows
 from led_kernels.testing import poisoned_memory
 from tests.backends import backends_on, needs_extension
 

@@ -1,4 +1,4 @@
-"""Encoder self-attention from hidden states: both ways to the global tokens, and when each is taken."""
+"""Encoder self-attention reaches the global tokens in two ways from hidden states, each under its conditions."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ PROJECTIONS = ("query", "key", "value", "query_global", "key_global", "value_glo
 
 
 class Layer(nn.Module):
-    """The six projections of an encoder layer; ``behind`` makes the global ones something else than plain."""
+    """Holds the six projections of an encoder layer; ``behind`` makes the global ones something else than plain."""
 
     def __init__(self, case: AttentionCase, bias: bool = True, dtype: torch.dtype = torch.float64):
         super().__init__()
@@ -68,7 +68,7 @@ def hidden_states(case: AttentionCase, mask, dtype: torch.dtype = torch.float64)
 
 
 def results(layer: Layer, hidden: Tensor, mask, **settings) -> dict[str, Tensor]:
-    """Output and every gradient of a fixed linear function of it."""
+    """Returns the output and every gradient of a fixed linear function of it."""
     layer.zero_grad()
     hidden = hidden.clone().requires_grad_()
     torch.manual_seed(7)  # dropout's seeds
@@ -193,7 +193,7 @@ def test_only_plain_linear_is_absorbed(changed, absorbed_calls):
 
 
 def test_absorbed_only_while_it_pays(absorbed_calls):
-    # two heads of 4: d_model is 8, reached by four global tokens
+    # With two heads of 4, d_model is 8, which four global tokens reach.
     for count, calls in ((3, 1), (4, 1)):
         case = AttentionCase(batch=1, seqlen=9, head_dim=4, globals_per_row=(tuple(range(count)),))
         mask = case.mask()

@@ -12,8 +12,8 @@ from torch.autograd import forward_ad
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from led_kernels import LongformerMask, banded_attention, longformer_attention, ops
-from led_kernels.decode import decode_attention, few_rows_add_norm, few_rows_linear, write_rows
 from led_kernels.dispatch import backend_module
+from led_kernels.gemv import decode_attention, few_rows_add_norm, few_rows_linear, write_rows
 from tests.backends import backends_on, needs_extension
 
 
@@ -31,9 +31,7 @@ def call(backend: str, op: str = "banded", **changes):
     if op.endswith("backward"):
         saved = {"d_out": torch.zeros(rows), "d_lse": None}
         arguments = saved | arguments | {"out": torch.zeros(rows), "lse": torch.zeros(lse)}
-    names = ("seq_start", "seq_len", "token_kind", "padding_before", "global_index", "num_globals")
-    arguments |= dict(zip(names, mask.tensors(), strict=True))
-    arguments |= {"seed": None, "max_seqlen": 5}
+    arguments |= mask.tensors()._asdict() | {"seed": None, "max_seqlen": 5}
     if op.startswith("banded"):
         arguments |= {"left": 2, "right": 2}
     arguments |= {"scale": 0.5, "dropout_p": 0.0, "backend": backend}

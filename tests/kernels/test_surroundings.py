@@ -11,10 +11,12 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from led_kernels import decode
-from led_kernels.decode import CapturedCalls, decode_attention, few_rows_add_norm, few_rows_linear, write_rows
+from led_kernels import capture
+from led_kernels.capture import CapturedCalls
+from led_kernels.dispatch import backend_module
 from led_kernels.eager import is_plain_surroundings
-from led_kernels.projection import is_plain_linear, runs_its_own_code
+from led_kernels.gemv import decode_attention, few_rows_add_norm, few_rows_linear, write_rows
+from led_kernels.modules import is_plain_linear, runs_its_own_code
 from tests.backends import needs_extension
 
 pytestmark = needs_extension
@@ -44,9 +46,9 @@ class SeenFunctions(TorchFunctionMode):
 def test_a_mode_below_the_capture_sees_every_operation():
     linear, x = nn.Linear(8, 8), torch.randn(2, 8)
     with Seen() as seen:
-        assert CapturedCalls.of(lambda: few_rows_linear(linear, x)) is None
-        recording = decode.backend_module("cpu").Recording()
-        with decode._KernelsAlone(recording):
+        assert CapturedCalls.capture(lambda: few_rows_linear(linear, x)) is None
+        recording = backend_module("cpu").Recording()
+        with capture.CaptureMode(recording):
             few_rows_linear(linear, x)
     assert "addmm" in seen.names
 
@@ -62,7 +64,7 @@ def test_function_modes_see_every_operation():
     assert {"linear", "layer_norm", "scaled_dot_product_attention", "index_copy_"} <= set(seen.names)
     with torch.device("cpu"):  # a function mode too, which makes tensors alone
         assert is_plain_surroundings()
-        assert CapturedCalls.of(lambda: few_rows_linear(linear, x)) is not None
+        assert CapturedCalls.capture(lambda: few_rows_linear(linear, x)) is not None
 
 
 def test_surroundings_that_are_not_plain():
@@ -109,7 +111,7 @@ def test_autograd_knows_what_was_written():
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         product.sum().backward()
     with torch.no_grad():
-        captured = CapturedCalls.of(lambda: (write_rows(cache, position, rows), cache[:])[1])
+        captured = CapturedCalls.capture(lambda: (write_rows(cache, position, rows), cache[:])[1])
     product = cache * weight
     captured.replay()
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):

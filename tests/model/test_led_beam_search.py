@@ -7,7 +7,7 @@ import random
 import pytest
 import torch
 
-from led_kernels.decode import decode_attention
+from led_kernels.gemv import decode_attention
 from led_model import LEDForConditionalGeneration
 from led_model.generation import step as decoder_step
 from led_model.generation.cache import BeamKVCache
@@ -140,7 +140,7 @@ def test_cache_never_moves_and_ancestry_alone_is_reordered(small_model):
     batch, beams, steps = 2, 3, 7
     cross = model.led.decoder.cross_keys_values(model.led.encode(inputs["input_ids"]))
     cache = BeamKVCache(model.config, batch, beams, max_length=9)
-    cache.keys.fill_(1e4)  # a slot that is not filled yet must not be seen
+    cache.keys.fill_(1e4)  # a position that is not filled yet must not be seen
     cache.values.fill_(1e4)
     before = (cache.keys.data_ptr(), cache.values.data_ptr(), cache.ancestry.data_ptr())
     generator = torch.Generator().manual_seed(0)
@@ -148,7 +148,7 @@ def test_cache_never_moves_and_ancestry_alone_is_reordered(small_model):
     for step in range(steps):
         new = torch.randint(4, VOCAB_SIZE, (batch, beams), generator=generator)
         tokens = torch.cat([tokens, new[..., None]], dim=2)
-        position = cache.slots[step : step + 1]
+        position = cache.positions[step : step + 1]
         hidden = model.led.decoder(new, cross, cache=cache, position=position)
         for beam in range(beams):
             expected = model.led.decoder(tokens[:, beam], cross)[:, -1]

@@ -31,7 +31,7 @@ def test_steps_equal_one_pass(decoder_and_inputs, steps, padded):
         mask[2, 6] = 0
     expected = model.led.decoder(ids, cross, cross_mask=cross_mask, attention_mask=mask)
     cache = StaticKVCache(model.config, batch=3, max_length=20)
-    cache.keys.fill_(1e4)  # a slot that is not filled yet must not be seen
+    cache.keys.fill_(1e4)  # a position that is not filled yet must not be seen
     cache.values.fill_(1e4)
     outputs, start = [], 0
     for count in steps:
@@ -57,10 +57,10 @@ def test_cache_never_moves(decoder_and_inputs):
     before = (cache.keys.data_ptr(), cache.values.data_ptr(), cache.keys.shape)
     for i in range(5):
         model.led.decoder(
-            ids[:, i : i + 1], cross, cross_mask=cross_mask, cache=cache, position=cache.slots[i : i + 1]
+            ids[:, i : i + 1], cross, cross_mask=cross_mask, cache=cache, position=cache.positions[i : i + 1]
         )
     assert (cache.keys.data_ptr(), cache.values.data_ptr(), cache.keys.shape) == before
-    assert cache.keys.ne(0).any(-1).all()  # every slot of every layer, row and head was written
+    assert cache.keys.ne(0).any(-1).all()  # every position of every layer, row and head was written
 
 
 @torch.no_grad()

@@ -11,10 +11,10 @@ import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from led_kernels.decode import CapturedCalls
-from led_model.generation.captured import Watched
+from led_kernels.capture import CapturedCalls
+from led_model.generation.captured import ModuleGuards
+from led_model.modeling.decoder import LEDDecoder
 from led_model.modeling.layers import DecoderLayer
-from led_model.modeling.model import LEDDecoder
 from tests.backends import needs_extension
 from tests.model.small import random_inputs
 
@@ -25,14 +25,14 @@ pytestmark = needs_extension
 def captured(monkeypatch):
     """Whether each generation's step was captured."""
     made = []
-    of = CapturedCalls.of
+    capture = CapturedCalls.capture
 
     def spy(function):
-        calls = of(function)
+        calls = capture(function)
         made.append(calls is not None)
         return calls
 
-    monkeypatch.setattr(CapturedCalls, "of", spy)
+    monkeypatch.setattr(CapturedCalls, "capture", spy)
     return made
 
 
@@ -271,7 +271,7 @@ def test_changes_in_the_middle_are_followed(small_model, captured, monkeypatch, 
     }
     followed = tokens()
     assert captured[0]
-    monkeypatch.setattr(CapturedCalls, "of", lambda function: None)
+    monkeypatch.setattr(CapturedCalls, "capture", lambda function: None)
     expected = tokens()
     assert torch.equal(followed, expected)
 
@@ -350,10 +350,10 @@ def test_looking_for_changes_costs_little(small_model):
     """At most 1 % of a step of a base model, 20 ms: 0.2 ms, on a machine that may be five times slower."""
     model = small_model(0, decoder_layers=6)
     parts = (model.led.decoder, model.lm_head)
-    watched = Watched(parts)
+    guards = ModuleGuards(parts)
     times = []
     for _ in range(200):
         began = perf_counter()
-        assert not watched.changed(parts)
+        assert not guards.failed(parts)
         times.append(perf_counter() - began)
     assert min(times) < 1e-3

@@ -44,7 +44,7 @@ def test_forward_names_what_is_elsewhere(model, name, grad):
         "input_ids",
         "attention_mask",
         "global_attention_mask",
-        "encoded",
+        "encoder_hidden_states",
         "decoder_input_ids",
         "decoder_attention_mask",
     ],
@@ -53,8 +53,8 @@ def test_forward_names_what_is_elsewhere(model, name, grad):
 def test_generate_names_what_is_elsewhere(model, name):
     arguments = random_inputs(0)
     arguments["decoder_attention_mask"] = torch.ones_like(arguments["decoder_input_ids"])
-    if name == "encoded":
-        arguments["encoded"] = model.led.encode(arguments["input_ids"])
+    if name == "encoder_hidden_states":
+        arguments["encoder_hidden_states"] = model.led.encode(arguments["input_ids"])
     with pytest.raises(ValueError, match=f"^{name} is .*on meta"):
         model.generate(**moved(arguments, name), max_new_tokens=2)
 
@@ -64,7 +64,7 @@ def test_the_decoder_names_what_is_elsewhere(model):
     inputs = random_inputs(0)
     ids = inputs["decoder_input_ids"][:, :2]
     keys_values = model.led.decoder.cross_keys_values(model.led.encode(inputs["input_ids"]))
-    with pytest.raises(ValueError, match=r"^encoded is on meta"):
+    with pytest.raises(ValueError, match=r"^encoder_hidden_states is on meta"):
         model.led.decoder.cross_keys_values(model.led.encode(inputs["input_ids"]).to("meta"))
     place = {"position": torch.arange(2), "cache": StaticKVCache(model.config, 3, 8)}
     for name, change in (

@@ -252,7 +252,7 @@ def test_what_another_program_does_to_the_output_is_noticed(tmp_path, change):
         for use in (
             lambda: results.append(document(text="three"), {"summary": ""}),
             lambda: results.take(document(text="one")),
-            results.check_that_it_is_ours,
+            results.check_unchanged,
         ):
             with pytest.raises(OSError, match="was changed by another program during the run"):
                 use()
@@ -374,8 +374,8 @@ def test_byte_order_marks(tmp_path, encoding):
 
 
 def test_endless_inputs_are_read_to_a_bound(tmp_path, monkeypatch):
-    monkeypatch.setattr("led_model.cli.documents.MOST_BYTES", 2**16)
-    monkeypatch.setattr("led_model.cli.documents._SKIPPED", 2**18)
+    monkeypatch.setattr("led_model.cli.documents.MAX_BYTES", 2**16)
+    monkeypatch.setattr("led_model.cli.documents._MAX_SKIPPED", 2**18)
     for jsonl in (False, True):
         ((source,), _) = find_sources(["/dev/zero"], jsonl=jsonl)
         first, *others = source.read()
@@ -384,7 +384,7 @@ def test_endless_inputs_are_read_to_a_bound(tmp_path, monkeypatch):
 
 
 def test_a_line_that_is_too_long_takes_no_other_with_it(tmp_path, monkeypatch):
-    monkeypatch.setattr("led_model.cli.documents.MOST_BYTES", 2**16)
+    monkeypatch.setattr("led_model.cli.documents.MAX_BYTES", 2**16)
     path = tmp_path / "long.jsonl"
     path.write_text('{"text": "a"}\n{"text": "' + "b" * 2**17 + '"}\n{"text": "c"}\n')
     ((source,), _) = find_sources([str(path)])
@@ -426,7 +426,7 @@ def test_nul_is_no_text(tmp_path):
 
 
 def test_a_pipe_that_nobody_writes_into_is_not_waited_for(tmp_path, monkeypatch):
-    monkeypatch.setattr("led_model.cli.documents._PATIENCE", 50)
+    monkeypatch.setattr("led_model.cli.pipe._WAIT_MILLISECONDS", 50)
     path = tmp_path / "pipe"
     os.mkfifo(path)
     ((source,), _) = find_sources([str(path)])
@@ -434,7 +434,7 @@ def test_a_pipe_that_nobody_writes_into_is_not_waited_for(tmp_path, monkeypatch)
 
 
 def test_a_slow_writer_is_waited_for(tmp_path, monkeypatch):
-    monkeypatch.setattr("led_model.cli.documents._PATIENCE", 50)
+    monkeypatch.setattr("led_model.cli.pipe._WAIT_MILLISECONDS", 50)
     path = tmp_path / "pipe"
     os.mkfifo(path)
 

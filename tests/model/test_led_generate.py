@@ -105,7 +105,7 @@ def test_encoded_and_on_token(small_model):
     again = model.generate(
         inputs["input_ids"],
         inputs["attention_mask"],
-        encoded=encoded,
+        encoder_hidden_states=encoded,
         max_new_tokens=10,
         on_token=heard.append,
     )

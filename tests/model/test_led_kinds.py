@@ -111,7 +111,7 @@ def test_narrow_embeddings_will_do(model):
 @pytest.mark.parametrize("with_encoded", [False, True])
 def test_masks(model, value, with_encoded):
     dtype = torch.complex64 if isinstance(value, complex) else torch.float32
-    given = {"encoded": model.led.encode(IDS).detach()} if with_encoded else {}
+    given = {"encoder_hidden_states": model.led.encode(IDS).detach()} if with_encoded else {}
     mask, prompt_mask = torch.ones(3, 20, dtype=dtype), torch.ones(3, 4, dtype=dtype)
     mask[1, 3] = prompt_mask[1, 0] = value
     with pytest.raises(ValueError, match=r"^attention_mask (is|holds)"):

@@ -28,13 +28,13 @@ def ones(*shape: int) -> torch.Tensor:
 @pytest.mark.parametrize(
     ("name", "value"),
     [
-        ("encoded", lambda m: m.led.encode(ids(1))),
-        ("encoded", lambda m: m.led.encode(ids(BATCH, 19))),
-        ("encoded", lambda m: torch.zeros(BATCH, SOURCE, 7)),
-        ("encoded", lambda m: m.led.encode(ids())[0]),
-        ("encoded", lambda m: m.led.encode(ids()).long()),
-        ("encoded", lambda m: m.led.encode(ids()).half()),
-        ("encoded", lambda m: [1]),
+        ("encoder_hidden_states", lambda m: m.led.encode(ids(1))),
+        ("encoder_hidden_states", lambda m: m.led.encode(ids(BATCH, 19))),
+        ("encoder_hidden_states", lambda m: torch.zeros(BATCH, SOURCE, 7)),
+        ("encoder_hidden_states", lambda m: m.led.encode(ids())[0]),
+        ("encoder_hidden_states", lambda m: m.led.encode(ids()).long()),
+        ("encoder_hidden_states", lambda m: m.led.encode(ids()).half()),
+        ("encoder_hidden_states", lambda m: [1]),
         ("attention_mask", lambda m: ones(1, SOURCE)),
         ("attention_mask", lambda m: ones(BATCH, SOURCE + 1)),
         ("attention_mask", lambda m: ones(SOURCE)),
@@ -54,7 +54,9 @@ def ones(*shape: int) -> torch.Tensor:
 @pytest.mark.parametrize("with_encoded", [False, True])
 @torch.no_grad()
 def test_generate_names_what_does_not_fit(model, name, value, with_encoded):
-    arguments = {"input_ids": ids()} | ({"encoded": model.led.encode(ids())} if with_encoded else {})
+    arguments = {"input_ids": ids()} | (
+        {"encoder_hidden_states": model.led.encode(ids())} if with_encoded else {}
+    )
     with pytest.raises(ValueError, match=f"^{name} "):
         model.generate(**arguments | {name: value(model)}, max_new_tokens=2)
 
@@ -135,7 +137,7 @@ def test_the_decoder_holds_a_cache_against_its_input(model, small_model):
     ):
         with pytest.raises(ValueError, match=f"^{name} "):
             decoder(ids(BATCH, 1), cache=cache, **step | change)
-    with pytest.raises(ValueError, match=r"^encoded is .* \(4, 20, 7\)"):
+    with pytest.raises(ValueError, match=r"^encoder_hidden_states is .* \(4, 20, 7\)"):
         decoder.cross_keys_values(torch.zeros(BATCH, SOURCE, 7))
 
 

@@ -136,8 +136,8 @@ def test_what_is_not_supported_is_kept_by_name():
 def test_callers_limits_win_over_the_checkpoints():
     config = GenerationConfig(max_new_tokens=5, min_new_tokens=3)
     updated = config.updated(max_length=9, min_length=2)
-    assert (updated.length_limit(), updated.least_length()) == (9, 2)
-    assert (config.length_limit(), config.least_length()) == (6, 4)
+    assert (updated.max_sequence_length(), updated.min_sequence_length()) == (9, 2)
+    assert (config.max_sequence_length(), config.min_sequence_length()) == (6, 4)
 
 
 @pytest.mark.parametrize(

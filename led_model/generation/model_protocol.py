@@ -1,0 +1,90 @@
+"""Says what a model must offer to write: an encoder, a decoder whose steps can be run apart, and a head."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from led_model.config import LEDConfig
+from led_model.generation.cache import StaticKVCache
+from led_model.generation.generation_config import GenerationConfig
+
+
+class TokenEmbedder(Protocol):
+    """A stack of layers that looks its tokens up in a table."""
+
+    embed_tokens: nn.Embedding
+
+
+class Decoder(TokenEmbedder, Protocol):
+    """Runs the causal layers over keys and values of the encoder's output that are made once per document."""
+
+    embed_positions: nn.Embedding
+    layers: nn.ModuleList
+
+    def __call__(
+        self,
+        input_ids: Tensor,
+        cross_keys_values: list[tuple[Tensor, Tensor]],
+        *,
+        cross_mask: Tensor | None,
+        attention_mask: Tensor | None,
+        cache: StaticKVCache,
+        position: Tensor,
+    ) -> Tensor:
+        """Returns the last hidden states, ``[batch, target, d_model]``."""
+
+    def cross_keys_values(self, encoder_hidden_states: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """Returns each layer's keys and values of the encoder's output."""
+
+    def embed(self, input_ids: Tensor, position: Tensor) -> Tensor:
+        """Returns what the first layer reads, ``[batch, target, d_model]``."""
+
+    def run_layers(
+        self,
+        hidden: Tensor,
+        mask: Tensor | None,
+        cache_indices: Tensor | None,
+        cross_keys_values: list[tuple[Tensor, Tensor]],
+        cross_mask: Tensor | None,
+        cache: StaticKVCache | None,
+    ) -> Tensor:
+        """Returns what the layers make of embedded tokens."""
+
+
+class EncoderDecoder(Protocol):
+    """Consists of the two stacks, and runs the first."""
+
+    encoder: TokenEmbedder
+    decoder: Decoder
+
+    def encode(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None,
+        global_attention_mask: Tensor | None,
+    ) -> Tensor:
+        """Returns the encoder's output, ``[batch, source, d_model]``."""
+
+
+class GenerativeModel(Protocol):
+    """Computes the logits of the next token by a language-modeling head."""
+
+    config: LEDConfig
+    generation_config: GenerationConfig
+    led: EncoderDecoder
+    lm_head: nn.Linear
+    final_logits_bias: Tensor
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Returns the dtype of the embeddings."""
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Returns ``[..., vocab_size]`` for the decoder's ``[..., d_model]``."""
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Yields all weights by their names."""

@@ -1,0 +1,108 @@
+"""Runs the decoder: embeddings and causal layers, each of which also attends to the encoder's output."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from led_model.checks import check_hidden_states
+from led_model.config import LEDConfig
+from led_model.generation.cache import StaticKVCache
+from led_model.masks import causal_mask
+from led_model.modeling.decoder_checks import check_decoder_call
+from led_model.modeling.embedding import EmbeddedStack
+from led_model.modeling.layers import DecoderLayer
+from led_model.modeling.outputs import LayerRecord
+
+
+class LEDDecoder(EmbeddedStack):
+    """Decodes texts over the keys and values that :meth:`cross_keys_values` makes of the encoder's output."""
+
+    def __init__(self, config: LEDConfig, embed_tokens: nn.Embedding) -> None:
+        super().__init__(config, embed_tokens, config.max_decoder_position_embeddings)
+        self.layerdrop = config.decoder_layerdrop
+        self.layers = nn.ModuleList([DecoderLayer(config, i) for i in range(config.decoder_layers)])
+
+    def cross_keys_values(self, encoder_hidden_states: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """Returns each layer's keys and values of the encoder's output ``[batch, source, d_model]``.
+
+        They are made once per document, whatever the number of steps and sequences.
+
+        Raises:
+            ValueError: when ``encoder_hidden_states`` has another shape, dtype or device.
+        """
+        check_hidden_states("encoder_hidden_states", encoder_hidden_states, self.embed_positions)
+        return [layer.encoder_attn.keys_values(encoder_hidden_states) for layer in self.layers]
+
+    def forward(
+        self,
+        input_ids: Tensor | None,
+        cross_keys_values: list[tuple[Tensor, Tensor]],
+        *,
+        inputs_embeds: Tensor | None = None,
+        cross_mask: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        cache: StaticKVCache | None = None,
+        position: Tensor | None = None,
+        record: LayerRecord | None = None,
+    ) -> Tensor:
+        """Returns ``[batch, target, d_model]`` for token ids ``[batch, target]``.
+
+        Args:
+            cross_keys_values: from :meth:`cross_keys_values`.
+            inputs_embeds: ``[batch, target, d_model]``, taken for the embedded tokens instead of ids.
+            cross_mask: ``[batch, 1, 1, source]``, from :func:`led_model.masks.key_mask` or
+                :func:`led_model.masks.padding_scores`; default: all are tokens.
+            attention_mask: ``[batch, target]``, nonzero for tokens; with a cache ``[batch, ≤ max_length]``.
+            cache: written at ``position``, attended to as far as it is filled.
+            position: int64 ``[target]`` of ``input_ids``; default, without a cache: 0, 1, …
+            record: filled with what the layers see; without a cache.
+
+        Raises:
+            ValueError: for ids of another shape or outside the vocabulary, more tokens than positions, and keys,
+                masks or a cache of another batch, length or width.
+        """
+        embedded = self.embed_inputs(
+            "decoder_input_ids", input_ids, "decoder_inputs_embeds", inputs_embeds, cache is None
+        )
+        check_decoder_call(embedded, cross_keys_values, cross_mask, attention_mask, cache, position, self)
+        if position is None:
+            position = torch.arange(embedded.shape[1], device=embedded.device)
+        mask = cache_indices = None  # SDPA is causal by itself without a mask
+        if cache is not None:
+            mask = cache.attention_mask(position, attention_mask)
+            cache_indices = cache.indices_of(position)
+        elif attention_mask is not None:
+            mask = causal_mask(position, attention_mask)
+        hidden = self.add_positions(embedded, position)
+        del embedded
+        return self.run_layers(hidden, mask, cache_indices, cross_keys_values, cross_mask, cache, record)
+
+    def embed(self, input_ids: Tensor, position: Tensor) -> Tensor:
+        """Returns what the first layer reads at a decoding step, ``[batch, target, d_model]``, unchecked."""
+        return self.add_positions(self.embed_tokens(input_ids), position)
+
+    def run_layers(
+        self,
+        hidden: Tensor,
+        mask: Tensor | None,
+        cache_indices: Tensor | None,
+        cross_keys_values: list[tuple[Tensor, Tensor]],
+        cross_mask: Tensor | None,
+        cache: StaticKVCache | None,
+        record: LayerRecord | None = None,
+    ) -> Tensor:
+        """Returns what the layers make of embedded tokens, ``[batch, target, d_model]``.
+
+        ``mask`` says what is seen of the cache, and ``cache_indices`` where it is written, see :class:`StaticKVCache`.
+        """
+        if self.training:
+            hidden = F.dropout(hidden, self.dropout)
+        for layer, keys_values in zip(self.layers, cross_keys_values, strict=True):
+            if record is not None:
+                record.hidden_states.append(hidden)
+            if self.training and self.layerdrop and torch.rand([]) < self.layerdrop:
+                continue
+            hidden = layer(hidden, mask, cache_indices, keys_values, cross_mask, cache, record)
+        return hidden

@@ -1,0 +1,58 @@
+"""Runs the encoder: embeddings and layers with banded and global attention."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from led_kernels import LongformerMask
+from led_model.config import LEDConfig
+from led_model.modeling.embedding import EmbeddedStack
+from led_model.modeling.layers import EncoderLayer
+from led_model.modeling.outputs import LayerRecord
+
+
+class LEDEncoder(EmbeddedStack):
+    """Encodes texts by banded layers; ``gradient_checkpointing = True`` recomputes each layer in the backward."""
+
+    def __init__(self, config: LEDConfig, embed_tokens: nn.Embedding) -> None:
+        super().__init__(config, embed_tokens, config.max_encoder_position_embeddings)
+        self.layerdrop = config.encoder_layerdrop
+        self.gradient_checkpointing = False
+        self.layers = nn.ModuleList([EncoderLayer(config, i) for i in range(config.encoder_layers)])
+
+    def forward(
+        self,
+        input_ids: Tensor | None,
+        mask: LongformerMask,
+        *,
+        inputs_embeds: Tensor | None = None,
+        record: LayerRecord | None = None,
+    ) -> Tensor:
+        """Returns ``[batch, seqlen, d_model]`` for token ids ``[batch, seqlen]``, without padding to the window.
+
+        Args:
+            inputs_embeds: ``[batch, seqlen, d_model]``, taken for the embedded tokens instead of ids.
+            record: filled with what the layers see.
+
+        Raises:
+            ValueError: for ids of another shape or outside the vocabulary, or more tokens than positions.
+        """
+        hidden = self.add_positions(self.embed_inputs("input_ids", input_ids, "inputs_embeds", inputs_embeds))
+        hidden = F.dropout(hidden, self.dropout, self.training)
+        if record is not None:
+            record.mask = mask
+        for layer in self.layers:
+            if record is not None:
+                record.hidden_states.append(hidden)
+            if self.training and self.layerdrop and torch.rand([]) < self.layerdrop:
+                continue
+            if record is not None:
+                record.self_attention.append((layer.self_attn, hidden))
+            if self.training and self.gradient_checkpointing:
+                hidden = checkpoint(layer, hidden, mask, use_reentrant=False)
+            else:
+                hidden = layer(hidden, mask)
+        return hidden
