@@ -1,1 +1,1 @@
-"""How it is measured: shapes, cases, the runner, the gate, memory, and the table of rows."""
+"""How it is measured: shapes, cases and suites, the runner, the gate, memory, figures, and the tables of rows."""

@@ -1,4 +1,4 @@
-"""``python -m benchmarks.harness.runner``: times every provider beside its peers and writes one row per case to a CSV.
+"""The runner: times every provider beside its peers and writes one row per case to a CSV.
 
 Within a group the providers take turns, one call each per round, and a row holds the median over rounds. A
 provider whose rounds would take more than half a minute gets fewer of them, at least three; its row says how
@@ -10,63 +10,69 @@ whole run, and an interrupted one keeps its rows until the next starts.
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import functools
+import os
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
 from benchmarks.harness import memory, table, verify
-from benchmarks.harness.cases import FORWARD, YARDSTICKS, Call, Case, Group, groups, unnamed_fallback
-from benchmarks.report import summary
+from benchmarks.harness.cases import FORWARD, YARDSTICKS, Call, Case, Group, MemoryCase
+from led_kernels.dispatch import missing_kernels
 
+REPEATS = 15  # rounds, unless asked for others
 BUDGET = 30.0  # seconds of repeats for one case, beyond the least number of repeats
 LEAST_REPEATS = 3
 WRITES = 12  # of 256 MiB: about a millisecond on an H100, more on others
 
 
-def main(
-    argv: list[str] | None = None,
-    groups: Callable[[bool], list[Group]] = groups,
-    out: Path = table.DEFAULT,
-    prog: str = "python -m benchmarks.harness.runner",
+def run(
+    groups: Sequence[Group], out: Path, *, only: str = "", repeats: int = REPEATS, threads: int | None = None
 ) -> int:
-    arguments = _parse(argv, out, prog)
+    """Measures the groups into a new CSV, and returns the exit status of a command that does so.
+
+    Args:
+        only: words that the name of a case must hold.
+        repeats: rounds.
+        threads: of torch; default: as many as it has.
+    """
     if (reason := unnamed_fallback("cpu")) is not None:
         print(f"stopped, nothing is timed under another's name: {reason}", file=sys.stderr)
         return 1
-    torch.set_num_threads(arguments.threads)
-    partial = arguments.out.with_suffix(arguments.out.suffix + ".partial")
+    threads = threads or torch.get_num_threads()
+    torch.set_num_threads(threads)
+    partial = out.with_suffix(out.suffix + ".partial")
     partial.unlink(missing_ok=True)
-    environment = table.environment(arguments.threads)
-    selected = [_narrow(group, arguments.only.split()) for group in groups(arguments.smoke)]
+    environment = table.environment(threads)
+    selected = [_narrow(group, only.split()) for group in groups]
     if not any(group.cases or group.memory for group in selected):
-        print(f"--only {arguments.only!r} names no case", file=sys.stderr)
+        print(f"--only {only!r} names no case", file=sys.stderr)
         return 2
     try:
         for group in selected:
             if group.cases:
-                run_group(group, arguments.repeats, partial, environment)
-            for provider in group.memory:
-                measure_memory(group, provider, arguments.threads, partial, environment)
+                run_group(group, repeats, partial, environment)
+            for case in group.memory:
+                measure_memory(group, case, threads, partial, environment)
     except verify.GateError as error:
         print(f"stopped, {error}; rows so far: {partial}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print(f"interrupted; rows so far: {partial}", file=sys.stderr)
         return 130
-    partial.replace(arguments.out)
-    rows = table.read(arguments.out)
-    print(summary.floors(rows), summary.markdown(rows), sep="\n\n")
-    if arguments.smoke:
-        print("\nThese are tiny shapes: that the run is complete is all that they show.")
+    partial.replace(out)
     return 0
+
+
+def unnamed_fallback(device_type: str) -> str | None:
+    """Why what is timed as led_kernels would be torch's operations; None where kernels run or a backend was named."""
+    return None if os.environ.get("LED_KERNELS_BACKEND") else missing_kernels(device_type)
 
 
 def run_group(group: Group, repeats: int, path: Path, environment: dict[str, str | int]) -> dict[Case, str]:
@@ -109,11 +115,11 @@ def run_group(group: Group, repeats: int, path: Path, environment: dict[str, str
 
 
 def measure_memory(
-    group: Group, provider: str, threads: int, path: Path, environment: dict[str, str | int]
+    group: Group, case: MemoryCase, threads: int, path: Path, environment: dict[str, str | int]
 ) -> None:
     """Appends the row of one provider's peak memory."""
-    peak = memory.measure(group.name.split("_")[0], provider, group.shape, threads)
-    row = _row(group, "memory", provider, FORWARD, environment)
+    peak = memory.measure(case, group.shape, threads)
+    row = _row(group, "memory", case.provider, FORWARD, environment)
     table.append(path, dataclasses.replace(row, peak_mib=round(peak, 2)))
 
 
@@ -125,8 +131,8 @@ def _gate(group: Group) -> tuple[dict[Case, Call], dict[Case, float], dict[Case,
         if not reason:
             try:
                 call = case.prepare(group.shape)
-                result, truth = call(), verify.truth_of(case.what, group.shape)
-                errors[case] = verify.check(case.name, result, truth) if truth else 0.0
+                result = call()
+                errors[case] = verify.check(case.name, result, case.truth(group.shape)) if case.truth else 0.0
                 calls[case] = call
             except Exception as error:  # of a peer: wrong, out of memory, not made for this GPU
                 if case.is_ours:
@@ -209,26 +215,5 @@ def _narrow(group: Group, words: list[str]) -> Group:
 
     named = [case for case in group.cases if is_named(case.name)]
     cases = tuple(case for case in group.cases if named and (case in named or case.what in YARDSTICKS))
-    memory = tuple(provider for provider in group.memory if is_named(f"memory, {provider}"))
+    memory = tuple(case for case in group.memory if is_named(case.name))
     return dataclasses.replace(group, cases=cases, memory=memory)
-
-
-def _parse(argv: list[str] | None, out: Path, prog: str) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog=prog, description=__doc__.splitlines()[0])
-    parser.add_argument(
-        "--smoke", action="store_true", help="tiny shapes, seconds in all; figures mean nothing"
-    )
-    parser.add_argument(
-        "--only", default="", help="cases whose name holds all these words, as in 'banded cpu'"
-    )
-    parser.add_argument("--out", type=Path, help=f"CSV to write; default {out.name} (smoke.csv)")
-    parser.add_argument("--repeats", type=int, help="rounds; default 15 (smoke 3)")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    arguments = parser.parse_args(argv)
-    arguments.out = arguments.out or (table.RESULTS / "smoke.csv" if arguments.smoke else out)
-    arguments.repeats = arguments.repeats or (3 if arguments.smoke else 15)
-    return arguments
-
-
-if __name__ == "__main__":
-    sys.exit(main())

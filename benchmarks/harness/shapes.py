@@ -34,8 +34,11 @@ class Shape:
         return self.heads * self.head_dim
 
 
+SMOKE = Shape(seqlen=256, heads=2, head_dim=16, window=32, layers=2, ffn_dim=64)
+
+
 def attention_pairs(shape: Shape) -> int:
-    """(query, allowed key) pairs of the local queries in one head: the band, cut, and global columns."""
+    """(query, allowed key) pairs of the local queries in one head: the band, cut, and global keys."""
     query = torch.arange(shape.seqlen)
     pairs = (query + shape.window).clamp(max=shape.seqlen - 1) - (query - shape.window).clamp(min=0) + 1
     for position in shape.global_index:

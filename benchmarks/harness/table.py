@@ -1,19 +1,23 @@
-"""The CSV: one row per case of one run, with what it ran on. Plots, summary and README read nothing else."""
+"""Tables of dataclass rows in CSV files, and the row of a timed case with what it ran on.
+
+The plots, the summary and the README read nothing else.
+"""
 
 from __future__ import annotations
 
 import csv
 import importlib.metadata
 import platform
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from typing import TextIO, TypeVar
 
 import torch
 
 RESULTS = Path(__file__).parents[1] / "results"
-DEFAULT = RESULTS / "cpu.csv"
-GENERATION = RESULTS / "generation.csv"
-COMPILED = RESULTS / "compiled.csv"
+
+RowType = TypeVar("RowType")
 
 
 @dataclass(frozen=True)
@@ -57,23 +61,52 @@ def environment(threads: int) -> dict[str, str | int]:
     }
 
 
-def append(path: Path, row: Row) -> None:
+def read(path: Path, row_type: type[RowType] = Row) -> list[RowType]:
+    """The rows of a file; fields are of type str, int, float or bool, or None where the cell is empty.
+
+    A field whose column is missing has its default.
+    """
+    with path.open(newline="") as file:
+        return [
+            row_type(
+                **{
+                    field.name: _parse(field.type, line[field.name])
+                    for field in fields(row_type)
+                    if field.name in line
+                }
+            )
+            for line in csv.DictReader(file)
+        ]
+
+
+def write(path: Path, rows: Sequence[object]) -> None:
+    """A new file of rows of one dataclass, of which there is at least one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", newline="") as file:
+        _write(file, rows, with_header=True)
+
+
+def append(path: Path, row: object) -> None:
+    """One more row, in a new file under its header."""
     is_new = not path.exists()
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a", newline="") as file:
-        writer = csv.DictWriter(file, [field.name for field in fields(Row)], lineterminator="\n")
-        if is_new:
-            writer.writeheader()
-        writer.writerow(asdict(row))
+        _write(file, [row], with_header=is_new)
 
 
-def read(path: Path) -> list[Row]:
-    kinds = {"int": int, "float": float, "str": str}
-    convert = {field.name: kinds[field.type] for field in fields(Row)}
-    with path.open(newline="") as file:
-        return [
-            Row(**{key: convert[key](value) for key, value in line.items()}) for line in csv.DictReader(file)
-        ]
+def _write(file: TextIO, rows: Sequence[object], with_header: bool) -> None:
+    writer = csv.DictWriter(file, [field.name for field in fields(rows[0])], lineterminator="\n")
+    if with_header:
+        writer.writeheader()
+    writer.writerows(asdict(row) for row in rows)  # None becomes an empty cell
+
+
+def _parse(kind: str, text: str) -> object:
+    if kind.endswith("| None") and not text:
+        return None
+    if kind == "bool":
+        return text == "True"
+    return {"int": int, "float": float, "str": str}[kind.removesuffix(" | None")](text)
 
 
 def cpu_model() -> str:

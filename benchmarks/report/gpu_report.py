@@ -64,7 +64,7 @@ class Step:
     """One part of the report.
 
     Attributes:
-        plan: lines that say what it does, for the dry runner.
+        plan: lines that say what it does, for the dry run.
         run: does it within so many seconds and adds to the report; None if it is left out.
         refusal: why it is left out.
     """
@@ -105,9 +105,7 @@ def steps(groups: list[Group]) -> list[Step]:
 def describe(planned: list[Step]) -> str:
     """What would run and what would be left out, and why."""
     here = (
-        ""
-        if torch.cuda.is_available()
-        else "torch sees no GPU here: on a machine with one this would runner.\n"
+        "" if torch.cuda.is_available() else "torch sees no GPU here: on a machine with one this would run.\n"
     )
     lines = [f"{here}Each step is added to the report when it is done."]
     for step in planned:

@@ -18,12 +18,13 @@ from matplotlib.patches import Patch
 
 from benchmarks.harness import table
 from benchmarks.harness.cases import FORWARD, FORWARD_BACKWARD
-from benchmarks.report.summary import Run, efficiency, ratio
-from benchmarks.suites import attention, encoder
+from benchmarks.harness.figures import Run, efficiency, ratio
+from benchmarks.suites import catalog, encoder
+from benchmarks.suites.attention_providers import BANDED, CPU, FLEX, STOCK, TORCH
 from led_kernels import LongformerMask
 from led_kernels.mask import GLOBAL, PADDING
 
-INK, GRID, OURS, PEER, BAND, COLUMN, ROW = (
+INK, GRID, OURS, PEER, BAND, GLOBAL_KEYS, GLOBAL_QUERIES = (
     "#333333", "#e4e4e4", "#3a6ea5", "#b8bec6", "#8fb3d9", "#e8a33d", "#c8553d",
 )  # fmt: skip
 STYLE = {
@@ -55,7 +56,7 @@ def plot_pattern(path: Path) -> None:
     picture[~real] = 0
     figure, axes = plt.subplots(figsize=(5.2, 5.2))
     axes.pcolormesh(
-        picture.numpy(), cmap=ListedColormap(["#f4f4f4", BAND, COLUMN, ROW]), vmin=0, vmax=3,
+        picture.numpy(), cmap=ListedColormap(["#f4f4f4", BAND, GLOBAL_KEYS, GLOBAL_QUERIES]), vmin=0, vmax=3,
         edgecolors="white", linewidth=1,
     )  # fmt: skip
     axes.set(aspect="equal", xticks=[], yticks=[], xlabel="key", ylabel="query")
@@ -64,8 +65,8 @@ def plot_pattern(path: Path) -> None:
     axes.spines[:].set_visible(False)
     labels = {
         BAND: f"band, ±{window} tokens",
-        COLUMN: "global keys, seen by all",
-        ROW: "global queries, see all",
+        GLOBAL_KEYS: "global keys, seen by all",
+        GLOBAL_QUERIES: "global queries, see all",
     }
     patches = [Patch(color=color, label=label) for color, label in labels.items()]
     patches.append(
@@ -82,25 +83,29 @@ def plot_efficiency(run: Run, path: Path) -> None:
     figure, panels = plt.subplots(1, 2, figsize=(9, 2.6), sharex=True, layout="constrained")
     for axes, direction in zip(panels, (FORWARD, FORWARD_BACKWARD), strict=True):
         bars = []
-        for group in _layers(run):
-            for provider in attention.BANDED:
+        for group in run.groups("attention"):
+            for provider in BANDED:
                 row = run.row(group, "banded", provider, direction)
                 if row:
                     bars.append((f"{provider}, {row.seqlen:,}", efficiency(row, run.rate(group)), provider))
-        _bars(axes, bars, attention.CPU)
+        _bars(axes, bars, CPU)
         axes.set(title=direction, xlabel="FLOP/s in the band ÷ torch.mm's")
     _save(figure, path)
 
 
 def plot_speedup(run: Run, path: Path) -> None:
     """How many times as long the peers take as the compiled kernels."""
-    peers = (("banded", attention.TORCH), ("banded", attention.FLEX), ("core", attention.STOCK))
+    peers = (
+        ("banded", TORCH),
+        ("banded", FLEX),
+        ("core", STOCK),
+    )
     figure, panels = plt.subplots(1, 2, figsize=(9, 2.6), sharex=True, layout="constrained")
     for axes, direction in zip(panels, (FORWARD, FORWARD_BACKWARD), strict=True):
         bars = []
-        for group in _layers(run):
+        for group in run.groups("attention"):
             for what, provider in peers:
-                peer, ours = (run.row(group, what, name, direction) for name in (provider, attention.CPU))
+                peer, ours = (run.row(group, what, name, direction) for name in (provider, CPU))
                 if peer and ours:
                     bars.append((f"{provider}, {peer.seqlen:,}", ratio(peer, ours), provider))
         _bars(axes, bars, unit=" ×")
@@ -116,7 +121,7 @@ def plot_encoder(run: Run, path: Path) -> None:
     figure, panels = plt.subplots(1, 2, figsize=(9, 2.2), layout="constrained")
     for axes, what, column in zip(panels, ("encoder", "memory"), ("median_ms", "peak_mib"), strict=True):
         bars = []
-        for group in (group for group in run.groups if group.startswith("encoder_")):
+        for group in run.groups("encoder"):
             stock = run.row(group, what, encoder.STOCK)
             rows = [run.row(group, what, provider) for provider in encoder.PROVIDERS]
             if what == "encoder":
@@ -136,12 +141,8 @@ def _label(row: table.Row) -> str:
     return "its linear layers alone" if row.what == "linears" else row.provider
 
 
-def _layers(run: Run) -> list[str]:
-    return [group for group in run.groups if group.startswith("attention_")]
-
-
 def _bars(axes: Axes, bars: list[tuple[str, float, str]], *ours: str, unit: str = "") -> None:
-    """Horizontal bars ``(label, value, provider)``, first on top, ours in colour, with their values."""
+    """Horizontal bars ``(label, value, provider)``, first on top, ours in color, with their values."""
     labels, values, providers = zip(*bars, strict=True) if bars else ((), (), ())
     drawn = axes.barh(labels, values, color=[OURS if provider in ours else PEER for provider in providers])
     axes.bar_label(drawn, [f"{value:.{2 if value < 10 else 0}f}{unit}" for value in values], padding=3)
@@ -161,16 +162,13 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.report.plot", description=__doc__.splitlines()[0]
     )
-    parser.add_argument("csv", type=Path, nargs="?", default=table.DEFAULT)
+    parser.add_argument("csv", type=Path, nargs="?", default=catalog.CPU)
     parser.add_argument("--out", type=Path, default=table.RESULTS, help="directory for the PNG files")
     arguments = parser.parse_args(argv)
     with plt.rc_context(STYLE):
         plot_pattern(arguments.out / "pattern.png")
         if not arguments.csv.exists():
-            print(
-                f"{arguments.csv} is not there; run python -m benchmarks.harness.runner first.",
-                file=sys.stderr,
-            )
+            print(f"{arguments.csv} is not there; run python -m benchmarks first.", file=sys.stderr)
             return 1
         run = Run(table.read(arguments.csv))
         plot_efficiency(run, arguments.out / "efficiency.png")

@@ -4,41 +4,47 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
+from typing import Protocol
 
 
-@dataclass(frozen=True)
-class Instruction:
-    """One instruction of PTX or SASS.
+class Instruction(Protocol):
+    """What a flow graph knows of an instruction of any language.
 
     Attributes:
-        opcode: with its modifiers, without predicate and operands: ``HMMA.16816.F32.BF16``.
-        operands: the rest of the text.
-        predicate: what it is guarded by (``P0``, ``!P1``), or nothing.
-        targets: labels that it may jump to.
+        name: the opcode without modifiers.
+        targets: labels that it may jump to; :data:`END` among them where it may leave the function.
         falls_through: whether the next instruction may be executed after it.
     """
 
-    opcode: str
-    operands: str = ""
-    predicate: str = ""
-    targets: tuple[str, ...] = ()
-    falls_through: bool = True
+    @property
+    def name(self) -> str: ...
 
     @property
-    def name(self) -> str:
-        """The opcode without modifiers."""
-        return self.opcode.split(".")[0]
+    def targets(self) -> tuple[str, ...]: ...
+
+    @property
+    def falls_through(self) -> bool: ...
+
+
+END = "<end>"
+"""In the place of a label: what comes after the last instruction."""
 
 
 @dataclass
 class Block:
-    """Instructions that are executed together; ``successors`` are indices of blocks."""
+    """Instructions that are executed together.
+
+    Attributes:
+        successors: indices of blocks, the one that follows in the text first.
+        may_end: whether the function may end with the block.
+    """
 
     label: str
     instructions: list[Instruction] = field(default_factory=list)
     successors: list[int] = field(default_factory=list)
+    may_end: bool = False
 
 
 class FlowGraph:
@@ -62,16 +68,17 @@ class FlowGraph:
     @cached_property
     def dominators(self) -> list[set[int]]:
         """For each block those that every path to it passes, itself included."""
-        everything = set(range(len(self.blocks)))
-        dominators = [{0}] + [set(everything) for _ in self.blocks[1:]]
-        changed = True
-        while changed:
-            changed = False
-            for i in range(1, len(self.blocks)):
-                new = {i} | set.intersection(*(dominators[p] for p in self.predecessors[i]))
-                changed |= new != dominators[i]
-                dominators[i] = new
-        return dominators
+        return _dominators(self.predecessors, 0)
+
+    @cached_property
+    def post_dominators(self) -> list[set[int]]:
+        """For each block those that every path from it passes, itself and the function's end included.
+
+        The end is the number of blocks. A block that never comes there has all of them.
+        """
+        end = len(self.blocks)
+        following = [block.successors + [end] * block.may_end for block in self.blocks]
+        return _dominators([*following, []], end)[:end]
 
     @cached_property
     def natural_loops(self) -> dict[int, frozenset[int]]:
@@ -102,10 +109,6 @@ class FlowGraph:
             if not any(other < body for other in loops.values())
         }
 
-    def reaching(self, blocks: Iterable[int]) -> set[int]:
-        """The blocks from which one of these can be reached, these included."""
-        return _closure(blocks, lambda i: self.predecessors[i])
-
     def without_inner_loops(self, header: int) -> frozenset[int]:
         """The blocks of a natural loop's iterations that enter none of the loops within it; empty if all do."""
         body = self.natural_loops[header]
@@ -125,13 +128,28 @@ class FlowGraph:
         return [instruction for i in sorted(blocks) for instruction in self.blocks[i].instructions]
 
 
-def _closure(start: Iterable[int], neighbours: Callable[[int], Iterable[int]]) -> set[int]:
+def _dominators(predecessors: list[list[int]], root: int) -> list[set[int]]:
+    """For each node those that every path from the root to it passes, itself included."""
+    everything = set(range(len(predecessors)))
+    dominators = [{root} if i == root else set(everything) for i in everything]
+    from_root = sorted(everything - {root}, key=lambda i: abs(i - root))
+    changed = True
+    while changed:
+        changed = False
+        for i in from_root:
+            new = {i} | everything.intersection(*(dominators[p] for p in predecessors[i]))
+            changed |= new != dominators[i]
+            dominators[i] = new
+    return dominators
+
+
+def _closure(start: Iterable[int], neighbors: Callable[[int], Iterable[int]]) -> set[int]:
     found, pending = set(), list(start)
     while pending:
         i = pending.pop()
         if i not in found:
             found.add(i)
-            pending.extend(neighbours(i))
+            pending.extend(neighbors(i))
     return found
 
 
@@ -150,12 +168,17 @@ def _split(lines: Sequence[str | Instruction]) -> list[Block]:
         if line.targets or not line.falls_through:
             blocks.append(Block(""))
     for i, block in enumerate(blocks):
-        if not block.instructions:
+        if not block.instructions:  # a label behind the last instruction
+            block.may_end = True
             continue
         end = block.instructions[-1]
         if end.falls_through and i + 1 < len(blocks):
             block.successors.append(i + 1)
-        block.successors += [block_of_label[target] for target in end.targets]
+        block.successors += [block_of_label[target] for target in end.targets if target != END]
+        is_last = i + 1 == len(blocks)
+        block.may_end = (
+            END in end.targets or (end.falls_through and is_last) or not (end.falls_through or end.targets)
+        )
     return blocks
 
 
@@ -168,8 +191,5 @@ def _reachable(blocks: list[Block]) -> list[Block]:
             pending.extend(blocks[i].successors)
     index = {old: new for new, old in enumerate(sorted(seen))}
     return [
-        Block(
-            blocks[i].label, blocks[i].instructions, [index[s] for s in dict.fromkeys(blocks[i].successors)]
-        )
-        for i in index
+        replace(blocks[i], successors=[index[s] for s in dict.fromkeys(blocks[i].successors)]) for i in index
     ]

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 
 from benchmarks.static import sass
 from benchmarks.static.control_flow import FlowGraph
-from benchmarks.static.cycle_model import tensor_share
 from benchmarks.static.gpus import GPUS
 
 _INSTANCE = re.compile(
@@ -19,7 +18,6 @@ _INSTANCE = re.compile(
 )
 _ELEMENTS = {"Half": "float16", "BFloat16": "bfloat16", None: "float32"}
 _TRAP = ("sm_75", "BFloat16")  # the host refuses that dtype there
-_RATES_OF_MMA_SYNC = ("sm_80",)  # sm_90's are those of wgmma, which these kernels do without
 
 
 @dataclass(frozen=True)
@@ -44,7 +42,6 @@ class Row:
             with the rarely taken branch that rescales the accumulators. Empty where every iteration enters one.
         interior_mask: those of the same instructions that masks are made of; rescaling and the loop's end have a few.
         masked: as ``interior``, for tiles at the edge of the band, neither gathered nor with padding.
-        tensor_share: predicted by the cycle model for the interior loop, as ``interior``.
         nvcc: the release that compiled it.
     """
 
@@ -67,7 +64,6 @@ class Row:
     interior_mask: int | None = None
     interior: float | None = None
     masked: float | None = None
-    tensor_share: float | None = None
     nvcc: str = ""
 
     @property
@@ -149,12 +145,12 @@ def _row(instance: re.Match[str], target: str, function: str, resources: sass.Re
         shared=shared,
         resident_blocks=GPUS[target].resident_blocks(resources.registers, shared, warps),
         hmma=opcodes["HMMA"],
-        **(_loop_figures(graph, target, dropout) if opcodes["HMMA"] else {}),
+        **(_loop_figures(graph, dropout) if opcodes["HMMA"] else {}),
         nvcc=nvcc,
     )
 
 
-def _loop_figures(graph: FlowGraph, target: str, dropout: bool) -> dict[str, int | float | None]:
+def _loop_figures(graph: FlowGraph, dropout: bool) -> dict[str, int | float | None]:
     """Those of the interior loop and of the masked one; none if these are not the kernel's loops."""
     loops = sass.loops(graph)
     straight = [_without_inner_loops(graph, loop) for loop in loops]
@@ -164,12 +160,10 @@ def _loop_figures(graph: FlowGraph, target: str, dropout: bool) -> dict[str, int
     by_kind = dict(zip(kinds, zip(loops, straight, strict=True), strict=True))
     loop, body = by_kind["interior"]
     hmma = loop.tensor_macs / sass.HMMA_MACS
-    share = tensor_share(body, hmma, GPUS[target].rates) if body and target in _RATES_OF_MMA_SYNC else None
     return {
         "interior_size": loop.size,
         "interior_hmma": round(hmma),
         "interior_mask": (body or loop).mask_instructions,
-        "tensor_share": None if share is None else round(share, 3),
         **{kind: body and round(body.size / hmma, 2) for kind, (_, body) in by_kind.items()},
     }
 

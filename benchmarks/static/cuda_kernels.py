@@ -19,10 +19,12 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import fields
 from pathlib import Path
 
-from benchmarks.static import sass, table
+from benchmarks.harness import table
+from benchmarks.static import sass
 from benchmarks.static.cuda_figures import Row, rows_of_cubin
+from benchmarks.static.table import write_sorted
 
-DEFAULT = Path(__file__).parents[1] / "results" / "static_cuda.csv"
+DEFAULT = table.RESULTS / "static_cuda.csv"
 
 FORWARD_PER_HMMA = 5.0
 """Instructions per HMMA that the interior loop of the banded forward has at most, on sm_80 at head_dim 64."""
@@ -55,7 +57,7 @@ def main(argv: list[str] | None = None) -> int:
             )
         print(f"{len(rows)} kernels of {arguments.extension} checked, {len(problems)} problems")
     else:
-        table.write(rows, arguments.table, Row)
+        write_sorted(arguments.table, rows)
         print(f"{len(rows)} rows written to {arguments.table}")
     print(*problems, sep="\n", end="\n" if problems else "", file=sys.stderr)
     return 1 if problems else 0

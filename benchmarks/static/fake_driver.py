@@ -1,7 +1,7 @@
 """Compiles real Triton launchers on a machine without a GPU.
 
 ``with captured_launches("sm_80") as launches:`` every ``kernel[grid](...)`` of a ``@triton.jit`` function, on CPU
-tensors, is compiled for that target by Triton itself, with the configuration, specialisation and compile cache of a
+tensors, is compiled for that target by Triton itself, with the configuration, specialization and compile cache of a
 real launch, and recorded instead of run::
 
     with captured_launches("sm_80") as launches:
@@ -38,7 +38,7 @@ class Launch:
         grid: three ints.
         arguments: the value of every parameter by name, constexprs and defaults included, in the order of the
             kernel's signature; tensors are those that the launcher passed.
-        constexprs: the values that were compiled in: parameters marked constexpr, and those Triton specialised
+        constexprs: the values that were compiled in: parameters marked constexpr, and those Triton specialized
             away (an int that is 1, or None).
         kernel: Triton's ``CompiledKernel``: ``asm["ttgir" | "ptx" | "cubin" | "amdgcn"]``; ``metadata.shared`` in
             bytes, ``metadata.num_warps``; ``hash`` tells compilations apart.

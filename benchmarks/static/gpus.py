@@ -1,8 +1,6 @@
-"""What the targets allow and how fast they are, as far as the models of this folder use it.
+"""What the targets allow.
 
-Limits are those of the CUDA programming guide's table of compute capabilities and AMD's CDNA 3 ISA manual. Rates are
-those of the guide's table of arithmetic throughput; the tensor rate is the dense bf16 figure of the named product's
-data sheet over its multiprocessors and boost clock: A100 312 TFLOP/s, A10 125, L40S 362, H100 SXM 989.
+The limits are those of the CUDA programming guide's table of compute capabilities and AMD's CDNA 3 ISA manual.
 """
 
 from __future__ import annotations
@@ -14,33 +12,12 @@ WARP = 32
 
 
 @dataclass(frozen=True)
-class Rates:
-    """Lanes (results per clock) of one of a multiprocessor's four quarters.
-
-    Attributes:
-        fp32: adds, multiplies, FMAs.
-        tensor_macs: bf16 multiply-adds of the tensor core.
-        alu: integer adds, compares, selects, min and max, logic, conversions to half types.
-        imad: integer multiply-adds, which run on a part of the FMA units.
-        special: exponentials, reciprocals and other conversions (MUFU).
-    """
-
-    fp32: int
-    tensor_macs: int
-    alu: int = 16
-    imad: int = 16
-    special: int = 4
-
-
-@dataclass(frozen=True)
 class Gpu:
     """One product of a compile target; memory in bytes.
 
     Attributes:
         shared_per_block: the most that one block may ask for.
         shared_reserved: what the system takes of each block's share of the multiprocessor, besides.
-        rates: None where the cycle model has no numbers to stand on.
-        l2: None where the cache is not one.
     """
 
     name: str
@@ -49,8 +26,6 @@ class Gpu:
     shared_per_multiprocessor: int
     warps: int
     blocks: int
-    l2: int | None
-    rates: Rates | None = None
     registers: int = 65536
     warp_size: int = WARP
     shared_reserved: int = 1024
@@ -72,17 +47,17 @@ class Gpu:
         )
 
 
-_KIB, _MIB = 1024, 1024**2
+_KIB = 1024
 
 GPUS = {
-    "sm_75": Gpu("T4", 40, 64 * _KIB, 64 * _KIB, 32, 16, 4 * _MIB, shared_reserved=0),
-    "sm_80": Gpu("A100", 108, 163 * _KIB, 164 * _KIB, 64, 32, 40 * _MIB, Rates(fp32=16, tensor_macs=256)),
-    "sm_86": Gpu("A10", 72, 99 * _KIB, 100 * _KIB, 48, 16, 6 * _MIB, Rates(fp32=32, tensor_macs=128)),
-    "sm_89": Gpu("L40S", 142, 99 * _KIB, 100 * _KIB, 48, 24, 96 * _MIB, Rates(fp32=32, tensor_macs=128)),
-    "sm_90": Gpu("H100 SXM", 132, 227 * _KIB, 228 * _KIB, 64, 32, 50 * _MIB, Rates(fp32=32, tensor_macs=512)),
-    "sm_100": Gpu("B200", 148, 227 * _KIB, 228 * _KIB, 64, 32, 126 * _MIB),
-    "sm_120": Gpu("RTX PRO 6000", 188, 99 * _KIB, 100 * _KIB, 48, 24, 128 * _MIB),
-    "gfx942": Gpu("MI300X", 304, 64 * _KIB, 64 * _KIB, 32, 16, None, registers=131072, warp_size=64),
+    "sm_75": Gpu("T4", 40, 64 * _KIB, 64 * _KIB, 32, 16, shared_reserved=0),
+    "sm_80": Gpu("A100", 108, 163 * _KIB, 164 * _KIB, 64, 32),
+    "sm_86": Gpu("A10", 72, 99 * _KIB, 100 * _KIB, 48, 16),
+    "sm_89": Gpu("L40S", 142, 99 * _KIB, 100 * _KIB, 48, 24),
+    "sm_90": Gpu("H100 SXM", 132, 227 * _KIB, 228 * _KIB, 64, 32),
+    "sm_100": Gpu("B200", 148, 227 * _KIB, 228 * _KIB, 64, 32),
+    "sm_120": Gpu("RTX PRO 6000", 188, 99 * _KIB, 100 * _KIB, 48, 24),
+    "gfx942": Gpu("MI300X", 304, 64 * _KIB, 64 * _KIB, 32, 16, registers=131072, warp_size=64),
 }
 """By compile target."""
 

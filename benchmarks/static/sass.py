@@ -17,7 +17,7 @@ from pathlib import Path
 
 import triton
 
-from benchmarks.static.control_flow import FlowGraph, Instruction
+from benchmarks.static.control_flow import FlowGraph
 from benchmarks.static.fake_driver import Launch
 
 HMMA_MACS = 16 * 8 * 16
@@ -49,6 +49,28 @@ _ENDS = frozenset({"EXIT", "RET", "KILL"})
 
 
 @dataclass(frozen=True)
+class Instruction:
+    """One instruction.
+
+    Attributes:
+        opcode: with its modifiers, without predicate and operands: ``HMMA.16816.F32.BF16``.
+        operands: the rest of the text.
+        targets: labels that it may jump to.
+        falls_through: whether the next instruction may be executed after it.
+    """
+
+    opcode: str
+    operands: str = ""
+    targets: tuple[str, ...] = ()
+    falls_through: bool = True
+
+    @property
+    def name(self) -> str:
+        """The opcode without modifiers."""
+        return self.opcode.split(".")[0]
+
+
+@dataclass(frozen=True)
 class Resources:
     """Registers per thread; bytes of stack and of local memory per thread, of static shared memory per block."""
 
@@ -68,11 +90,6 @@ class Loop:
     @property
     def size(self) -> int:
         return len(self.instructions)
-
-    @property
-    def opcodes(self) -> Counter[str]:
-        """Instructions by opcode without modifiers."""
-        return Counter(instruction.name for instruction in self.instructions)
 
     @property
     def tensor_instructions(self) -> int:
@@ -248,7 +265,7 @@ def _instruction(predicate: str | None, opcode: str, operands: str) -> Instructi
         targets = ()  # BSSY names the place where threads meet again
     conditional = bool(predicate) or (bool(targets) and not operands.startswith("`"))
     ends = name in _ENDS or (name in _JUMPS and bool(targets))
-    return Instruction(opcode, operands, predicate or "", targets, conditional or not ends)
+    return Instruction(opcode, operands, targets, conditional or not ends)
 
 
 def _run(program: str, option: str, cubin: bytes) -> str:

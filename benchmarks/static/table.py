@@ -2,40 +2,39 @@
 
 from __future__ import annotations
 
-import csv
+import re
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Protocol
 
-DEFAULT = Path(__file__).parents[1] / "results" / "static_gpu.csv"
+from benchmarks.harness.table import RESULTS, write
+
+DEFAULT = RESULTS / "static_gpu.csv"
 
 REGISTERS_MORE = 8
 """Registers per thread that a row may have more than the committed one: one step of their allocation."""
 RELATIVE = 0.02
 """By how much other figures may be worse, relative to the committed ones."""
 
-RowType = TypeVar("RowType")
-
 
 @dataclass(frozen=True)
 class Row:
-    """Figures of one compiled kernel; an empty one is not defined for it, or the model does not hold.
+    """Figures of one compiled kernel; an empty one is not defined for it.
 
     Attributes:
         config: tile sizes and other constants that were compiled in.
         stack, spills: bytes of local memory per thread; registers that AMD's compiler spilled.
         shared, shared_limit: bytes per block, and how many the target allows.
         resident_blocks: blocks per multiprocessor, by registers, shared memory and warps.
+        instructions: of the whole machine code that can be reached.
         tensor: tensor-core instructions in the text, by opcode.
-        loops: of each loop that uses tensor cores, in the order of the text: its kind, instructions of a warp per
-            m16n8k16 HMMA's worth of needed products (or all of them, where the machine code does not say their
-            shape), and how often a program runs it at the reference shape, on average.
-        interior, masked: instructions per needed HMMA in the interior loop, and in the masked one that runs most.
-        tensor_share: predicted by the cycle model for the interior loop.
-        executed: instructions that the whole forward executes per HMMA that the exact band needs.
-        traffic: bytes that the forward moves by the model of L2, over those of q, k, v and out.
-        note: why figures are missing, or what is wrong with the loops.
+        loops: of each loop that uses tensor cores, in the order of the text: its kind, and instructions of a warp per
+            m16n8k16 HMMA's worth of needed products (or all of them, where the machine code does not say their shape).
+        interior: instructions per needed HMMA in the interior loop.
+        masked: the same in the masked loop for the tiles at the edge of the band: of those that multiply whole tiles
+            the last before the interior loop, or else the first one.
+        note: what is wrong with the loops.
     """
 
     op: str
@@ -54,13 +53,11 @@ class Row:
     shared: int
     shared_limit: int
     resident_blocks: int | None = None
+    instructions: int | None = None
     tensor: str = ""
     loops: str = ""
     interior: float | None = None
     masked: float | None = None
-    tensor_share: float | None = None
-    executed: float | None = None
-    traffic: float | None = None
     note: str = ""
     triton: str = ""
 
@@ -69,6 +66,12 @@ class Row:
         """What it is the figures of. Kernels of two calls may have the same name."""
         variant = (self.dropout, self.tma, self.num_globals)
         return (self.op, self.kernel, self.target, self.dtype, self.head_dim, *variant)
+
+    @property
+    def query_rows(self) -> int | None:
+        """Queries of a tile of the banded forward, which reads the keys and values of its band once for them all."""
+        found = re.search(r"\bBLOCK_M=(\d+)", self.config)
+        return int(found[1]) if found and self.op == "banded_forward" else None
 
     def __str__(self) -> str:
         variant = ", dropout" * self.dropout + ", tma" * self.tma
@@ -106,9 +109,9 @@ def worse(row: Row, committed: Row) -> list[str]:
     compare("stack", 0)
     compare("spills", 0)
     compare("resident_blocks", 0, sign=-1)
-    for name in ("interior", "masked", "executed", "traffic"):
+    compare("query_rows", 0, sign=-1)
+    for name in ("instructions", "interior", "masked"):
         compare(name, RELATIVE * (getattr(committed, name) or 0))
-    compare("tensor_share", RELATIVE * (committed.tensor_share or 0), sign=-1)
     if _opcodes(row.tensor) != _opcodes(committed.tensor):
         found.append(
             f"{row}: tensor instructions {row.tensor or 'none'}, committed {committed.tensor or 'none'}"
@@ -116,30 +119,16 @@ def worse(row: Row, committed: Row) -> list[str]:
     return found
 
 
-def read(path: Path = DEFAULT, row_type: type[RowType] = Row) -> list[RowType]:
-    with path.open(newline="") as file:
-        return [
-            row_type(**{field.name: _parse(field.type, line[field.name]) for field in fields(row_type)})
-            for line in csv.DictReader(file)
-        ]
+class Keyed(Protocol):
+    """A row that is known by a key."""
+
+    @property
+    def key(self) -> tuple: ...
 
 
-def write(rows: Iterable[RowType], path: Path = DEFAULT, row_type: type[RowType] = Row) -> None:
-    """Sorted by key."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, [field.name for field in fields(row_type)], lineterminator="\n")
-        writer.writeheader()
-        for row in sorted(rows, key=lambda row: row.key):
-            writer.writerow({name: "" if x is None else x for name, x in asdict(row).items()})
-
-
-def _parse(kind: str, text: str) -> object:
-    if kind.endswith("| None") and not text:
-        return None
-    if kind == "bool":
-        return text == "True"
-    return {"int": int, "float": float, "str": str}[kind.removesuffix(" | None")](text)
+def write_sorted(path: Path, rows: Iterable[Keyed]) -> None:
+    """A new file of the rows, in the order of their keys."""
+    write(path, sorted(rows, key=lambda row: row.key))
 
 
 def _opcodes(tensor: str) -> set[str]:

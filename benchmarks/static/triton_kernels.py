@@ -1,8 +1,8 @@
 """``python -m benchmarks.static.triton_kernels``: what the compilers made of the Triton kernels, with no GPU.
 
-Compiles the real launchers for every target (:mod:`benchmarks.static.fake_driver`), reads registers, stack, loops and
-tensor-core instructions from the machine code, and predicts from them. The table holds no measured time: what stands
-behind each column is said in :mod:`.table`, :mod:`.executed`, :mod:`.cycle_model` and :mod:`.l2_model`.
+Compiles the real launchers for every target (:mod:`benchmarks.static.fake_driver`) and reads registers, stack, loops
+and tensor-core instructions from the machine code. The table holds no measured time: its columns are explained by
+:class:`benchmarks.static.table.Row`.
 
 Without options the short list is compiled, its rows in the table are replaced and the others kept. ``--check`` writes
 nothing: it ends with status 1, naming each figure, when one is worse than the committed one.
@@ -23,10 +23,11 @@ import triton
 from tqdm import tqdm
 from triton.errors import TritonError
 
-from benchmarks.static import sass, table
+from benchmarks.harness import table
+from benchmarks.static import sass
 from benchmarks.static.cases import DTYPES, OPS, Case, everything, launches, short_list
 from benchmarks.static.gpus import TARGETS
-from benchmarks.static.table import Row, violations, worse
+from benchmarks.static.table import DEFAULT, Row, violations, worse, write_sorted
 from benchmarks.static.triton_figures import rows_of
 
 
@@ -46,13 +47,13 @@ def main(argv: list[str] | None = None) -> int:
                 sass.print_loops(launch)
         return 0
     rows, failed = compile_rows(cases, arguments.jobs)
-    committed = table.read(arguments.table) if arguments.table.exists() else []
+    committed = table.read(arguments.table, Row) if arguments.table.exists() else []
     problems = failed + [problem for row in rows for problem in violations(row)]
     if arguments.check:
         problems += compare(rows, committed)
     else:
         new = {row.key for row in rows}
-        table.write([*rows, *(row for row in committed if row.key not in new)], arguments.table)
+        write_sorted(arguments.table, [*rows, *(row for row in committed if row.key not in new)])
         print(f"{len(rows)} rows written to {arguments.table}")
     print(*problems, sep="\n", end="\n" if problems else "", file=sys.stderr)
     return 1 if problems else 0
@@ -109,7 +110,7 @@ def _start_worker() -> None:
 def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.static.triton_kernels",
-        description="Compiles the Triton kernels for GPUs that need not be here, and reads and models what came out.",
+        description="Compiles the Triton kernels for GPUs that need not be here, and reads what came out.",
     )
     parser.add_argument("--check", action="store_true", help="compare with the table instead of writing it")
     parser.add_argument(
@@ -121,7 +122,7 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, help="only these types")
     parser.add_argument("--head-dim", nargs="+", type=int, help="only these head dimensions")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="compiling processes (all cores)")
-    parser.add_argument("--table", type=Path, default=table.DEFAULT, help="%(default)s")
+    parser.add_argument("--table", type=Path, default=DEFAULT, help="%(default)s")
     return parser.parse_args(argv)
 
 

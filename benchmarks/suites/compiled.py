@@ -1,4 +1,4 @@
-"""``python -m benchmarks.suites.compiled``: the encoders under ``torch.compile(fullgraph=True)``, beside eager.
+"""The encoders under ``torch.compile(fullgraph=True)``, beside eager.
 
 They are compiled for lengths of any size, on a first document of another length.
 """
@@ -6,28 +6,28 @@ They are compiled for lengths of any size, on a first document of another length
 from __future__ import annotations
 
 import functools
-import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
 
-from benchmarks.harness import table
-from benchmarks.harness.cases import FORWARD, SMOKE, Case, Group
-from benchmarks.harness.shapes import Shape
-from benchmarks.suites import encoder, yardsticks
+from benchmarks.harness.cases import Group
+from benchmarks.harness.figures import Figure, Run, ratio, seqlen_of
+from benchmarks.harness.shapes import SMOKE, Shape
+from benchmarks.harness.suite import Suite
+from benchmarks.suites import encoder
 from benchmarks.suites.encoder import DROP_IN, OWN, Encode, make_arguments, shortest
+from benchmarks.suites.yardsticks import linears_case
 
 COMPILED = ", compiled"
 
 
 def groups(smoke: bool = False) -> list[Group]:
     shape = SMOKE if smoke else Shape()
-    cases = [Case("linears", "torch.nn", FORWARD, yardsticks.encoder_linears)]
+    cases = [linears_case()]
     for provider, build in {OWN: _build_own, DROP_IN: _build_drop_in}.items():
         for suffix, wrap in {"": _as_it_is, COMPILED: _compiled}.items():
-            prepare = functools.partial(encoder.prepare, functools.partial(wrap, build))
-            cases.append(Case("encoder", provider + suffix, FORWARD, prepare))
+            cases.append(encoder.encoder_case(provider + suffix, functools.partial(wrap, build)))
     return [Group(f"compiled_{shape.seqlen}", shape, tuple(cases))]
 
 
@@ -61,7 +61,14 @@ def _build_drop_in(shape: Shape) -> Encode:
     return encode
 
 
-if __name__ == "__main__":
-    from benchmarks.harness import runner
+def figures(run: Run) -> Iterator[Figure]:
+    for group in run.groups("compiled"):
+        seqlen, linears = seqlen_of(group), run.row(group, "linears", "torch.nn")
+        for provider in (OWN, DROP_IN):
+            row, eager = (run.row(group, "encoder", f"{provider}{suffix}") for suffix in (COMPILED, ""))
+            yield Figure(f"encoder ({provider}), eager ÷ compiled", seqlen, 1.0, ratio(eager, row), unit=" ×")
+            name = f"encoder ({provider}), compiled, time ÷ its linear layers alone"
+            yield Figure(name, seqlen, 1.35, ratio(row, linears), is_limit=True)
 
-    sys.exit(runner.main(groups=groups, out=table.COMPILED, prog="python -m benchmarks.suites.compiled"))
+
+SUITE = Suite("compiled", "the encoders under torch.compile, beside eager", groups, figures)

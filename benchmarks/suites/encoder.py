@@ -1,4 +1,4 @@
-"""The providers of an encoder of led-base's shape: stock transformers, the same with the drop-in, led_model.
+"""An encoder of led-base's shape, its time and peak memory: stock transformers, the same with the drop-in, led_model.
 
 All hold the same seeded random weights; the vocabulary and the decoder are cut down, since neither is
 measured. A timed call starts at token ids and masks, so that each pays for what it makes of its masks once
@@ -7,14 +7,19 @@ per forward.
 
 from __future__ import annotations
 
+import functools
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
-from benchmarks.harness.shapes import Shape
+from benchmarks.harness.cases import FORWARD, Case, Group, MemoryCase
+from benchmarks.harness.figures import Figure, Run, ratio, seqlen_of
+from benchmarks.harness.shapes import SMOKE, Shape
+from benchmarks.harness.suite import Suite
+from benchmarks.suites.yardsticks import linears_case, yardstick_cases
 
 VOCAB_SIZE = 1000
 STOCK, DROP_IN, OWN = "transformers", "transformers + led_kernels", "led_model"
@@ -23,10 +28,40 @@ STOCK, DROP_IN, OWN = "transformers", "transformers + led_kernels", "led_model"
 Encode = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
-def prepare(build: Callable[[Shape], Encode], shape: Shape) -> Callable[[], dict[str, Tensor]]:
-    """The call that is timed."""
+def groups(smoke: bool = False) -> list[Group]:
+    shape = SMOKE if smoke else Shape()
+    cases = [linears_case(), *(encoder_case(name, build) for name, build in PROVIDERS.items())]
+    # each is a fresh process that imports transformers, which is most of what a smoke run spends
+    measured = (OWN, STOCK) if smoke else PROVIDERS
+    memory = tuple(memory_case(name, PROVIDERS[name]) for name in measured)
+    return [Group(f"encoder_{shape.seqlen}", shape, (*yardstick_cases(shape, smoke), *cases), memory)]
+
+
+def encoder_case(provider: str, build: Callable[[Shape], Encode]) -> Case:
+    """The forward, compared with stock transformers in fp64."""
+    return Case("encoder", provider, FORWARD, functools.partial(_prepare, build), truth)
+
+
+def memory_case(provider: str, build: Callable[[Shape], Encode]) -> MemoryCase:
+    return MemoryCase(provider, functools.partial(_prepare_memory, build))
+
+
+@functools.lru_cache(maxsize=1)
+def truth(shape: Shape) -> dict[str, Tensor]:
+    encode = encode_with(stock_model(shape).double())
+    return {"out": encode(*make_arguments(shape))}
+
+
+def _prepare(build: Callable[[Shape], Encode], shape: Shape) -> Callable[[], dict[str, Tensor]]:
     encode, arguments = build(shape), make_arguments(shape)
     return lambda: {"out": encode(*arguments)}
+
+
+def _prepare_memory(
+    build: Callable[[Shape], Encode], shape: Shape
+) -> tuple[Callable[[], Tensor], Callable[[], Tensor]]:
+    encode = build(shape)
+    return lambda: encode(*make_arguments(shortest(shape))), lambda: encode(*make_arguments(shape))
 
 
 def make_arguments(shape: Shape) -> tuple[Tensor, Tensor, Tensor]:
@@ -111,3 +146,25 @@ PROVIDERS: dict[str, Callable[[Shape], Encode]] = {
 def shortest(shape: Shape) -> Shape:
     """One whole window: the fewest tokens that stock transformers takes without padding them."""
     return replace(shape, seqlen=2 * shape.window)
+
+
+def figures(run: Run) -> Iterator[Figure]:
+    for group in run.groups("encoder"):
+        seqlen = seqlen_of(group)
+        stock, linears = run.row(group, "encoder", STOCK), run.row(group, "linears", "torch.nn")
+        stock_peak = run.row(group, "memory", STOCK)
+        for provider in (OWN, DROP_IN):
+            name, encoder = f"encoder ({provider})", run.row(group, "encoder", provider)
+            peak = ratio(run.row(group, "memory", provider), stock_peak, "peak_mib")
+            yield Figure(
+                f"{name}, time ÷ its linear layers alone",
+                seqlen,
+                1.35,
+                ratio(encoder, linears),
+                is_limit=True,
+            )
+            yield Figure(f"{name} vs transformers", seqlen, 3.0, ratio(stock, encoder), unit=" ×")
+            yield Figure(f"{name}, peak memory ÷ transformers'", seqlen, 0.25, peak, is_limit=True)
+
+
+SUITE = Suite("encoder", "an encoder of led-base's shape and its peak memory", groups, figures)

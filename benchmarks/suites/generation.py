@@ -1,4 +1,4 @@
-"""``python -m benchmarks.suites.generation``: writing 128 tokens about a document, led_model beside transformers.
+"""Writing 128 tokens about a document, led_model beside transformers.
 
 The encoder's output is given, so that a case is what the decoder does: projecting it to cross-attention's keys and
 values once, and then a step for each token. Peak memory is that of the whole, encoder included. The models are of
@@ -8,15 +8,15 @@ led-base's shape with its vocabulary and the same seeded random weights; nothing
 from __future__ import annotations
 
 import functools
-import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor, nn
 
-from benchmarks.harness import table
-from benchmarks.harness.cases import FORWARD, SMOKE, Call, Case, Group
-from benchmarks.harness.shapes import Shape
+from benchmarks.harness.cases import FORWARD, Call, Case, Group
+from benchmarks.harness.figures import Figure, Run, ratio, seqlen_of
+from benchmarks.harness.shapes import SMOKE, Shape
+from benchmarks.harness.suite import Suite
 from benchmarks.suites import encoder
 from benchmarks.suites.encoder import OWN, STOCK, make_arguments
 
@@ -35,9 +35,13 @@ def groups(smoke: bool = False) -> list[Group]:
         cases.append(
             Case("step", OWN, search, functools.partial(_prepare_step, search), bytes=step_bytes(shape))
         )
+        truth = functools.partial(tokens_of, search)
         for provider, load in _MODELS.items():
-            cases.append(Case(search, provider, GENERATE, functools.partial(_prepare, load, search)))
-    return [Group(f"generation_{shape.seqlen}", shape, tuple(cases), memory=(OWN, STOCK))]
+            cases.append(Case(search, provider, GENERATE, functools.partial(_prepare, load, search), truth))
+    memory = tuple(
+        encoder.memory_case(provider, functools.partial(_build, load)) for provider, load in _MODELS.items()
+    )
+    return [Group(f"generation_{shape.seqlen}", shape, tuple(cases), memory)]
 
 
 def step_bytes(shape: Shape) -> int:
@@ -49,6 +53,7 @@ def step_bytes(shape: Shape) -> int:
     return shape.torch_dtype.itemsize * (shape.layers * (weights + keys_values) + VOCAB_SIZE * d_model)
 
 
+@functools.lru_cache(maxsize=2)
 def tokens_of(search: str, shape: Shape) -> dict[str, Tensor]:
     """What transformers writes."""
     return _prepare(stock_model, search, shape)()
@@ -138,13 +143,28 @@ def _build(load: Callable[[Shape], nn.Module], shape: Shape) -> Callable[[Tensor
     return summarize
 
 
-PROVIDERS: dict[str, Callable[[Shape], Callable[[Tensor, Tensor, Tensor], Tensor]]] = {
-    provider: functools.partial(_build, load) for provider, load in _MODELS.items()
-}
+def figures(run: Run) -> Iterator[Figure]:
+    for group in run.groups("generation"):
+        seqlen, read = seqlen_of(group), run.row(group, "read", "torch.sum")
+        for search, reach in ((GREEDY, 1.6), (BEAMS, 7)):
+            stock, ours = (run.row(group, search, provider, GENERATE) for provider in (STOCK, OWN))
+            name = f"{search} (led_model) vs transformers"
+            yield Figure(name, seqlen, reach, ratio(stock, ours), unit=" ×")
+        for search in (GREEDY, BEAMS):
+            step = ratio(run.row(group, "step", OWN, search), read)
+            name = f"{search} (led_model), time of a step ÷ reading its weights and keys"
+            yield Figure(name, seqlen, 1.3, step, is_limit=True)
+        stock, ours = (run.row(group, "memory", provider) for provider in (STOCK, OWN))
+        name = f"{BEAMS} (led_model), peak memory ÷ transformers'"
+        yield Figure(name, seqlen, 0.5, ratio(ours, stock, "peak_mib"), is_limit=True)
 
-if __name__ == "__main__":
-    from benchmarks.harness import runner
-    from benchmarks.suites import generation
 
-    prog = "python -m benchmarks.suites.generation"
-    sys.exit(runner.main(groups=generation.groups, out=table.GENERATION, prog=prog))
+def floors(run: Run) -> list[str]:
+    """For every decoding step: what its bytes need when they are only read, and its time."""
+    reading = {row.group: row.median_ms for row in run.rows if row.what == "read"}
+    steps = [row for row in run.rows if row.what == "step"]
+    lines = [f"{row.direction:12}{reading[row.group]:10.2f}{row.median_ms:10.2f}" for row in steps]
+    return ["reading a step's bytes, the step (ms, medians)", *lines] if lines else []
+
+
+SUITE = Suite("generation", "writing about a document, greedily and with beams", groups, figures, floors)

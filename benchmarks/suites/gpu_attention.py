@@ -14,18 +14,20 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from benchmarks.harness.cases import Group, attention_cases, yardstick_cases
+from benchmarks.harness.cases import Group
 from benchmarks.harness.shapes import Shape
-from benchmarks.suites.attention import (
+from benchmarks.suites.attention import attention_cases
+from benchmarks.suites.attention_providers import (
     FLEX,
     STOCK,
     Attend,
-    Inputs,
     Provider,
     allowed_pairs,
     build_transformers,
     led_kernels_provider,
 )
+from benchmarks.suites.attention_truth import Inputs
+from benchmarks.suites.yardsticks import yardstick_cases
 from led_kernels import banded_attention, longformer_attention
 
 BACKENDS = ("triton", "cuda")  # of led_kernels
@@ -59,11 +61,10 @@ def groups(
     window = {
         "banded": {**banded, FLASH: Provider(_build_flash, refusal=_missing("flash_attn", "flash-attn"))}
     }
-    sizes = (8192, 2**28) if shape.device != "cpu" else (128, 2**16)
     result = []
     for seqlen in seqlens:
         s = replace(shape, seqlen=seqlen)
-        cases = yardstick_cases(s, *sizes) + attention_cases(s, with_globals)
+        cases = yardstick_cases(s, smoke=s.device == "cpu") + attention_cases(s, with_globals)
         result.append(Group(f"attention_{seqlen}", s, cases))
         s = replace(s, global_index=())
         result.append(Group(f"window_{seqlen}", s, attention_cases(s, window)))

@@ -1,26 +1,24 @@
 """What smaller weights save and cost: memory, logits and tokens of led_model in fp32, bf16, int8 and NF4.
 
-``python -m benchmarks.suites.quantization`` compares a model of led-base's shape with itself in fp32, on the same
-inputs. Its weights are random: no released ones are at hand.
+A model of led-base's shape is compared with itself in fp32, on the same inputs. Its weights are random: no released
+ones are at hand.
 """
 
 from __future__ import annotations
 
-import argparse
-import csv
 import tempfile
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from benchmarks.harness.table import RESULTS, cpu_model
+from benchmarks.harness import table
 from led_model import LEDConfig, LEDForConditionalGeneration
 from led_model.checkpoint.quantization import quantizable_linears
 
-DEFAULT = RESULTS / "quantisation.csv"
+DEFAULT = table.RESULTS / "quantization.csv"
 WEIGHTS = {
     "fp32": {"dtype": torch.float32},
     "bf16": {"dtype": torch.bfloat16},
@@ -32,7 +30,7 @@ WEIGHTS = {
 
 @dataclass(frozen=True)
 class Row:
-    """``layers_mib`` is the part of ``weights_mib`` in the linear layers, which alone are quantised.
+    """``layers_mib`` is the part of ``weights_mib`` in the linear layers, which alone are quantized.
 
     ``logit_error`` is ‖logits - fp32's‖ / ‖fp32's‖ and ``top1_agreement`` the share of positions with the same
     likeliest token, both teacher-forced, with ``distinct_tokens`` different ones; ``greedy_agreement`` is the
@@ -134,7 +132,7 @@ def agreement(ours: Tensor, expected: Tensor) -> float:
 
 
 def mib(module: nn.Module) -> float:
-    """What the parameters and buffers take, with the scales of quantised ones."""
+    """What the parameters and buffers take, with the scales of quantized ones."""
     return sum(map(_bytes, [*module.parameters(), *module.buffers()])) / 2**20
 
 
@@ -144,23 +142,6 @@ def _bytes(tensor: Tensor) -> int:
         return sum(getattr(tensor, name).nbytes for name in names)
     state = getattr(tensor, "quant_state", None)  # bitsandbytes: largest magnitudes and the table of values
     return tensor.nbytes + (state.absmax.nbytes + state.code.nbytes if state else 0)
-
-
-def write(path: Path, rows: list[Row]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, [field.name for field in fields(Row)], lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(asdict(row) for row in rows)
-
-
-def read(path: Path) -> list[Row]:
-    kinds = {"int": int, "float": float, "str": str}
-    with path.open(newline="") as file:
-        return [
-            Row(**{field.name: kinds[field.type](line[field.name]) for field in fields(Row)})
-            for line in csv.DictReader(file)
-        ]
 
 
 def markdown(rows: list[Row]) -> str:
@@ -182,25 +163,18 @@ def markdown(rows: list[Row]) -> str:
         f"{full.new_tokens} greedy tokens each. One run on {full.cpu}, "
         f"torch {full.torch}, bitsandbytes {full.bitsandbytes}, torchao {full.torchao}."
     )
-    return "\n".join([*lines, "", about])
+    command = f"Made by `python -m benchmarks quantization --threads {full.threads}`."
+    return "\n".join([*lines, "", about, "", command])
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description="Memory and quality of smaller weights.")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--output", type=Path, default=DEFAULT, help="a CSV, written anew")
-    parser.add_argument("--smoke", action="store_true", help="tiny shapes")
-    arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
+def run(out: Path, *, smoke: bool, threads: int) -> int:
+    """Measures into a new CSV and prints the README's table; the exit status of a command that does so."""
+    torch.set_num_threads(threads)
     torch.manual_seed(0)
     about = {
-        "threads": arguments.threads, "cpu": cpu_model(), "torch": torch.__version__,
+        "threads": threads, "cpu": table.cpu_model(), "torch": torch.__version__,
         "bitsandbytes": version("bitsandbytes"), "torchao": version("torchao"),
     }  # fmt: skip
-    rows = measure(*random_led_base(arguments.smoke), **about)
-    write(arguments.output, rows)
-    print(markdown(read(arguments.output)))
-
-
-if __name__ == "__main__":
-    main()
+    table.write(out, measure(*random_led_base(smoke), **about))
+    print(markdown(table.read(out, Row)))
+    return 0

@@ -7,7 +7,31 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from benchmarks.harness.cases import FORWARD, Case
 from benchmarks.harness.shapes import Shape
+
+
+def yardstick_cases(shape: Shape, smoke: bool = False) -> tuple[Case, ...]:
+    """Product of square matrices and copy, in the shape's dtype and on its device, of sizes that keep it busy."""
+    if smoke:
+        size, elements = 128, 2**16
+    elif shape.device == "cpu":
+        size, elements = 2048, 2**26
+    else:
+        size, elements = 8192, 2**28
+    new = {"dtype": shape.torch_dtype, "device": shape.device}
+    itemsize = shape.torch_dtype.itemsize
+    return (
+        Case(
+            "mm", "torch.mm", FORWARD, lambda _: matrix_product(size, **new), flop=2 * size**3,
+            bytes=3 * itemsize * size**2,
+        ),
+        Case("copy", "torch.copy", FORWARD, lambda _: copy(elements, **new), bytes=2 * itemsize * elements),
+    )  # fmt: skip
+
+
+def linears_case() -> Case:
+    return Case("linears", "torch.nn", FORWARD, encoder_linears)
 
 
 def matrix_product(

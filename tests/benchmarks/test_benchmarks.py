@@ -1,37 +1,34 @@
 """The benchmarks run, tell a wrong result from a right one, and lose nothing that they measured."""
 
+import importlib.util
 import itertools
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
-from benchmarks.harness import runner, table, verify
-from benchmarks.harness.cases import SMOKE
-from benchmarks.harness.shapes import Shape, attention_pairs
+from benchmarks import __main__ as benchmarks
+from benchmarks.harness import memory, runner, table, verify
+from benchmarks.harness.cases import MemoryCase
+from benchmarks.harness.shapes import SMOKE, Shape, attention_pairs
 from benchmarks.report import plot, summary
-from benchmarks.suites import attention, generation
+from benchmarks.suites import attention_providers as providers
+from benchmarks.suites import attention_truth, catalog, generation
+from benchmarks.suites.attention_truth import LEAVES, make_inputs, truth_of
+from led_kernels import banded_attention, longformer_attention
 
 ROOT = Path(__file__).parents[2]
-TORCH_ONLY = ["--smoke", "--only", f"attention_{SMOKE.seqlen}, banded {attention.TORCH}"]
+TORCH_ONLY = ["attention", "--smoke", "--only", f"attention_{SMOKE.seqlen}, banded {providers.TORCH}"]
 
 
 @pytest.fixture(scope="module")
 def smoke_csv(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("benchmarks") / "smoke.csv"
-    command = [
-        sys.executable,
-        "-m",
-        "benchmarks.harness.runner",
-        "--smoke",
-        "--repeats",
-        "2",
-        "--out",
-        str(out),
-    ]
+    command = [sys.executable, "-m", "benchmarks", "--smoke", "--repeats", "2", "--out", str(out)]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     assert "| encoder (led_model) vs transformers |" in result.stdout
@@ -70,8 +67,8 @@ def test_figures_are_computed_from_rows_of_one_group() -> None:
     rows = [
         row("attention_4096", "mm", "torch.mm", median_ms=10, flop=1000),
         row("attention_16384", "mm", "torch.mm", median_ms=1, flop=1000),
-        row("attention_4096", "banded", attention.CPU, median_ms=5, flop=400),
-        row("attention_4096", "banded", attention.FLEX, median_ms=10, flop=400),
+        row("attention_4096", "banded", providers.CPU, median_ms=5, flop=400),
+        row("attention_4096", "banded", providers.FLEX, median_ms=10, flop=400),
     ]
     seen = {figure.name: (figure.seen, figure.is_met) for figure in summary.figures(rows)}
     assert seen == {
@@ -103,7 +100,8 @@ def test_smoke_run_of_generation(tmp_path: Path) -> None:
     command = [
         sys.executable,
         "-m",
-        "benchmarks.suites.generation",
+        "benchmarks",
+        "generation",
         "--smoke",
         "--repeats",
         "2",
@@ -133,25 +131,25 @@ def test_pairs_are_those_of_the_dense_mask(seqlen: int, window: int) -> None:
 
 @pytest.mark.parametrize("what", ["banded", "core"])
 def test_truth_agrees_with_the_fp64_reference(what: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(verify, "BLOCK", 50)
+    monkeypatch.setattr(attention_truth, "BLOCK", 50)
     shape = replace(SMOKE, seqlen=130, window=20, global_index=(3, 77))
-    inputs = attention.make_inputs(shape)
-    function = {"banded": attention.banded_attention, "core": attention.longformer_attention}[what]
-    provider = attention.led_kernels_provider(function, "reference")
-    result = attention.forward_backward(provider, inputs, attention.LEAVES[what])()
-    assert verify.check(what, result, verify.truth_of(what, shape)) < 1e-5
+    inputs = make_inputs(shape)
+    function = {"banded": banded_attention, "core": longformer_attention}[what]
+    provider = providers.led_kernels_provider(function, "reference")
+    result = providers.forward_backward(provider, inputs, LEAVES[what])()
+    assert verify.check(what, result, truth_of(what, shape)) < 1e-5
 
 
 def test_wrong_result_stops_the_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def build_with_one_key_too_few(inputs: attention.Inputs) -> attention.Attend:
+    def build_with_one_key_too_few(inputs: attention_truth.Inputs) -> providers.Attend:
         return right.build(replace(inputs, shape=replace(inputs.shape, window=inputs.shape.window - 1)))
 
-    right = attention.BANDED[attention.TORCH]
-    monkeypatch.setitem(attention.BANDED, attention.TORCH, replace(right, build=build_with_one_key_too_few))
+    right = providers.BANDED[providers.TORCH]
+    monkeypatch.setitem(providers.BANDED, providers.TORCH, replace(right, build=build_with_one_key_too_few))
     out = tmp_path / "out.csv"
-    assert runner.main([*TORCH_ONLY, "--out", str(out)]) == 1
+    assert benchmarks.main([*TORCH_ONLY, "--out", str(out)]) == 1
     assert "led_kernels torch, forward: out is off" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())  # nothing was timed
 
@@ -175,7 +173,7 @@ def test_interrupted_run_keeps_its_rows(tmp_path: Path, monkeypatch: pytest.Monk
 
     monkeypatch.setattr(runner, "_time", time_some)
     out = tmp_path / "out.csv"
-    assert runner.main([*TORCH_ONLY, "--repeats", "4", "--out", str(out)]) == 130
+    assert benchmarks.main([*TORCH_ONLY, "--repeats", "4", "--out", str(out)]) == 130
     rows = table.read(out.with_suffix(".csv.partial"))
     assert not out.exists()
     # mm, copy, forward, forward+backward took their first turn, and two of them a second one
@@ -190,4 +188,30 @@ def test_slow_case_gets_fewer_turns_spread_evenly() -> None:
 
 
 def test_only_refuses_what_names_no_case(tmp_path: Path) -> None:
-    assert runner.main(["--smoke", "--only", "nothing like it", "--out", str(tmp_path / "out.csv")]) == 2
+    assert benchmarks.main(["--smoke", "--only", "nothing like it", "--out", str(tmp_path / "out.csv")]) == 2
+
+
+def test_help_lists_the_suites_and_what_else_can_be_run(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="0"):
+        benchmarks.main(["--help"])
+    printed = capsys.readouterr().out
+    for suite in (*catalog.SUITES, "quantization"):
+        assert f"\n  {suite} " in printed
+    for module in benchmarks.OTHERS:
+        assert f"python -m {module} " in printed
+        assert importlib.util.find_spec(module)
+
+
+def test_quantization_refuses_the_options_of_timings(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        benchmarks.main(["quantization", "--smoke", "--repeats", "3"])
+    assert "neither --only nor --repeats" in capsys.readouterr().err
+
+
+def allocations(shape: Shape) -> tuple[Callable[[], object], Callable[[], object]]:
+    return lambda: torch.ones(2**18), lambda: torch.ones(2**18 * shape.seqlen)
+
+
+def test_peak_memory_is_that_of_the_second_call() -> None:
+    peak = memory.measure(MemoryCase("torch", allocations), Shape(seqlen=100), threads=1)
+    assert peak == pytest.approx(100, abs=5)

@@ -14,7 +14,8 @@ import pytest
 import torch
 
 from benchmarks.harness import runner, table
-from benchmarks.harness.cases import SMOKE, Group
+from benchmarks.harness.cases import Group
+from benchmarks.harness.shapes import SMOKE
 from benchmarks.report import gpu_checks, gpu_report
 from benchmarks.report.gpu_report import Report, Step
 from benchmarks.suites import gpu_attention

@@ -7,14 +7,15 @@ import pytest
 pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
 pytest.importorskip("torchao", reason="torchao is not installed")
 
+from benchmarks.__main__ import main
+from benchmarks.harness import table
 from benchmarks.suites import quantization
 
 
-def test_smoke_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_smoke_run(tmp_path: Path) -> None:
     path = tmp_path / "quantization.csv"
-    monkeypatch.setattr("sys.argv", ["quantisation", "--smoke", "--threads", "1", "--output", str(path)])
-    quantization.main()
-    rows = quantization.read(path)
+    assert main(["quantization", "--smoke", "--threads", "1", "--output", str(path)]) == 0
+    rows = table.read(path, quantization.Row)
     assert [row.weights for row in rows] == list(quantization.WEIGHTS)
     fp32, bf16, int8, nf4, _ = rows
     assert fp32.logit_error == 0

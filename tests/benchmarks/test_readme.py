@@ -11,7 +11,7 @@ import transformers
 
 from benchmarks.harness import table
 from benchmarks.report import summary
-from benchmarks.suites import quantization
+from benchmarks.suites import catalog, quantization
 
 ROOT = Path(__file__).parents[2]
 TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -65,16 +65,16 @@ def test_continuous_integration_finds_the_test_command() -> None:
 
 def test_figures_are_those_of_the_committed_runs() -> None:
     block = TEXT.partition(summary.BEGIN)[2].partition(summary.END)[0].strip()
-    assert block == "\n\n".join(summary.markdown(table.read(path)) for path in summary.COMMITTED)
+    assert block == summary.readme_block(catalog.COMMITTED)
 
 
 def test_table_of_smaller_weights_is_that_of_the_committed_run() -> None:
-    block = TEXT.partition("<!-- quantisation -->")[2].partition("<!-- /quantisation -->")[0].strip()
-    assert block == quantization.markdown(quantization.read(quantization.DEFAULT))
+    block = TEXT.partition("<!-- quantization -->")[2].partition("<!-- /quantization -->")[0].strip()
+    assert block == quantization.markdown(table.read(quantization.DEFAULT, quantization.Row))
 
 
 def test_pictures_are_there_when_the_run_is() -> None:
     pictures = re.findall(r"!\[.*?\]\((.*?)\)", TEXT)
     assert pictures[0] == "benchmarks/results/pattern.png"
-    for path in pictures if table.DEFAULT.exists() else pictures[:1]:
+    for path in pictures if catalog.CPU.exists() else pictures[:1]:
         assert (ROOT / path).exists(), path

@@ -4,9 +4,11 @@ import dataclasses
 
 import pytest
 
-from benchmarks.static import cuda_kernels, sass, table
+from benchmarks.harness import table
+from benchmarks.static import cuda_kernels, sass
 from benchmarks.static.cuda_figures import Row, rows_of
 from benchmarks.static.cuda_kernels import differences, violations
+from benchmarks.static.table import write_sorted
 
 FORWARD_64 = (  # of an element and of dropout
     "_ZN3led4cuda21banded_forward_kernelI"
@@ -56,7 +58,6 @@ ROW = Row(
     interior_mask=8,
     interior=4.83,
     masked=7.77,
-    tensor_share=1.0,
     nvcc="13.0",
 )
 FMA_ROW = dataclasses.replace(
@@ -68,7 +69,6 @@ FMA_ROW = dataclasses.replace(
     interior_mask=None,
     interior=None,
     masked=None,
-    tensor_share=None,
 )
 
 
@@ -128,13 +128,12 @@ def test_figures_of_a_tuned_kernel():
     assert row.interior == round(size / 128, 2)
     # of the masked loop all but what leads to the gathering, it, and what follows it alone
     assert row.masked == round((1 + 1 + 128 + 2 * 64 + 64 + 1) / 128, 2)
-    assert row.tensor_share == 1.0
     assert violations(row) == []
 
 
 def test_two_instructions_of_sm_75_are_one_hmma():
     (row,) = figures(forward(FORWARD_64.format(HALF, 0), opcode="HMMA.1688.F32", count=256), target="sm_75")
-    assert (row.hmma, row.interior_hmma, row.tensor_share) == (512, 128, None)
+    assert (row.hmma, row.interior_hmma) == (512, 128)
     assert row.interior == round((256 + 64 + 2 + 1) / 128, 2)
     assert row.shared_limit == 64 * 1024
 
@@ -175,7 +174,7 @@ def test_draws_behind_a_branch_are_not_counted():
     assert (row.kernel, row.dropout, row.rows) == ("global_forward", True, 64)
     assert row.interior_size == 64 + 64 + 2 + 1 + (1 + 2 + 64)
     assert row.interior == round((64 + 64 + 2 + 1 + 1) / 64, 2)
-    assert (row.interior_mask, row.tensor_share) == (0, 1.0)
+    assert row.interior_mask == 0
     assert violations(row) == []
 
 
@@ -225,7 +224,7 @@ def test_every_difference_is_named():
 
 def test_rows_survive_the_file(tmp_path):
     path = tmp_path / "table.csv"
-    table.write([FMA_ROW, ROW], path, Row)
+    write_sorted(path, [FMA_ROW, ROW])
     assert table.read(path, Row) == [ROW, FMA_ROW]
 
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from benchmarks.harness import verify
 from benchmarks.harness.shapes import Shape
-from benchmarks.suites import attention
+from benchmarks.suites import attention_providers as providers
+from benchmarks.suites.attention_truth import LEAVES, make_inputs, truth_of
 from led_kernels import LongformerMask, banded_attention, longformer_attention
 from led_kernels.testing import assert_within_error_bound
 
@@ -26,10 +26,10 @@ def check_shape(what: str, shape: Shape, backend: str) -> None:
     """out and all gradients; the truth is computed row by row, plain PyTorch is the dense reference in the dtype."""
 
     def results(backend: str) -> dict[str, torch.Tensor]:
-        provider = attention.led_kernels_provider(FUNCTIONS[what], backend, shape.device, shape.torch_dtype)
-        return attention.forward_backward(provider, attention.make_inputs(shape), attention.LEAVES[what])()
+        provider = providers.led_kernels_provider(FUNCTIONS[what], backend, shape.device, shape.torch_dtype)
+        return providers.forward_backward(provider, make_inputs(shape), LEAVES[what])()
 
-    actual, plain, truth = results(backend), results("reference"), verify.truth_of(what, shape)
+    actual, plain, truth = results(backend), results("reference"), truth_of(what, shape)
     for name, x in actual.items():
         assert_within_error_bound(
             x, truth[name].nan_to_num(), plain[name], name

@@ -329,7 +329,7 @@ import torch
 from led_kernels import LongformerMask, banded_attention
 x = torch.randn(1, 9, 2, 8)
 banded_attention(x, x, x, LongformerMask.from_lengths([9], 9), window_size=2)
-from benchmarks.harness.runner import main
+from benchmarks.__main__ import main
 assert main(["--smoke"]) == 1
 """
     result = python(code)

@@ -69,7 +69,7 @@ def test_everything_is_restored_also_after_an_error():
 
 def test_too_much_shared_memory_is_an_error_as_on_the_gpu(monkeypatch):
     x, out = torch.zeros(1000), torch.zeros(1000)
-    small = gpus.Gpu("small", 1, -1, 0, 64, 32, 0)
+    small = gpus.Gpu("small", 1, -1, 0, 64, 32)
     monkeypatch.setitem(gpus.GPUS, "sm_80", small)
     with pytest.raises(OutOfResources, match="shared memory"), captured_launches("sm_80"):
         add_one_kernel[(4,)](x, out, 1000, 2, BLOCK=512)

@@ -1,15 +1,13 @@
-"""The readers of PTX and machine code and the models, on small fixed inputs whose answers are known."""
-
-from collections import Counter
+"""The readers of machine code, on small fixed inputs whose answers are known."""
 
 import pytest
 from aot_toys import launch_two_loops
 
-from benchmarks.harness.shapes import Shape
-from benchmarks.static import cycle_model, executed, l2_model, ptx_trace, sass
-from benchmarks.static.control_flow import FlowGraph, Instruction
+from benchmarks.static import sass
+from benchmarks.static.control_flow import END, FlowGraph
 from benchmarks.static.fake_driver import captured_launches
 from benchmarks.static.gpus import GPUS
+from benchmarks.static.sass import Instruction
 
 SASS = """
 kernel:
@@ -79,16 +77,6 @@ def test_multiply_adds_of_an_instruction(opcode, macs):
     assert sass.tensor_macs(Instruction(opcode)) == macs
 
 
-def test_costliest_path_enters_just_the_loops_that_run():
-    graph = sass.flow_graph(SASS)
-    first, second = sass.loops(graph)
-    outside = 2 + 1  # MOV and the guard, EXIT
-    assert executed.instructions_of_program(graph, (3, 2)) == outside + 3 * first.size + 2 * second.size
-    assert executed.instructions_of_program(graph, (0, 1)) == outside + second.size
-    with pytest.raises(executed.UnknownLoops):
-        executed.instructions_of_program(graph, (1, 0))  # nothing leads around the second
-
-
 def test_dominators_tell_loops_from_jumps_back():
     def jump(label, conditional=True):
         return Instruction("BRA", targets=(label,), falls_through=conditional)
@@ -102,36 +90,25 @@ def test_dominators_tell_loops_from_jumps_back():
     assert list(nested.innermost_loops(lambda i: i is nop)) == [1]
 
 
+def test_post_dominators_are_where_paths_meet_again():
+    def jump(label):
+        return Instruction("BRA", targets=(label,))
+
+    nop, leave = Instruction("NOP"), Instruction("EXIT", targets=(END,))
+    # a branch around block 1, which may end; then block 2, and the end, which is number 3
+    graph = FlowGraph([jump("out"), nop, leave, "out", nop])
+    assert graph.post_dominators == [{0, 3}, {1, 3}, {2, 3}]
+    endless = FlowGraph(
+        [jump("in"), leave, "in", nop, Instruction("BRA", targets=("in",), falls_through=False)]
+    )
+    assert endless.post_dominators[2] == {0, 1, 2, 3}
+
+
 @pytest.fixture(scope="module")
 def two_loops():
     with captured_launches("sm_80") as launches:
         launch_two_loops(3, [0, 5, 2, 0])
     return launches[0]
-
-
-def test_iterations_are_those_of_the_programs(two_loops):
-    trace = ptx_trace.PtxTrace(two_loops)
-    assert [trace.iterations((i, 0, 0)) for i in range(4)] == [[3, 0], [3, 5], [3, 2], [3, 0]]
-
-
-def test_executed_instructions_of_a_launch(two_loops):
-    graph = sass.flow_graph(sass.disassemble(two_loops.kernel.asm["cubin"]))
-    masked, interior = sass.loops(graph)
-    execution = executed.execute(two_loops, graph)
-    assert execution.programs == Counter({(3, 0): 2, (3, 5): 1, (3, 2): 1})
-    assert execution.mean_iterations == [3, 7 / 4]
-    in_loops = 8 * (4 * 3 * masked.size + 7 * interior.size)
-    everything = 8 * 4 * sum(len(block.instructions) for block in graph.blocks)
-    assert in_loops < execution.instructions < in_loops + everything
-
-
-def test_a_branch_on_computed_data_is_not_guessed(two_loops):
-    graph, trace = sass.flow_graph(SASS), ptx_trace.PtxTrace(two_loops)
-    with pytest.raises(executed.UnknownLoops, match="in PTX"):
-        executed.execute(two_loops, graph)
-    trace._memory.storages = []
-    with pytest.raises(ptx_trace.UnknownBranch, match="outside of the launch's tensors"):
-        trace.iterations((0, 0, 0))
 
 
 def test_loops_of_a_good_kernel(two_loops):
@@ -156,30 +133,6 @@ def test_a_spill_shows():
     assert sass.resources(launches[0].kernel.asm["cubin"]).stack > 0
 
 
-def _loop(**counts):
-    instructions = [Instruction(name.replace("_", ".")) for name, n in counts.items() for _ in range(n)]
-    return sass.Loop(0, tuple(instructions))
-
-
-def test_cycle_model_bound_by_exponentials():
-    """A 128 x 64 tile of head_dim 64 on H100: 512 cycles of products, 544 of exponentials."""
-    loop = _loop(HGMMA_64x64x16_F32_BF16=16, MUFU_EX2=68, FFMA=64)
-    cycles = cycle_model.pipe_cycles(loop, GPUS["sm_90"].rates)
-    assert (cycles["tensor"], cycles["special"], cycles["fma"]) == (512, 544, 64)
-    share = cycle_model.tensor_share(loop, loop.tensor_macs / sass.HMMA_MACS, GPUS["sm_90"].rates)
-    assert share == pytest.approx(0.94, abs=0.005)
-
-
-def test_cycle_model_bound_by_issue_and_compares():
-    rates = GPUS["sm_80"].rates
-    assert cycle_model.pipe_cycles(_loop(HMMA_16816=64), rates)["tensor"] == 512
-    assert cycle_model.tensor_share(_loop(HMMA_16816=64, LDSM=960), 64, rates) == 0.5
-    assert cycle_model.tensor_share(_loop(HMMA_16816=64, ISETP=512), 64, rates) == 0.5
-    assert (
-        cycle_model.tensor_share(_loop(HMMA_16816=128), 64, rates) == 0.5
-    )  # half of the products for nothing
-
-
 @pytest.mark.parametrize(
     ("arch", "registers", "shared", "warps", "blocks"),
     [
@@ -196,14 +149,3 @@ def test_cycle_model_bound_by_issue_and_compares():
 def test_resident_blocks(arch, registers, shared, warps, blocks):
     """As NVIDIA's occupancy calculator has them."""
     assert GPUS[arch].resident_blocks(registers, shared, warps) == blocks
-
-
-def test_traffic_with_and_without_a_cache():
-    shape = Shape(seqlen=1024, heads=2, head_dim=64, window=128, global_index=())
-    row = 64 * 2
-    once = l2_model.traffic_ratio(shape, 128, 64, resident=4, l2=2**30)
-    assert once == pytest.approx(1 + 4 / (4 * row))  # lse
-    # without a cache all read their band: 8 tiles of 128 + 2 * 128 rows, 128 fewer at both ends
-    band = 8 * 384 - 2 * 128
-    uncached = l2_model.traffic_ratio(shape, 128, 64, resident=4, l2=0)
-    assert uncached == pytest.approx((2 * 1024 + 2 * band) / (4 * 1024) + 4 / (4 * row))

@@ -5,9 +5,10 @@ import dataclasses
 import pytest
 import triton
 
-from benchmarks.static import table, triton_kernels
+from benchmarks.harness import table
+from benchmarks.static import triton_kernels
 from benchmarks.static.cases import Case, everything, short_list
-from benchmarks.static.table import Row, violations, worse
+from benchmarks.static.table import Row, violations, worse, write_sorted
 
 ROW = Row(
     op="banded_forward",
@@ -27,23 +28,21 @@ ROW = Row(
     shared_limit=166912,
     resident_blocks=1,
     tensor="HMMA 256",
-    loops="masked 6.9 x 4, interior 4.7 x 14",
+    instructions=2000,
+    loops="masked 6.9, interior 4.7",
     interior=4.7,
     masked=6.9,
-    tensor_share=0.95,
-    executed=6.1,
-    traffic=1.01,
     triton=triton.__version__,
 )
 
 
 def test_rows_survive_the_file(tmp_path):
     amd = dataclasses.replace(
-        ROW, target="gfx942", dropout=True, resident_blocks=None, interior=None, traffic=None
+        ROW, target="gfx942", dropout=True, resident_blocks=None, interior=None, instructions=None
     )
     path = tmp_path / "table.csv"
-    table.write([amd, ROW], path)
-    assert table.read(path) == sorted([amd, ROW], key=lambda row: row.key)
+    write_sorted(path, [amd, ROW])
+    assert table.read(path, Row) == sorted([amd, ROW], key=lambda row: row.key)
 
 
 @pytest.mark.parametrize(
@@ -55,9 +54,7 @@ def test_rows_survive_the_file(tmp_path):
         {"resident_blocks": 0},
         {"interior": 4.81},
         {"masked": 7.05},
-        {"executed": 6.25},
-        {"traffic": 1.1},
-        {"tensor_share": 0.92},
+        {"instructions": 2041},
         {"tensor": ""},
         {"interior": None},
     ],
@@ -70,12 +67,20 @@ def test_worse_figures_are_named(change):
     assert "_banded_forward_kernel sm_80 bfloat16 head_dim 64" in problem
 
 
+def test_a_shorter_tile_of_queries_is_named():
+    shorter = dataclasses.replace(ROW, config="BLOCK_M=64")
+    assert worse(shorter, ROW) == [f"{ROW}: query_rows 64, committed 128"]
+    assert worse(ROW, shorter) == []
+    others = [dataclasses.replace(row, op="banded_backward") for row in (shorter, ROW)]
+    assert worse(*others) == []
+
+
 def test_better_figures_and_noise_are_not_named():
     better = dataclasses.replace(
-        ROW, registers=208, resident_blocks=2, interior=4.75, masked=5.0, tensor_share=1.0, tensor="HMMA 128"
+        ROW, registers=208, resident_blocks=2, interior=4.75, masked=5.0, tensor="HMMA 128"
     )
     assert worse(better, ROW) == []
-    assert worse(ROW, dataclasses.replace(ROW, executed=None)) == []
+    assert worse(ROW, dataclasses.replace(ROW, instructions=None)) == []
 
 
 @pytest.mark.parametrize(
@@ -115,8 +120,8 @@ def test_the_command_writes_then_checks(tmp_path, capsys):
     ]
     assert triton_kernels.main(one_case) == 0
     assert triton_kernels.main([*one_case, "--check"]) == 0
-    (row,) = table.read(path)
-    table.write([dataclasses.replace(row, registers=row.registers - 9)], path)
+    (row,) = table.read(path, Row)
+    table.write(path, [dataclasses.replace(row, registers=row.registers - 9)])
     capsys.readouterr()
     assert triton_kernels.main([*one_case, "--check"]) == 1
     assert f"registers {row.registers}, committed {row.registers - 9}" in capsys.readouterr().err

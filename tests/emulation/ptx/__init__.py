@@ -20,7 +20,7 @@ calls, local memory, and everything of sm_90 and later. An opcode outside the ta
 =============  =====================================================================================
 ``parser``       text to instructions
 ``formats``      PTX types as numpy arrays
-``control_flow`` basic blocks, post-dominators, live registers
+``control_flow`` where lanes meet again, live registers; the graph is ``benchmarks.static.control_flow``'s
 ``memory``       global memory; ``shared_memory`` shared memory and cp.async
 ``operands``     what an instruction reads and writes
 ``arithmetic``   the table of opcodes that compute lane by lane

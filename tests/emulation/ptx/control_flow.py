@@ -1,8 +1,10 @@
-"""Basic blocks of a kernel, where lanes that branched apart meet again, and which registers live there."""
+"""The flow graph of a kernel, where lanes that branched apart meet again, and which registers live in its blocks."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+
+from benchmarks.static.control_flow import FlowGraph
 
 from .faults import UnknownInstruction
 from .parser import Entry, Instruction, Symbol
@@ -34,57 +36,50 @@ class Block:
 
 
 def basic_blocks(entry: Entry) -> list[Block]:
-    """
+    """Those that can be reached.
+
     Raises:
         UnknownInstruction: a branch to nowhere.
     """
-    code = entry.instructions
-    is_branch = [x.name in ("bra", "ret", "exit") for x in code]
-    goals = {entry.labels[x.operands[0].name] for x in code if x.name == "bra" and _known_label(x, entry)}
-    starts = {0} | goals | {i + 1 for i, ends in enumerate(is_branch) if ends}
-    starts = sorted(x for x in starts if x < len(code))
-    block_at = {start: i for i, start in enumerate(starts)} | {len(code): len(starts)}
+    for instruction in entry.instructions:
+        if instruction.name == "bra":
+            _check_label(instruction, entry)
+    graph = FlowGraph(_lines(entry))
+    end = len(graph.blocks)
     blocks = []
-    for i, (start, stop) in enumerate(zip(starts, [*starts[1:], len(code)], strict=True)):
-        if not is_branch[stop - 1]:
-            blocks.append(Block(code[start:stop], None, None, i + 1))
-            continue
-        branch = code[stop - 1]
-        target = len(starts)
-        if branch.name == "bra":
-            target = block_at[entry.labels[branch.operands[0].name]]
-        blocks.append(Block(code[start : stop - 1], branch, target, i + 1 if branch.predicate else None))
-    _find_joins(blocks)
+    for flow, after in zip(graph.blocks, graph.post_dominators, strict=True):
+        successors = flow.successors + [end] * flow.may_end
+        *body, last = flow.instructions or [None]
+        if last is None or not last.is_branch:
+            body, branch, target, following = flow.instructions, None, None, successors[0]
+        else:
+            branch, target = last, successors[-1]
+            following = successors[0] if last.predicate else None
+        # the nearest is itself post-dominated by all the others
+        nearest = after - {len(blocks)}
+        join = max(nearest, key=lambda i: len(graph.post_dominators[i]) if i < end else 1)
+        blocks.append(Block(body, branch, target, following, join))
     _find_live_registers(blocks)
     return blocks
 
 
-def _known_label(branch: Instruction, entry: Entry) -> bool:
+def _lines(entry: Entry) -> list[str | Instruction]:
+    """Labels that are jumped to and instructions, as they follow each other; the other labels are for debuggers."""
+    goals = {label for instruction in entry.instructions for label in instruction.targets}
+    labels: dict[int, list[str]] = {}
+    for name, at in entry.labels.items():
+        if name in goals:
+            labels.setdefault(at, []).append(name)
+    lines: list[str | Instruction] = []
+    for at, instruction in enumerate(entry.instructions):
+        lines += [*labels.get(at, []), instruction]
+    return lines + labels.get(len(entry.instructions), [])
+
+
+def _check_label(branch: Instruction, entry: Entry) -> None:
     (label,) = branch.operands
     if not isinstance(label, Symbol) or label.name not in entry.labels:
         raise UnknownInstruction(f"no such label: {branch.text}")
-    return True
-
-
-def _find_joins(blocks: list[Block]) -> None:
-    """Post-dominators as bit sets, to a fixed point."""
-    end = len(blocks)
-    everything = (1 << (end + 1)) - 1
-    after = [everything] * end + [1 << end]
-    changed = True
-    while changed:
-        changed = False
-        for i in reversed(range(end)):
-            common = everything
-            for successor in blocks[i].successors:
-                common &= after[successor]
-            common |= 1 << i
-            changed |= common != after[i]
-            after[i] = common
-    for i, block in enumerate(blocks):
-        strict = [j for j in range(end + 1) if j != i and after[i] >> j & 1]
-        # the nearest is itself post-dominated by all the others
-        block.join = max(strict, key=lambda j: after[j].bit_count(), default=end)
 
 
 def _find_live_registers(blocks: list[Block]) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, field
 
+from benchmarks.static.control_flow import END
+
 from .faults import UnknownInstruction
 
 
@@ -77,6 +79,21 @@ class Instruction:
     @property
     def modifiers(self) -> list[str]:
         return self.opcode.split(".")[1:]
+
+    @property
+    def is_branch(self) -> bool:
+        return self.name in ("bra", "ret", "exit")
+
+    @property
+    def targets(self) -> tuple[str, ...]:
+        """The label that it may jump to; the kernel's end has one, too."""
+        if not self.is_branch:
+            return ()
+        return (self.operands[0].name,) if self.name == "bra" else (END,)
+
+    @property
+    def falls_through(self) -> bool:
+        return not self.is_branch or self.predicate is not None
 
     @property
     def _has_no_destination(self) -> bool:
