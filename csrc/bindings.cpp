@@ -1,4 +1,5 @@
-// Python bindings: pointers, shapes and strides in; no logic. The GIL is released around every kernel.
+// Python bindings: they turn addresses, shapes and strides into parameters of kernels, and hold no logic. The
+// GIL is released around every kernel.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -7,6 +8,8 @@
 #include <exception>
 #include <functional>
 #include <string>
+#include <type_traits>
+#include <utility>
 #include <vector>
 
 #include "call_checks.h"
@@ -20,17 +23,17 @@ namespace py = pybind11;
 
 namespace {
 
-using led::AttentionParams;
-using led::Bytes;
-using led::Call;
-using led::DecodeParams;
-using led::InterruptibleParams;
+using led::AttentionRequest;
+using led::CpuAttentionParams;
+using led::CudaAttentionParams;
+using led::DecodeRequest;
+using led::Kernel;
 using led::KernelTable;
 using led::LseRef;
 using led::RowsRef;
 
-// As Python gives them, strides in elements: (address, batch stride, row stride, head stride, bytes),
-// (address, batch stride, head stride, bytes), (address, bytes).
+// Python gives tensors as (address, batch stride, row stride, head stride, bytes), as (address, batch stride,
+// head stride, bytes) and as (address, bytes), with strides in elements.
 using Rows = std::array<int64_t, 5>;
 using Statistics = std::array<int64_t, 4>;
 using Memory = std::array<int64_t, 2>;
@@ -61,7 +64,8 @@ const KernelTable& kernels(const std::string& isa) {
   throw py::value_error("no kernels for the instruction set '" + isa + "' in this build on this processor.");
 }
 
-// Calls of CPU kernels with their pointers, to be made again by one call: what a captured graph is on a GPU.
+// Records calls of CPU kernels with their pointers, so that one call makes them again: it is what a captured
+// graph is on a GPU.
 class Recording {
  public:
   Recording() = default;
@@ -88,71 +92,69 @@ class Recording {
 };
 thread_local Recording* Recording::current = nullptr;
 
-// Whether Python has had a signal whose handler raises, as that of Ctrl-C does; what it raised is then set.
+// Whether Python has had a signal whose handler raises, as that of Ctrl-C does. Python's error is then set.
 bool signal_raises() {
   py::gil_scoped_acquire acquire;
   return PyErr_CheckSignals() != 0;
 }
 
-// The thread that Python handles signals on. Others do not ask: while the interpreter ends they must not take
-// the GIL.
+// Python handles signals on this thread. Others do not ask: while the interpreter ends they must not take the
+// GIL.
 unsigned long main_thread = 0;
 
 bool is_main_thread() {
   return PyThread_get_thread_ident() == main_thread;
 }
 
-// Which of the attention kernels a call is of.
-struct Kind {
-  bool is_global, is_backward;
-};
-
-auto cpu_launcher(void (*KernelTable::*kernel)(const InterruptibleParams&), Kind kind) {
-  return [kernel, kind](const Call<AttentionParams>& call, const std::string& isa) {
+auto cpu_launcher(void (*KernelTable::*function)(const CpuAttentionParams&), Kernel kernel) {
+  return [function, kernel](const AttentionRequest& request, const std::string& isa) {
     const KernelTable& table = kernels(isa);
-    led::check_call(call, kind.is_global, kind.is_backward);
-    led::check_mask_values(call);
-    InterruptibleParams params{call};
-    if (params.mask.packed) params.max_seqlen = std::min(params.max_seqlen, call.mask_rows);
-    const int64_t gap_rows = params.mask.packed ? call.mask_rows : 0;
-    Recording::launch([&table, kernel, params, gap_rows, kind] {
-      if (gap_rows > 0)
-        led::clear_gaps(params, gap_rows, led::itemsize(params.dtype), kind.is_global, kind.is_backward);
+    led::check_call(request, kernel);
+    led::check_mask_values(request);
+    CpuAttentionParams params = request.cpu_params();
+    const int64_t packed_rows = params.call.mask.packed ? request.mask_rows : 0;
+    if (params.call.mask.packed) params.call.max_seqlen = std::min(params.call.max_seqlen, packed_rows);
+    Recording::launch([&table, function, params, packed_rows, kernel] {
+      if (packed_rows > 0) led::clear_gaps(params, packed_rows, kernel);
       led::Interruption interruption(&signal_raises);
-      InterruptibleParams own = params;
-      if (is_main_thread()) own.interruption = &interruption;
-      (table.*kernel)(own);
-      if (own.stops()) throw led::Interrupted();
+      CpuAttentionParams own = params;
+      if (is_main_thread()) own.execution.interruption = &interruption;
+      (table.*function)(own);
+      if (own.execution.stops()) throw led::Interrupted();
     });
   };
 }
 
-void decode_attention(const Call<DecodeParams>& call, const std::string& isa) {
+void decode_attention(const DecodeRequest& request, const std::string& isa) {
   const KernelTable& table = kernels(isa);
-  led::check_call(call);
-  if (call.batch == 0 || call.heads == 0 || call.queries == 0) return;
-  const DecodeParams params = call;
+  led::check_call(request);
+  const led::DecodeParams params = request.call;
+  if (params.batch == 0 || params.heads == 0 || params.queries == 0) return;
   Recording::launch([&table, params] { table.decode_attention(params); });
 }
 
 #if defined(LED_KERNELS_WITH_CUDA)
-// The kernel and the floats of workspace that it needs, under the name in Python.
-void define_cuda_kernel(py::module_& m, const std::string& name, void (*kernel)(const AttentionParams&),
-                        int64_t (*workspace)(const AttentionParams&), Kind kind) {
-  m.def(name.c_str(), [kernel, workspace, kind](const Call<AttentionParams>& call) {
-    led::check_call(call, kind.is_global, kind.is_backward);
+// Binds a kernel, and under its name with _workspace how many floats of workspace it needs.
+void define_cuda_kernel(py::module_& m, const std::string& name, void (*function)(const CudaAttentionParams&),
+                        int64_t (*workspace)(const CudaAttentionParams&), Kernel kernel) {
+  m.def(name.c_str(), [function, workspace, kernel](const AttentionRequest& request) {
+    led::check_call(request, kernel);
+    const CudaAttentionParams params = request.cuda_params();
+    const led::AttentionCall& call = params.call;
     if (call.dtype == led::DType::kFloat64) throw py::value_error("dtype is float64.");
     if (call.batch > 0 && call.heads > 0) {
-      const auto floats = static_cast<double>(workspace(call));
-      led::check_memory("workspace", call.workspace, call.bytes.workspace, floats, sizeof(float));
+      const auto floats = static_cast<double>(workspace(params));
+      led::check_memory("workspace", params.execution.workspace, request.bytes.workspace, floats,
+                        sizeof(float));
     }
-    if (call.device_seed) led::check_memory("device_seed", call.device_seed, call.bytes.device_seed, 1, 8);
+    if (call.dropout.device_seed)
+      led::check_memory("device_seed", call.dropout.device_seed, request.bytes.device_seed, 1, 8);
     py::gil_scoped_release release;
-    kernel(call);
+    function(params);
   });
-  m.def((name + "_workspace").c_str(), [workspace, kind](const Call<AttentionParams>& call) {
-    led::check_call(call, kind.is_global, kind.is_backward);
-    return workspace(call);
+  m.def((name + "_workspace").c_str(), [workspace, kernel](const AttentionRequest& request) {
+    led::check_call(request, kernel);
+    return workspace(request.cuda_params());
   });
 }
 
@@ -179,39 +181,108 @@ void define_cuda(py::module_& m) {
 }
 #endif
 
-// A class of Python for the parameters of a kernel.
-template <class Params>
-py::class_<Call<Params>> define_params(py::module_& m, const char* name) {
-  using Of = Call<Params>;
-  py::class_<Of> params(m, name);
-  params.def(py::init<>())
-      .def_readwrite("dtype", &Of::dtype)
-      .def_readwrite("batch", &Of::batch)
-      .def_readwrite("max_seqlen", &Of::max_seqlen)
-      .def_readwrite("heads", &Of::heads)
-      .def_readwrite("head_dim", &Of::head_dim)
-      .def_readwrite("softmax_scale", &Of::softmax_scale)
-      .def_readwrite("num_threads", &Of::num_threads);
-  struct Tensor {
-    const char* setter;
-    RowsRef AttentionParams::* rows;
-    int64_t Bytes::* bytes;
-  };
-  const Tensor tensors[] = {{"set_q", &AttentionParams::q, &Bytes::q},
-                            {"set_k", &AttentionParams::k, &Bytes::k},
-                            {"set_v", &AttentionParams::v, &Bytes::v},
-                            {"set_out", &AttentionParams::out, &Bytes::out},
-                            {"set_d_out", &AttentionParams::d_out, &Bytes::d_out},
-                            {"set_dq", &AttentionParams::dq, &Bytes::dq},
-                            {"set_dk", &AttentionParams::dk, &Bytes::dk},
-                            {"set_dv", &AttentionParams::dv, &Bytes::dv}};
-  for (const auto& [setter, rows, bytes] : tensors) {
-    params.def(setter, [rows = rows, bytes = bytes](Of& call, const Rows& x) {
-      call.*rows = rows_ref(x);
-      call.bytes.*bytes = x[4];
-    });
-  }
-  return params;
+// An attribute of Python for the field that field(request) refers to.
+template <class Request, class Field>
+void define_field(py::class_<Request>& type, const char* name, Field field) {
+  using Value = std::decay_t<decltype(field(std::declval<Request&>()))>;
+  type.def_property(
+      name, [field](Request& request) { return field(request); },
+      [field](Request& request, Value value) { field(request) = value; });
+}
+
+// A setter of Python for the tensor that tensor(request) refers to, and for its bytes.
+template <class Request, class Tensor>
+void define_rows(py::class_<Request>& type, const char* name, Tensor tensor, int64_t led::Bytes::* bytes) {
+  type.def(name, [tensor, bytes](Request& request, const Rows& x) {
+    tensor(request) = rows_ref(x);
+    request.bytes.*bytes = x[4];
+  });
+}
+template <class Request, class Tensor>
+void define_lse(py::class_<Request>& type, const char* name, Tensor tensor, int64_t led::Bytes::* bytes) {
+  type.def(name, [tensor, bytes](Request& request, const Statistics& x) {
+    tensor(request) = lse_ref(x);
+    request.bytes.*bytes = x[3];
+  });
+}
+
+// A class of Python with what all attention takes.
+template <class Request>
+py::class_<Request> define_request(py::module_& m, const char* name) {
+  using Bytes = led::Bytes;
+  py::class_<Request> type(m, name);
+  type.def(py::init<>());
+  define_field(type, "dtype", [](Request& r) -> auto& { return r.call.dtype; });
+  define_field(type, "batch", [](Request& r) -> auto& { return r.call.batch; });
+  define_field(type, "max_seqlen", [](Request& r) -> auto& { return r.call.max_seqlen; });
+  define_field(type, "heads", [](Request& r) -> auto& { return r.call.heads; });
+  define_field(type, "head_dim", [](Request& r) -> auto& { return r.call.head_dim; });
+  define_field(type, "softmax_scale", [](Request& r) -> auto& { return r.call.softmax_scale; });
+  define_rows(type, "set_q", [](Request& r) -> auto& { return r.call.q; }, &Bytes::q);
+  define_rows(type, "set_k", [](Request& r) -> auto& { return r.call.k; }, &Bytes::k);
+  define_rows(type, "set_v", [](Request& r) -> auto& { return r.call.v; }, &Bytes::v);
+  return type;
+}
+
+void define_attention_params(py::module_& m) {
+  using Request = AttentionRequest;
+  using Bytes = led::Bytes;
+  auto type = define_request<Request>(m, "AttentionParams");
+  type.def("set_mask", [](Request& request, const Memory& seq_start, const Memory& seq_len,
+                          const Memory& token_kind, const Memory& padding_before, const Memory& global_index,
+                          const Memory& num_globals, int64_t rows, int64_t max_globals, bool packed) {
+    request.call.mask = {pointer<int32_t>(seq_start),
+                         pointer<int32_t>(seq_len),
+                         pointer<uint8_t>(token_kind),
+                         pointer<int32_t>(padding_before),
+                         pointer<int32_t>(global_index),
+                         pointer<int32_t>(num_globals),
+                         packed ? 0 : rows,
+                         max_globals,
+                         packed};
+    request.mask_rows = rows;
+    Bytes& bytes = request.bytes;
+    bytes.seq_start = seq_start[1], bytes.seq_len = seq_len[1];
+    bytes.token_kind = token_kind[1], bytes.padding_before = padding_before[1];
+    bytes.global_index = global_index[1], bytes.num_globals = num_globals[1];
+  });
+  define_field(type, "window_left", [](Request& r) -> auto& { return r.call.window.left; });
+  define_field(type, "window_right", [](Request& r) -> auto& { return r.call.window.right; });
+  define_field(type, "dropout_p", [](Request& r) -> auto& { return r.call.dropout.p; });
+  define_field(type, "dropout_seed", [](Request& r) -> auto& { return r.call.dropout.seed; });
+  type.def("set_device_seed", [](Request& request, const Memory& x) {
+    request.call.dropout.device_seed = pointer<int64_t>(x);
+    request.bytes.device_seed = x[1];
+  });
+
+  define_rows(type, "set_out", [](Request& r) -> auto& { return r.results.out; }, &Bytes::out);
+  define_lse(type, "set_lse", [](Request& r) -> auto& { return r.results.lse; }, &Bytes::lse);
+
+  define_rows(type, "set_d_out", [](Request& r) -> auto& { return r.grads.d_out; }, &Bytes::d_out);
+  define_lse(type, "set_d_lse", [](Request& r) -> auto& { return r.grads.d_lse; }, &Bytes::d_lse);
+  define_rows(type, "set_dq", [](Request& r) -> auto& { return r.grads.dq; }, &Bytes::dq);
+  define_rows(type, "set_dk", [](Request& r) -> auto& { return r.grads.dk; }, &Bytes::dk);
+  define_rows(type, "set_dv", [](Request& r) -> auto& { return r.grads.dv; }, &Bytes::dv);
+
+  define_field(type, "num_threads", [](Request& r) -> auto& { return r.cpu.num_threads; });
+  define_field(type, "device", [](Request& r) -> auto& { return r.cuda.device; });
+  define_field(type, "stream", [](Request& r) -> auto& { return r.cuda.stream; });
+  type.def("set_workspace", [](Request& request, const Memory& x) {
+    request.cuda.workspace = const_cast<float*>(pointer<float>(x));
+    request.bytes.workspace = x[1];
+  });
+}
+
+void define_decode_params(py::module_& m) {
+  using Request = DecodeRequest;
+  auto type = define_request<Request>(m, "DecodeParams");
+  define_field(type, "queries", [](Request& r) -> auto& { return r.call.queries; });
+  define_field(type, "num_threads", [](Request& r) -> auto& { return r.call.num_threads; });
+  define_rows(type, "set_out", [](Request& r) -> auto& { return r.call.out; }, &led::Bytes::out);
+  type.def("set_visible", [](Request& request, const Memory& x, int64_t batch_stride, int64_t query_stride) {
+    request.call.visible = {pointer<uint8_t>(x), batch_stride, query_stride};
+    request.bytes.visible = x[1];
+  });
 }
 
 }  // namespace
@@ -234,58 +305,8 @@ PYBIND11_MODULE(_C, m) {
       .value("float16", led::DType::kFloat16)
       .value("bfloat16", led::DType::kBFloat16);
 
-  using Attention = Call<AttentionParams>;
-  define_params<AttentionParams>(m, "AttentionParams")
-      .def_readwrite("window_left", &Attention::window_left)
-      .def_readwrite("window_right", &Attention::window_right)
-      .def_readwrite("dropout_p", &Attention::dropout_p)
-      .def_readwrite("dropout_seed", &Attention::dropout_seed)
-      .def_readwrite("device", &Attention::device)
-      .def_readwrite("stream", &Attention::stream)
-      .def("set_device_seed",
-           [](Attention& call, const Memory& x) {
-             call.device_seed = pointer<int64_t>(x);
-             call.bytes.device_seed = x[1];
-           })
-      .def("set_workspace",
-           [](Attention& call, const Memory& x) {
-             call.workspace = const_cast<float*>(pointer<float>(x));
-             call.bytes.workspace = x[1];
-           })
-      .def("set_mask",
-           [](Attention& call, const Memory& seq_start, const Memory& seq_len, const Memory& token_kind,
-              const Memory& padding_before, const Memory& global_index, const Memory& num_globals,
-              int64_t rows, int64_t max_globals, bool packed) {
-             call.mask = {pointer<int32_t>(seq_start),
-                          pointer<int32_t>(seq_len),
-                          pointer<uint8_t>(token_kind),
-                          pointer<int32_t>(padding_before),
-                          pointer<int32_t>(global_index),
-                          pointer<int32_t>(num_globals),
-                          packed ? 0 : rows,
-                          max_globals,
-                          packed};
-             call.mask_rows = rows;
-             call.bytes.seq_start = seq_start[1], call.bytes.seq_len = seq_len[1];
-             call.bytes.token_kind = token_kind[1], call.bytes.padding_before = padding_before[1];
-             call.bytes.global_index = global_index[1], call.bytes.num_globals = num_globals[1];
-           })
-      .def("set_lse",
-           [](Attention& call, const Statistics& x) {
-             call.lse = lse_ref(x);
-             call.bytes.lse = x[3];
-           })
-      .def("set_d_lse", [](Attention& call, const Statistics& x) {
-        call.d_lse = lse_ref(x);
-        call.bytes.d_lse = x[3];
-      });
-  define_params<DecodeParams>(m, "DecodeParams")
-      .def_readwrite("queries", &Call<DecodeParams>::queries)
-      .def("set_visible",
-           [](Call<DecodeParams>& call, const Memory& x, int64_t batch_stride, int64_t query_stride) {
-             call.visible = {pointer<uint8_t>(x), batch_stride, query_stride};
-             call.bytes.visible = x[1];
-           });
+  define_attention_params(m);
+  define_decode_params(m);
 
   m.def("cpu_isas", &cpu_isas, "Instruction sets that this build holds and this processor runs, best first.");
   m.def("cpu_banded_forward", cpu_launcher(&KernelTable::banded_forward, {false, false}));
@@ -299,20 +320,20 @@ PYBIND11_MODULE(_C, m) {
          int64_t weight_stride, const Memory& bias, const Memory& y, bool gelu, int num_threads,
          const std::string& isa) {
         const KernelTable& table = kernels(isa);
-        const led::LinearParams params{dtype,
-                                       sizes[0],
-                                       sizes[1],
-                                       sizes[2],
-                                       pointer<void>(x),
-                                       pointer<void>(weight),
-                                       pointer<void>(bias),
-                                       const_cast<void*>(pointer<void>(y)),
-                                       sizes[1],
-                                       weight_stride,
-                                       gelu,
-                                       num_threads};
+        const led::GemvParams params{dtype,
+                                     sizes[0],
+                                     sizes[1],
+                                     sizes[2],
+                                     pointer<void>(x),
+                                     pointer<void>(weight),
+                                     pointer<void>(bias),
+                                     const_cast<void*>(pointer<void>(y)),
+                                     sizes[1],
+                                     weight_stride,
+                                     gelu,
+                                     num_threads};
         led::check_call(params, x[1], weight[1], bias[1], y[1]);
-        Recording::launch([&table, params] { table.few_rows_linear(params); });
+        Recording::launch([&table, params] { table.gemv(params); });
       },
       "x weightᵀ + bias, then GELU if asked for; sizes are rows, in_features, out_features.");
   m.def(
@@ -330,21 +351,21 @@ PYBIND11_MODULE(_C, m) {
                                         const_cast<void*>(pointer<void>(y)),
                                         eps};
         led::check_call(params, residual[1], block[1], weight[1], bias[1], y[1]);
-        Recording::launch([&table, params] { table.few_rows_add_norm(params); });
+        Recording::launch([&table, params] { table.add_norm(params); });
       },
       "Layer norm of residual + block.");
   m.def(
       "cpu_write_rows",
-      [](led::DType dtype, const std::array<int64_t, 4>& sizes, int64_t slots, const Memory& position,
+      [](led::DType dtype, const std::array<int64_t, 4>& sizes, int64_t capacity, const Memory& position,
          const Rows& from, const Rows& to, const std::string& isa) {
         const KernelTable& table = kernels(isa);
         const led::WriteRowsParams params{
-            dtype,          sizes[0],    sizes[1], sizes[2], sizes[3], slots, pointer<int64_t>(position),
+            dtype,          sizes[0],    sizes[1], sizes[2], sizes[3], capacity, pointer<int64_t>(position),
             rows_ref(from), rows_ref(to)};
         led::check_call(params, position[1], from[4], to[4]);
         Recording::launch([&table, params] { table.write_rows(params); });
       },
-      "Rows into slots of a cache; sizes are batch, heads, rows, head_dim.");
+      "Rows into positions of a cache; sizes are batch, heads, rows, head_dim.");
   py::class_<Recording>(m, "Recording")
       .def(py::init<>())
       .def("__enter__", &Recording::enter)

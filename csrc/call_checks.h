@@ -1,5 +1,5 @@
-// Whether a call stays inside of the memory that it was given. The kernels rely on that and cannot see it; a
-// call that would not is refused with std::invalid_argument, which is ValueError in Python.
+// Checks that a call stays inside of the memory that it was given. The kernels rely on that and cannot see
+// it; a call that would not is refused with std::invalid_argument, which is ValueError in Python.
 #pragma once
 
 #include <cstdint>
@@ -15,21 +15,35 @@ constexpr int kMaxThreads = 1024;    // an OpenMP runtime that cannot start its 
 constexpr int64_t kMaxQueries = 16;  // of a decoding step
 constexpr int64_t kMaxSize = std::numeric_limits<int32_t>::max();
 
-// Bytes from the address of each tensor to the end of its memory.
+// How many bytes lie from the address of each tensor to the end of its memory.
 struct Bytes {
   int64_t q = 0, k = 0, v = 0, out = 0, lse = 0, d_out = 0, dq = 0, dk = 0, dv = 0, d_lse = 0;
   int64_t seq_start = 0, seq_len = 0, token_kind = 0, padding_before = 0, global_index = 0, num_globals = 0;
   int64_t visible = 0, device_seed = 0, workspace = 0;
 };
 
-// Parameters as Python sets them.
-template <class Params>
-struct Call : Params {
+// A call of one of the four attention kernels as Python sets it, for the CPU or for a GPU. The mask has
+// mask_rows rows: of each batch entry, or of all sequences when packed.
+struct AttentionRequest {
+  AttentionCall call;
+  AttentionResults results;
+  AttentionGradients grads;
+  CpuExecution cpu;
+  CudaExecution cuda;
   Bytes bytes;
-  int64_t mask_rows = 0;  // of each batch entry, or of all sequences when packed
+  int64_t mask_rows = 0;
+
+  CpuAttentionParams cpu_params() const { return {call, results, grads, cpu}; }
+  CudaAttentionParams cuda_params() const { return {call, results, grads, cuda}; }
 };
 
-// Elements whose address is no multiple of their size: a caller may copy them and call again.
+// A call of a decoding step's attention as Python sets it.
+struct DecodeRequest {
+  DecodeParams call;
+  Bytes bytes;
+};
+
+// A tensor lies at an address that is no multiple of its element size: the caller may copy it and call again.
 struct Misaligned : std::invalid_argument {
   using std::invalid_argument::invalid_argument;
 };
@@ -51,7 +65,8 @@ inline int64_t itemsize(DType dtype) {
   throw std::invalid_argument("dtype is none of DType's.");
 }
 
-// `count` numbers from an address on; in floating point, where no product wraps around.
+// Refuses memory that does not hold `count` numbers. Counts are in floating point, where no product wraps
+// around.
 inline void check_memory(const char* name, const void* data, int64_t bytes, double count, int64_t itemsize) {
   if (count <= 0) return;
   require(data != nullptr, std::string(name) + " was not set.");
@@ -73,74 +88,83 @@ inline void check_rows(const char* name, const RowsRef& x, int64_t bytes, DType 
   check_memory(name, x.data, bytes, last + static_cast<double>(head_dim), itemsize(dtype));
 }
 
-inline void check_sizes(const AttentionParams& p) {
-  itemsize(p.dtype);
-  require(p.head_dim >= 1 && p.head_dim <= kMaxHeadDim, "head_dim is not 1 to 256.");
-  require(p.batch >= 0 && p.heads >= 0 && p.max_seqlen >= 0, "a size is negative.");
-  require(p.batch <= kMaxSize && p.heads <= kMaxSize && p.max_seqlen <= kMaxSize, "a size is over 2^31 - 1.");
-  require(p.window_left >= 0 && p.window_right >= 0, "a side of the window is negative.");
-  require(p.window_left <= kMaxSize && p.window_right <= kMaxSize, "a side of the window is over 2^31 - 1.");
-  require(p.num_threads >= 1, "num_threads is below 1.");
-  require(p.num_threads <= kMaxThreads, "num_threads is over 1024.");
-  require(p.dropout_p >= 0 && p.dropout_p <= 1, "dropout_p is not 0 to 1.");
+inline void check_sizes(const AttentionInputs& in, int num_threads) {
+  itemsize(in.dtype);
+  require(in.head_dim >= 1 && in.head_dim <= kMaxHeadDim, "head_dim is not 1 to 256.");
+  require(in.batch >= 0 && in.heads >= 0 && in.max_seqlen >= 0, "a size is negative.");
+  require(in.batch <= kMaxSize && in.heads <= kMaxSize && in.max_seqlen <= kMaxSize,
+          "a size is over 2^31 - 1.");
+  require(num_threads >= 1, "num_threads is below 1.");
+  require(num_threads <= kMaxThreads, "num_threads is over 1024.");
 }
 
-// Sizes and memory of one of the attention kernels; of a mask's values nothing, as they may lie on a GPU.
-inline void check_call(const Call<AttentionParams>& p, bool is_global, bool is_backward) {
-  check_sizes(p);
-  const MaskRef& mask = p.mask;
-  require(
-      p.mask_rows >= 0 && p.mask_rows <= kMaxSize && mask.max_globals >= 0 && mask.max_globals <= kMaxSize,
-      "a size of the mask is negative or over 2^31 - 1.");
-  require(mask.packed || p.mask_rows == p.max_seqlen || p.batch == 0, "the mask's rows are not max_seqlen.");
-  const int64_t batch = mask.packed ? (p.batch > 0 ? 1 : 0) : p.batch, rows = p.mask_rows;
-  const auto tokens = [&](const char* name, const RowsRef& x, int64_t bytes) {
-    check_rows(name, x, bytes, p.dtype, batch, rows, p.heads, p.head_dim);
+// Checks sizes and memory of a call of `kernel`. It does not look at the values of the mask, as these may lie
+// on a GPU.
+inline void check_call(const AttentionRequest& request, Kernel kernel) {
+  const AttentionCall& call = request.call;
+  const MaskRef& mask = call.mask;
+  const Window& window = call.window;
+  const Bytes& bytes = request.bytes;
+  check_sizes(call, request.cpu.num_threads);
+  require(window.left >= 0 && window.right >= 0, "a side of the window is negative.");
+  require(window.left <= kMaxSize && window.right <= kMaxSize, "a side of the window is over 2^31 - 1.");
+  require(call.dropout.p >= 0 && call.dropout.p <= 1, "dropout_p is not 0 to 1.");
+  const int64_t rows = request.mask_rows;
+  require(rows >= 0 && rows <= kMaxSize && mask.max_globals >= 0 && mask.max_globals <= kMaxSize,
+          "a size of the mask is negative or over 2^31 - 1.");
+  require(mask.packed || rows == call.max_seqlen || call.batch == 0, "the mask's rows are not max_seqlen.");
+  const int64_t batch = mask.packed ? (call.batch > 0 ? 1 : 0) : call.batch;
+  const auto per_token = [&](const char* name, const RowsRef& x, int64_t size) {
+    check_rows(name, x, size, call.dtype, batch, rows, call.heads, call.head_dim);
   };
-  const auto results = [&](const char* name, const RowsRef& x, int64_t bytes) {  // a row per query
-    if (!is_global) return tokens(name, x, bytes);
-    check_rows(name, x, bytes, p.dtype, p.batch, mask.max_globals, p.heads, p.head_dim);
+  const auto per_query = [&](const char* name, const RowsRef& x, int64_t size) {
+    if (!kernel.is_global) return per_token(name, x, size);
+    check_rows(name, x, size, call.dtype, call.batch, mask.max_globals, call.heads, call.head_dim);
   };
-  const auto statistics = [&](const char* name, const LseRef& x, int64_t bytes) {
+  const auto statistics = [&](const char* name, const LseRef& x, int64_t size) {
     const RowsRef heads_first = {x.data, x.batch_stride, x.head_stride, 0};
-    check_rows(name, heads_first, bytes, p.dtype == DType::kFloat64 ? DType::kFloat64 : DType::kFloat32,
-               is_global ? p.batch : batch, p.heads, 1, is_global ? mask.max_globals : rows);
+    check_rows(name, heads_first, size, call.dtype == DType::kFloat64 ? DType::kFloat64 : DType::kFloat32,
+               kernel.is_global ? call.batch : batch, call.heads, 1,
+               kernel.is_global ? mask.max_globals : rows);
   };
-  tokens("k", p.k, p.bytes.k);
-  tokens("v", p.v, p.bytes.v);
-  results("q", p.q, p.bytes.q);
-  results("out", p.out, p.bytes.out);
-  statistics("lse", p.lse, p.bytes.lse);
-  if (is_backward) {
-    tokens("dk", p.dk, p.bytes.dk);
-    tokens("dv", p.dv, p.bytes.dv);
-    results("dq", p.dq, p.bytes.dq);
-    results("d_out", p.d_out, p.bytes.d_out);
-    if (p.d_lse.data != nullptr) statistics("d_lse", p.d_lse, p.bytes.d_lse);
+  per_token("k", call.k, bytes.k);
+  per_token("v", call.v, bytes.v);
+  per_query("q", call.q, bytes.q);
+  per_query("out", request.results.out, bytes.out);
+  statistics("lse", request.results.lse, bytes.lse);
+  if (kernel.is_backward) {
+    const AttentionGradients& grads = request.grads;
+    per_token("dk", grads.dk, bytes.dk);
+    per_token("dv", grads.dv, bytes.dv);
+    per_query("dq", grads.dq, bytes.dq);
+    per_query("d_out", grads.d_out, bytes.d_out);
+    if (grads.d_lse.data != nullptr) statistics("d_lse", grads.d_lse, bytes.d_lse);
   }
-  const double sequences = static_cast<double>(p.batch);
-  const double kinds = static_cast<double>(batch) * static_cast<double>(rows);
-  check_memory("seq_start of the mask", mask.seq_start, p.bytes.seq_start, sequences, 4);
-  check_memory("seq_len of the mask", mask.seq_len, p.bytes.seq_len, sequences, 4);
-  check_memory("num_globals of the mask", mask.num_globals, p.bytes.num_globals, sequences, 4);
-  check_memory("token_kind of the mask", mask.token_kind, p.bytes.token_kind, kinds, 1);
-  check_memory("padding_before of the mask", mask.padding_before, p.bytes.padding_before, kinds, 4);
-  check_memory("global_index of the mask", mask.global_index, p.bytes.global_index,
+  const double sequences = static_cast<double>(call.batch);
+  const double tokens = static_cast<double>(batch) * static_cast<double>(rows);
+  check_memory("seq_start of the mask", mask.seq_start, bytes.seq_start, sequences, 4);
+  check_memory("seq_len of the mask", mask.seq_len, bytes.seq_len, sequences, 4);
+  check_memory("num_globals of the mask", mask.num_globals, bytes.num_globals, sequences, 4);
+  check_memory("token_kind of the mask", mask.token_kind, bytes.token_kind, tokens, 1);
+  check_memory("padding_before of the mask", mask.padding_before, bytes.padding_before, tokens, 4);
+  check_memory("global_index of the mask", mask.global_index, bytes.global_index,
                sequences * static_cast<double>(mask.max_globals), 4);
 }
 
-// The values of a mask that lies where the host can read it.
-inline void check_mask_values(const Call<AttentionParams>& p) {
-  int64_t end = 0;  // of the sequences before, of which two that overlap would both write a row
-  for (int64_t b = 0; b < p.batch; ++b) {
-    const int64_t start = p.mask.seq_start[b], len = p.mask.seq_len[b], count = p.mask.num_globals[b];
-    require(len >= 0 && len <= p.max_seqlen, "seq_len of the mask is not 0 to max_seqlen.");
-    require(start >= 0 && start + len <= p.mask_rows && (p.mask.packed || start == 0),
+// Checks the values of a mask that lies where the host can read it.
+inline void check_mask_values(const AttentionRequest& request) {
+  const AttentionCall& call = request.call;
+  const MaskRef& mask = call.mask;
+  int64_t end = 0;  // of the sequence before: two that overlap would both write a row
+  for (int64_t b = 0; b < call.batch; ++b) {
+    const int64_t start = mask.seq_start[b], len = mask.seq_len[b], count = mask.num_globals[b];
+    require(len >= 0 && len <= call.max_seqlen, "seq_len of the mask is not 0 to max_seqlen.");
+    require(start >= 0 && start + len <= request.mask_rows && (mask.packed || start == 0),
             "seq_start of the mask lies outside its rows.");
-    require(!p.mask.packed || start >= end, "seq_start of the mask lies in the sequence before.");
+    require(!mask.packed || start >= end, "seq_start of the mask lies in the sequence before.");
     end = start + len;
-    require(count >= 0 && count <= p.mask.max_globals, "num_globals of the mask is not 0 to max_globals.");
-    const int32_t* index = p.mask.global_index + b * p.mask.max_globals;
+    require(count >= 0 && count <= mask.max_globals, "num_globals of the mask is not 0 to max_globals.");
+    const int32_t* index = mask.global_index + b * mask.max_globals;
     for (int64_t slot = 0; slot < count; ++slot) {
       require(index[slot] >= 0 && index[slot] < len && (slot == 0 || index[slot] > index[slot - 1]),
               "global_index of the mask does not ascend inside its sequence.");
@@ -148,25 +172,30 @@ inline void check_mask_values(const Call<AttentionParams>& p) {
   }
 }
 
-inline void check_call(const Call<DecodeParams>& p) {
-  check_sizes(p);
-  require(p.queries >= 0 && p.queries <= kMaxQueries, "queries are not 0 to 16.");
-  require(p.max_seqlen >= 1, "there are no keys.");
-  check_rows("k", p.k, p.bytes.k, p.dtype, p.batch, p.max_seqlen, p.heads, p.head_dim);
-  check_rows("v", p.v, p.bytes.v, p.dtype, p.batch, p.max_seqlen, p.heads, p.head_dim);
-  check_rows("q", p.q, p.bytes.q, p.dtype, p.batch, p.queries, p.heads, p.head_dim);
-  check_rows("out", p.out, p.bytes.out, p.dtype, p.batch, p.queries, p.heads, p.head_dim);
-  if (p.visible.data == nullptr) return;
-  const VisibleRef& visible = p.visible;
+inline void check_call(const DecodeRequest& request) {
+  const DecodeParams& call = request.call;
+  const Bytes& bytes = request.bytes;
+  check_sizes(call, call.num_threads);
+  require(call.queries >= 0 && call.queries <= kMaxQueries, "queries are not 0 to 16.");
+  require(call.max_seqlen >= 1, "there are no keys.");
+  const auto rows = [&](const char* name, const RowsRef& x, int64_t size, int64_t count) {
+    check_rows(name, x, size, call.dtype, call.batch, count, call.heads, call.head_dim);
+  };
+  rows("k", call.k, bytes.k, call.max_seqlen);
+  rows("v", call.v, bytes.v, call.max_seqlen);
+  rows("q", call.q, bytes.q, call.queries);
+  rows("out", call.out, bytes.out, call.queries);
+  if (call.visible.data == nullptr) return;
+  const VisibleRef& visible = call.visible;
   require(visible.batch_stride >= 0 && visible.query_stride >= 0, "visible has a negative stride.");
-  if (p.batch == 0 || p.queries == 0) return;
-  const double last = static_cast<double>(p.batch - 1) * static_cast<double>(visible.batch_stride) +
-                      static_cast<double>(p.queries - 1) * static_cast<double>(visible.query_stride);
-  check_memory("visible", visible.data, p.bytes.visible, last + static_cast<double>(p.max_seqlen), 1);
+  if (call.batch == 0 || call.queries == 0) return;
+  const double last = static_cast<double>(call.batch - 1) * static_cast<double>(visible.batch_stride) +
+                      static_cast<double>(call.queries - 1) * static_cast<double>(visible.query_stride);
+  check_memory("visible", visible.data, bytes.visible, last + static_cast<double>(call.max_seqlen), 1);
 }
 
-// The bytes are of the tensors in their order.
-inline void check_call(const LinearParams& p, int64_t x, int64_t weight, int64_t bias, int64_t y) {
+// In this and the following checks the numbers behind the parameters are the bytes of their tensors.
+inline void check_call(const GemvParams& p, int64_t x, int64_t weight, int64_t bias, int64_t y) {
   const int64_t size = itemsize(p.dtype);
   require(p.rows >= 0 && p.rows <= kMaxSize && p.out_features >= 0 && p.weight_stride >= 0,
           "a size is negative or over 2^31 - 1.");
@@ -194,11 +223,11 @@ inline void check_call(const AddNormParams& p, int64_t residual, int64_t block, 
 }
 
 inline void check_call(const WriteRowsParams& p, int64_t position, int64_t from, int64_t to) {
-  require(p.batch >= 0 && p.heads >= 0 && p.rows >= 0 && p.head_dim >= 0 && p.slots >= 0,
+  require(p.batch >= 0 && p.heads >= 0 && p.rows >= 0 && p.head_dim >= 0 && p.capacity >= 0,
           "a size is negative.");
   check_memory("position", p.position, position, static_cast<double>(p.rows), 8);
   check_rows("rows", p.from, from, p.dtype, p.batch, p.rows, p.heads, p.head_dim);
-  check_rows("cache", p.to, to, p.dtype, p.batch, p.slots, p.heads, p.head_dim);
+  check_rows("cache", p.to, to, p.dtype, p.batch, p.capacity, p.heads, p.head_dim);
 }
 
 }  // namespace led

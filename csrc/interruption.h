@@ -9,7 +9,7 @@
 
 namespace led {
 
-// Thrown by who called a kernel that was given up, and whose results are none.
+// Whoever called a kernel that was given up throws this: its results are none.
 struct Interrupted {};
 
 class Interruption {
@@ -17,7 +17,7 @@ class Interruption {
   static constexpr std::chrono::milliseconds kPeriod{50};
 
  public:
-  // `asked` is called on the constructing thread alone, which is one of those that compute, every 50 ms.
+  // `asked` is called every 50 ms, on the constructing thread alone, which is one of those that compute.
   explicit Interruption(bool (*asked)()) : asked_(asked), next_(Clock::now() + kPeriod) {}
 
   bool stops() {
@@ -36,11 +36,8 @@ class Interruption {
   std::atomic<bool> stopped_{false};
 };
 
-// Of an attention kernel on the CPU, which may run for minutes.
-struct InterruptibleParams : AttentionParams {
-  Interruption* interruption = nullptr;  // null: it runs to its end
-
-  bool stops() const { return interruption != nullptr && interruption->stops(); }
-};
+inline bool CpuExecution::stops() const {
+  return interruption != nullptr && interruption->stops();
+}
 
 }  // namespace led

@@ -1,4 +1,4 @@
-// Philox4x32-10 (Salmon et al., SC 2011): the same numbers as led_kernels/philox.py.
+// Philox4x32-10 (Salmon et al., SC 2011) draws the same numbers as led_kernels/philox.py.
 #pragma once
 
 #include <cstdint>
@@ -13,7 +13,7 @@ namespace led {
 
 constexpr uint32_t kBandedStream = 0, kGlobalStream = 1;
 
-// One round on the counter c under the key (k0, k1).
+// Makes one round on the counter c under the key (k0, k1).
 LED_HOST_DEVICE inline void philox_round(uint32_t& c0, uint32_t& c1, uint32_t& c2, uint32_t& c3, uint32_t k0,
                                          uint32_t k1) {
   const uint64_t p0 = uint64_t{0xD2511F53} * c0, p1 = uint64_t{0xCD9E8D57} * c2;

@@ -34,7 +34,7 @@ class Row:
         registers: per thread.
         stack: bytes of local memory per thread.
         spills: instructions that read or write local memory.
-        shared: bytes per block, from the kernel's tiles as in SharedTiles of csrc/cuda/column_tiles.cuh.
+        shared: bytes per block, from the kernel's tiles as in SharedTiles of csrc/cuda/tile_io.cuh.
         resident_blocks: blocks per multiprocessor, by registers, shared memory and warps.
         hmma: tensor-core instructions of the whole kernel.
         interior_size, interior_hmma: instructions of the interior loop as they stand in the text, and its HMMAs.

@@ -1,4 +1,4 @@
-// Compiled with AVX2 and FMA where the compiler can, else without kernels.
+// This is compiled with AVX2 and FMA where the compiler can, else without kernels.
 #ifdef __AVX2__
   #define LED_ISA avx2
   #define LED_VECTOR_BYTES 32

@@ -1,4 +1,4 @@
-// Compiled with AVX-512 F, BW, DQ and VL where the compiler can, else without kernels.
+// This is compiled with AVX-512 F, BW, DQ and VL where the compiler can, else without kernels.
 #ifdef __AVX512F__
   #define LED_ISA avx512
   #define LED_VECTOR_BYTES 64

@@ -1,4 +1,4 @@
-// Vectors of 128 bits, which every processor has: SSE2 on x86-64, NEON on ARM64.
+// Every processor has vectors of 128 bits: SSE2 on x86-64, NEON on ARM64.
 #define LED_ISA generic
 #define LED_VECTOR_BYTES 16
 #define LED_TILE_ROWS 4

@@ -1,4 +1,4 @@
-// Which instruction sets this build holds and this processor runs.
+// Tells which instruction sets this build holds and this processor runs.
 #include "kernel_table.h"
 
 #if defined(_MSC_VER) && defined(_M_X64)
@@ -9,7 +9,7 @@ namespace led {
 namespace {
 
 #if defined(_MSC_VER) && defined(_M_X64)
-// cpuid's leaf 7 for the instructions, xgetbv for the registers that the operating system saves.
+// cpuid's leaf 7 tells the instructions, xgetbv the registers that the operating system saves.
 bool has(int leaf7_ebx, unsigned long long saved) {
   int info[4];
   __cpuid(info, 1);

@@ -2,12 +2,12 @@
 //   LED_ISA             namespace and name
 //   LED_VECTOR_BYTES    width of a vector
 //   LED_TILE_ROWS       rows of a register tile
-//   LED_BLOCK_M, _N     queries of a tile, keys of a block
+//   LED_BLOCK_M, _N     rows of a tile of queries, of a tile of keys
 #pragma once
 
 #include "banded_backward.h"
 #include "banded_forward.h"
-#include "few_rows.h"
+#include "decode.h"
 #include "global_backward.h"
 #include "global_forward.h"
 #include "kernel_table.h"
@@ -20,10 +20,18 @@
 namespace led {
 namespace LED_ISA {
 
-// fp64 accumulates in fp64, everything else in fp32.
-template <template <class> class Kernel, class Params = InterruptibleParams>
+inline DType dtype_of(const CpuAttentionParams& params) {
+  return params.call.dtype;
+}
+template <class Params>
+inline DType dtype_of(const Params& params) {
+  return params.dtype;
+}
+
+// Inputs of fp64 are accumulated in fp64, all others in fp32.
+template <template <class> class Kernel, class Params>
 void run(const Params& params) {
-  if (params.dtype == DType::kFloat64) {
+  if (dtype_of(params) == DType::kFloat64) {
     Kernel<double>(params).run();
   } else {
     Kernel<float>(params).run();
@@ -38,10 +46,10 @@ const KernelTable* LED_JOIN(LED_ISA, _kernels)() {
                                       LED_ISA::run<LED_ISA::BandedBackward>,
                                       LED_ISA::run<LED_ISA::GlobalForward>,
                                       LED_ISA::run<LED_ISA::GlobalBackward>,
-                                      LED_ISA::run<LED_ISA::DecodeAttention, DecodeParams>,
+                                      LED_ISA::run<LED_ISA::DecodeAttention>,
                                       LED_ISA::write_rows,
-                                      LED_ISA::run<LED_ISA::FewRowsLinear, LinearParams>,
-                                      LED_ISA::run<LED_ISA::FewRowsAddNorm, AddNormParams>};
+                                      LED_ISA::run<LED_ISA::Gemv>,
+                                      LED_ISA::run<LED_ISA::AddNorm>};
   return &kernels;
 }
 

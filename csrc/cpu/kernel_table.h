@@ -1,4 +1,4 @@
-// The kernels of one instruction set, and the tables of this build.
+// A table holds the kernels of one instruction set; a build holds several tables.
 #pragma once
 
 #include <vector>
@@ -9,17 +9,18 @@ namespace led {
 
 struct KernelTable {
   const char* isa;
-  void (*banded_forward)(const InterruptibleParams&);
-  void (*banded_backward)(const InterruptibleParams&);
-  void (*global_forward)(const InterruptibleParams&);
-  void (*global_backward)(const InterruptibleParams&);
+  void (*banded_forward)(const CpuAttentionParams&);
+  void (*banded_backward)(const CpuAttentionParams&);
+  void (*global_forward)(const CpuAttentionParams&);
+  void (*global_backward)(const CpuAttentionParams&);
   void (*decode_attention)(const DecodeParams&);
   void (*write_rows)(const WriteRowsParams&);
-  void (*few_rows_linear)(const LinearParams&);
-  void (*few_rows_add_norm)(const AddNormParams&);
+  void (*gemv)(const GemvParams&);
+  void (*add_norm)(const AddNormParams&);
 };
 
-// Null where the compiler could not build them. Whether the processor runs them is cpu_kernels()'s to know.
+// These are null where the compiler could not build them. Whether the processor runs them, cpu_kernels()
+// knows.
 const KernelTable* avx512_kernels();
 const KernelTable* avx2_kernels();
 const KernelTable* generic_kernels();

@@ -1,4 +1,4 @@
-// Scratch memory of the CPU kernels, and rows of any dtype in and out of it.
+// The CPU kernels' scratch memory, and how rows of any dtype get in and out of it.
 #pragma once
 
 #include <new>
@@ -9,14 +9,14 @@
 namespace led {
 namespace LED_ISA {
 
-// One allocation for all threads, made before they start so that a failure reaches the caller as
+// One allocation serves all threads. It is made before they start, so that a failure reaches the caller as
 // std::bad_alloc.
 class Scratch {
  public:
   explicit Scratch(int64_t bytes)
       : data_(static_cast<char*>(::operator new(static_cast<size_t>(bytes), kAlign))) {
 #ifndef NDEBUG
-    memset(data_, 0xFF, static_cast<size_t>(bytes));  // NaN: what is read before it is written shows
+    memset(data_, 0xFF, static_cast<size_t>(bytes));  // NaN, so that what is read before it is written shows
 #endif
   }
   ~Scratch() { ::operator delete(data_, kAlign); }
@@ -69,7 +69,7 @@ inline uint16_t bf16_from_float(float x) {
 inline float float_from_fp16(uint16_t x) {
   const uint32_t sign = static_cast<uint32_t>(x & 0x8000u) << 16, rest = static_cast<uint32_t>(x & 0x7FFFu)
                                                                          << 13;
-  // 2^112 rebiases the exponent and normalises subnormals; inf and NaN keep the largest exponent
+  // 2^112 rebiases the exponent and normalizes subnormals; inf and NaN keep the largest exponent
   const float scaled = float_from_bits(rest) * float_from_bits(0x77800000u);
   const uint32_t special = rest >= 0x0F800000u ? 0x7F800000u : 0u;
   return float_from_bits(bits_from_float(scaled) | special | sign);
@@ -105,7 +105,7 @@ inline void prefetch_row(const char* row, DType dtype, int64_t count) {
   for (int64_t byte = 0; byte < count * bytes_of(dtype); byte += 64) prefetch(row + byte);
 }
 
-// dst[0 .. count) = scale * the row, in the accumulation type; dst[count .. width) = 0.
+// dst[0 .. count) becomes scale times the row, in the accumulation type, and dst[count .. width) zeros.
 template <class T>
 inline void load_row(const char* src, DType dtype, int64_t count, int64_t width, T scale, T* dst) {
   switch (dtype) {
@@ -129,7 +129,7 @@ inline void load_row(const char* src, DType dtype, int64_t count, int64_t width,
   for (int64_t i = count; i < width; ++i) dst[i] = T(0);
 }
 
-// the row = scale * src[0 .. count), rounded once.
+// The row becomes scale * src[0 .. count), rounded once.
 template <class T>
 inline void store_row(char* row, DType dtype, int64_t count, T scale, const T* src) {
   switch (dtype) {

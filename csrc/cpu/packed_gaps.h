@@ -1,4 +1,4 @@
-// Rows of packed tensors that belong to no sequence, and that the kernels therefore do not write: zeros, and
+// Some rows of packed tensors belong to no sequence, so that no kernel writes them: they become zeros, and
 // +inf in lse.
 #pragma once
 
@@ -6,27 +6,28 @@
 #include <cstring>
 #include <limits>
 
-#include "../attention_params.h"
+#include "../call_checks.h"
 
 namespace led {
 
 // Calls clear(first, end) for the rows between the sequences, which ascend, and behind them.
 template <class Clear>
-inline void for_each_gap(const AttentionParams& p, int64_t total_rows, const Clear& clear) {
+inline void for_each_gap(const AttentionCall& call, int64_t total_rows, const Clear& clear) {
+  const MaskRef& mask = call.mask;
   int64_t end = 0;
-  for (int64_t b = 0; b < p.batch; ++b) {
-    if (p.mask.seq_start[b] > end) clear(end, p.mask.seq_start[b]);
-    end = p.mask.seq_start[b] + p.mask.seq_len[b];
+  for (int64_t b = 0; b < call.batch; ++b) {
+    if (mask.seq_start[b] > end) clear(end, mask.seq_start[b]);
+    end = mask.seq_start[b] + mask.seq_len[b];
   }
   if (total_rows > end) clear(end, total_rows);
 }
 
-inline void clear_rows(const RowsRef& x, const AttentionParams& p, int64_t itemsize, int64_t first,
-                       int64_t end) {
+inline void clear_rows(const RowsRef& x, const AttentionCall& call, int64_t first, int64_t end) {
+  const int64_t bytes = itemsize(call.dtype);
   for (int64_t row = first; row < end; ++row) {
-    for (int64_t head = 0; head < p.heads; ++head) {
-      memset(static_cast<char*>(x.data) + itemsize * (row * x.row_stride + head * x.head_stride), 0,
-             static_cast<size_t>(itemsize * p.head_dim));
+    for (int64_t head = 0; head < call.heads; ++head) {
+      memset(static_cast<char*>(x.data) + bytes * (row * x.row_stride + head * x.head_stride), 0,
+             static_cast<size_t>(bytes * call.head_dim));
     }
   }
 }
@@ -39,20 +40,20 @@ inline void clear_lse(const LseRef& x, int64_t heads, int64_t first, int64_t end
   }
 }
 
-// Of the results of one of the attention kernels those that have a row per token.
-inline void clear_gaps(const AttentionParams& p, int64_t total_rows, int64_t itemsize, bool is_global,
-                       bool is_backward) {
-  for_each_gap(p, total_rows, [&](int64_t first, int64_t end) {
-    const auto clear = [&](const RowsRef& x) { clear_rows(x, p, itemsize, first, end); };
-    if (is_backward) {
-      clear(p.dk), clear(p.dv);
-      if (!is_global) clear(p.dq);
-    } else if (!is_global) {
-      clear(p.out);
-      if (p.dtype == DType::kFloat64) {
-        clear_lse<double>(p.lse, p.heads, first, end);
+// Clears those results of a kernel that have a row per token.
+inline void clear_gaps(const CpuAttentionParams& params, int64_t total_rows, Kernel kernel) {
+  const AttentionCall& call = params.call;
+  for_each_gap(call, total_rows, [&](int64_t first, int64_t end) {
+    const auto clear = [&](const RowsRef& x) { clear_rows(x, call, first, end); };
+    if (kernel.is_backward) {
+      clear(params.grads.dk), clear(params.grads.dv);
+      if (!kernel.is_global) clear(params.grads.dq);
+    } else if (!kernel.is_global) {
+      clear(params.results.out);
+      if (call.dtype == DType::kFloat64) {
+        clear_lse<double>(params.results.lse, call.heads, first, end);
       } else {
-        clear_lse<float>(p.lse, p.heads, first, end);
+        clear_lse<float>(params.results.lse, call.heads, first, end);
       }
     }
   });

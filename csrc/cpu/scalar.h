@@ -1,5 +1,5 @@
-// The two accumulation types. Everything of one instruction set lives in namespace led::LED_ISA, so that no
-// function compiled for it is linked into another's.
+// There are two accumulation types. Everything of one instruction set lives in namespace led::LED_ISA, so
+// that no function compiled for it is linked into another's.
 #pragma once
 
 #include <cstdint>
@@ -19,7 +19,7 @@ struct Scalar<float> {
   static constexpr DType kDType = DType::kFloat32;
   static constexpr int kMantissaBits = 23;
   static constexpr float kMinExponent = -126.0f;
-  // 2^x on [-1/2, 1/2], relative error 2e-9 and exact at 0
+  // This polynomial is 2^x on [-1/2, 1/2], with a relative error of 2e-9 and exact at 0.
   static constexpr int kTerms = 7;
   static constexpr float kExp2[kTerms] = {1.0f,           0.693147182f,   0.240226477f,   0.0555033199f,
                                           0.00961843878f, 0.00133990031f, 0.000153532586f};
@@ -31,7 +31,7 @@ struct Scalar<double> {
   static constexpr DType kDType = DType::kFloat64;
   static constexpr int kMantissaBits = 52;
   static constexpr double kMinExponent = -1022.0;
-  // 2^x on [-1/2, 1/2], relative error 3e-18
+  // This polynomial is 2^x on [-1/2, 1/2], with a relative error of 3e-18.
   static constexpr int kTerms = 12;
   static constexpr double kExp2[kTerms] = {1.0,
                                            0.69314718055994533,
@@ -47,7 +47,7 @@ struct Scalar<double> {
                                            4.4352281013764685e-10};
 };
 
-// Of comparisons between integers, whose lanes are like theirs.
+// A comparison of integers has lanes like theirs.
 template <>
 struct Scalar<int32_t> {
   using Bits = int32_t;

@@ -1,9 +1,9 @@
-// What the kernels do with vectors of LED_VECTOR_BYTES: load, store, select, reduce, 2^x.
+// The kernels load, store, select and reduce vectors of LED_VECTOR_BYTES, and raise 2 to their power.
 #pragma once
 
 #include <math.h>
 
-// LED_SIMD_ARRAYS: take the fallback on any compiler, to test it
+// LED_SIMD_ARRAYS takes the fallback on any compiler, to test it.
 #if defined(__GNUC__) && !defined(LED_SIMD_ARRAYS)
   #include "vector_gnu.h"
 #else
@@ -29,7 +29,7 @@ template <class T>
 inline void store(T* p, Vec<T> x) {
   memcpy(p, &x, sizeof(x));
 }
-// a where a > b, else b: NaN in a is dropped, as by x86's max.
+// Is a where a > b, else b: NaN in a is dropped, as by x86's max.
 template <class T>
 inline Vec<T> maximum(Vec<T> a, Vec<T> b) {
   return select<T>(a > b, a, b);
@@ -59,7 +59,7 @@ inline T reduce_sum(Vec<T> x) {
   return reduce<T, kLanes<T>>(lanes, SumOf());
 }
 
-// 2^x for x <= 128; exactly 0 below the smallest normal number and for -inf; NaN stays NaN.
+// Is 2^x for x <= 128, and exactly 0 below the smallest normal number and for -inf; NaN stays NaN.
 template <class T>
 inline Vec<T> exp2_vec(Vec<T> x) {
   using S = Scalar<T>;

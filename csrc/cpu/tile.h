@@ -1,4 +1,4 @@
-// What forward and backward share: the register tile, packed keys, visibility, dropout, and the walk over
+// Forward and backward share these: the register tile, packed keys, visibility, dropout, and the walk over
 // tasks.
 #pragma once
 
@@ -12,15 +12,16 @@
 namespace led {
 namespace LED_ISA {
 
-// Sizes of the tiles. A register tile is kRows x kPanel numbers; a panel is kPanel neighbouring keys.
+// Sizes of tiles. A register tile is kRows x kPanel numbers; a panel is kPanel neighboring keys, and a group
+// kRows neighboring queries or keys.
 template <class T>
 struct Geometry {
   static constexpr int kRows = LED_TILE_ROWS;
   static constexpr int kPanel = 2 * kLanes<T>;
-  static constexpr int kBlockM = LED_BLOCK_M;  // queries of a tile
-  static constexpr int kBlockN = LED_BLOCK_N;  // keys of a block
+  static constexpr int kBlockM = LED_BLOCK_M;  // rows of a tile of queries
+  static constexpr int kBlockN = LED_BLOCK_N;  // rows of a tile of keys
   static_assert(kBlockM % kRows == 0 && kBlockN % kRows == 0 && kBlockN % kPanel == 0,
-                "tiles must divide blocks");
+                "register tiles must divide tiles");
 };
 
 constexpr double kLog2E = 1.4426950408889634, kLn2 = 0.6931471805599453, kSqrtHalf = 0.7071067811865476;
@@ -35,8 +36,8 @@ inline int64_t ceil_div(int64_t x, int64_t y) {
   return (x + y - 1) / y;
 }
 
-// c[rows, kPanel] (+)= a b over `depth`: a is [rows, depth], or [depth, rows] when transposed; b [depth,
-// kPanel].
+// c[rows, kPanel] becomes a b, or grows by it, over `depth`. a is [rows, depth], or [depth, rows] when
+// transposed; b is [depth, kPanel].
 template <class T, bool transposed, bool accumulate, int rows = Geometry<T>::kRows>
 LED_NOINLINE void multiply_tile(const T* a, int64_t a_stride, const T* b, int64_t b_stride, T* c,
                                 int64_t c_stride, int64_t depth) {
@@ -63,108 +64,110 @@ LED_NOINLINE void multiply_tile(const T* a, int64_t a_stride, const T* b, int64_
   }
 }
 
-// Of a key in its sequence: an integer as wide as T, to be compared lane by lane. A float is exact to 2^24
-// only.
+// The position of a key in its sequence is an integer as wide as T, so that it is compared lane by lane. A
+// float would be exact to 2^24 only.
 template <class T>
 using Position = typename Scalar<T>::Bits;
 
 // One sequence of the batch.
 struct Sequence {
-  int64_t batch, start, len, rows;  // rows: with the padding behind len
+  int64_t batch, start, len, rows;  // rows are those of len and of the padding behind
   const uint8_t* kind;              // [rows]
   const int32_t* padding_before;    // [rows]
   const int32_t* global_index;      // [num_globals]
   int64_t num_globals;
 
-  Sequence(const AttentionParams& p, int64_t b)
-      : batch(b), start(p.mask.seq_start[b]), len(p.mask.seq_len[b]) {
-    rows = p.mask.packed ? len : p.max_seqlen;
-    kind = p.mask.token_kind + b * p.mask.batch_stride + start;
-    padding_before = p.mask.padding_before + b * p.mask.batch_stride + start;
-    global_index = p.mask.global_index + b * p.mask.max_globals;
-    num_globals = p.mask.num_globals[b];
+  Sequence(const AttentionCall& call, int64_t b)
+      : batch(b), start(call.mask.seq_start[b]), len(call.mask.seq_len[b]) {
+    const MaskRef& mask = call.mask;
+    rows = mask.packed ? len : call.max_seqlen;
+    kind = mask.token_kind + b * mask.batch_stride + start;
+    padding_before = mask.padding_before + b * mask.batch_stride + start;
+    global_index = mask.global_index + b * mask.max_globals;
+    num_globals = mask.num_globals[b];
   }
   bool has_padding(int64_t begin, int64_t end) const {
-    return padding_before[end - 1] + (kind[end - 1] == 0) != padding_before[begin];
+    return padding_before[end - 1] + (kind[end - 1] == kPadding) != padding_before[begin];
   }
 };
 
-// Keys of one head, laid out for the register tile. Slots without a key hold zeros and the position -1.
+// Keys of one head, laid out for the register tile. Where no key is, there are zeros and the position -1.
 template <class T>
 struct PackedKeys {
-  T* k_panels;             // [panels, width, kPanel]
-  T* v_panels;             // [panels, width, kPanel], backward only
-  T* k_rows;               // [keys, width], backward only
-  T* v_rows;               // [keys, width], forward only
+  T* k_panels;             // [panels, block_d, kPanel]
+  T* v_panels;             // [panels, block_d, kPanel], backward only
+  T* k_rows;               // [keys, block_d], backward only
+  T* v_rows;               // [keys, block_d], forward only
   Position<T>* positions;  // [keys]
-  int64_t width;           // head_dim rounded up to a panel
+  int64_t block_d;         // head_dim rounded up to a panel
 
-  static PackedKeys take(Arena& arena, int64_t keys, int64_t width, bool backward) {
+  static PackedKeys take(Arena& arena, int64_t keys, int64_t block_d, bool backward) {
     PackedKeys p;
-    p.width = width;
-    p.k_panels = arena.take<T>(keys * width);
-    p.v_panels = backward ? arena.take<T>(keys * width) : nullptr;
-    p.k_rows = backward ? arena.take<T>(keys * width) : nullptr;
-    p.v_rows = backward ? nullptr : arena.take<T>(keys * width);
+    p.block_d = block_d;
+    p.k_panels = arena.take<T>(keys * block_d);
+    p.v_panels = backward ? arena.take<T>(keys * block_d) : nullptr;
+    p.k_rows = backward ? arena.take<T>(keys * block_d) : nullptr;
+    p.v_rows = backward ? nullptr : arena.take<T>(keys * block_d);
     p.positions = arena.take<Position<T>>(keys);
     return p;
   }
 
-  // Fills the panel of slots slot .. slot + kPanel; key_at(i) is the position of slot i's key, or -1.
+  // Fills the panel from `offset` on; key_at(i) is the position of the packed key i, or -1.
   template <class KeyAt>
-  void pack_panel(const AttentionParams& p, const Sequence& seq, int64_t head, int64_t slot, KeyAt key_at) {
+  void pack_panel(const AttentionInputs& in, const Sequence& seq, int64_t head, int64_t offset,
+                  KeyAt key_at) {
     constexpr int panel = Geometry<T>::kPanel;
     T row[kMaxHeadDim + panel];
     for (int j = 0; j < panel; ++j) {
-      const int64_t key = key_at(slot + j);
+      const int64_t key = key_at(offset + j);
       if (key < 0) continue;
-      prefetch_row(row_address(p.k, p.dtype, seq.batch, seq.start + key, head), p.dtype, p.head_dim);
-      prefetch_row(row_address(p.v, p.dtype, seq.batch, seq.start + key, head), p.dtype, p.head_dim);
+      prefetch_row(row_address(in.k, in.dtype, seq.batch, seq.start + key, head), in.dtype, in.head_dim);
+      prefetch_row(row_address(in.v, in.dtype, seq.batch, seq.start + key, head), in.dtype, in.head_dim);
     }
     for (int j = 0; j < panel; ++j) {
-      int64_t key = key_at(slot + j);
-      if (key >= 0 && seq.kind[key] == 0) key = -1;
-      positions[slot + j] = static_cast<Position<T>>(key);
-      pack_row(p, p.k, seq, head, key, k_rows ? k_rows + (slot + j) * width : row);
-      scatter(k_rows ? k_rows + (slot + j) * width : row, k_panels + slot * width + j);
-      pack_row(p, p.v, seq, head, key, v_rows ? v_rows + (slot + j) * width : row);
-      if (v_panels) scatter(row, v_panels + slot * width + j);
+      int64_t key = key_at(offset + j);
+      if (key >= 0 && seq.kind[key] == kPadding) key = -1;
+      positions[offset + j] = static_cast<Position<T>>(key);
+      pack_row(in, in.k, seq, head, key, k_rows ? k_rows + (offset + j) * block_d : row);
+      scatter(k_rows ? k_rows + (offset + j) * block_d : row, k_panels + offset * block_d + j);
+      pack_row(in, in.v, seq, head, key, v_rows ? v_rows + (offset + j) * block_d : row);
+      if (v_panels) scatter(row, v_panels + offset * block_d + j);
     }
   }
 
  private:
-  void pack_row(const AttentionParams& p, const RowsRef& x, const Sequence& seq, int64_t head, int64_t key,
+  void pack_row(const AttentionInputs& in, const RowsRef& x, const Sequence& seq, int64_t head, int64_t key,
                 T* dst) {
     if (key < 0) {
-      memset(dst, 0, static_cast<size_t>(width) * sizeof(T));
+      memset(dst, 0, static_cast<size_t>(block_d) * sizeof(T));
     } else {
-      load_row<T>(row_address(x, p.dtype, seq.batch, seq.start + key, head), p.dtype, p.head_dim, width, T(1),
-                  dst);
+      load_row<T>(row_address(x, in.dtype, seq.batch, seq.start + key, head), in.dtype, in.head_dim, block_d,
+                  T(1), dst);
     }
   }
   void scatter(const T* row, T* column) const {
-    for (int64_t d = 0; d < width; ++d) column[d * Geometry<T>::kPanel] = row[d];
+    for (int64_t d = 0; d < block_d; ++d) column[d * Geometry<T>::kPanel] = row[d];
   }
 };
 
-// dst[kBlockM, width] = scale * the rows row_at(i) of x; zeros where row_at(i) is -1.
+// dst[kBlockM, block_d] becomes scale times the rows row_at(i) of x, and zeros where row_at(i) is -1.
 template <class T, class RowAt>
-inline void load_tile(const AttentionParams& p, const RowsRef& x, int64_t batch, int64_t head, RowAt row_at,
-                      T scale, int64_t width, T* dst) {
-  for (int i = 0; i < Geometry<T>::kBlockM; ++i, dst += width) {
+inline void load_tile(const AttentionInputs& in, const RowsRef& x, int64_t batch, int64_t head, RowAt row_at,
+                      T scale, int64_t block_d, T* dst) {
+  for (int i = 0; i < Geometry<T>::kBlockM; ++i, dst += block_d) {
     const int64_t row = row_at(i);
     if (row < 0) {
-      memset(dst, 0, static_cast<size_t>(width) * sizeof(T));
+      memset(dst, 0, static_cast<size_t>(block_d) * sizeof(T));
     } else {
-      load_row<T>(row_address(x, p.dtype, batch, row, head), p.dtype, p.head_dim, width, scale, dst);
+      load_row<T>(row_address(x, in.dtype, batch, row, head), in.dtype, in.head_dim, block_d, scale, dst);
     }
   }
 }
 
-// Which keys a query at position i sees: those of its band, those outside of it (global columns), or all.
+// Which keys a query sees: those of its band, those outside of it (global keys), or all.
 enum class Visible { kBand, kOutsideBand, kAll };
 
-// Range of positions that is one query's band; low is not negative.
+// The positions low .. high are one query's band; low is not negative.
 template <class T>
 struct Band {
   Position<T> low, high;
@@ -179,22 +182,22 @@ inline BitsVec<T> sees(const Band<T>& band, Vec<Position<T>> position) {
   return position >= first;
 }
 
-// Dropout of one query's probabilities: factors[i] is 0 or 1 / (1 - p).
+// Dropout of one query's probabilities: their factors are 0 or 1 / (1 - p).
 template <class T>
 struct DropoutRow {
   uint64_t threshold;  // smallest draw that is kept
   T scale;
   uint32_t key0, key1, stream;
 
-  DropoutRow(const AttentionParams& p, uint32_t stream)
-      : threshold(static_cast<uint64_t>(p.dropout_p * 4294967296.0 + 0.5)),
-        scale(p.dropout_p < 1 ? static_cast<T>(1 / (1 - p.dropout_p)) : T(1)),
-        key0(static_cast<uint32_t>(p.dropout_seed)),
-        key1(static_cast<uint32_t>(p.dropout_seed >> 32)),
+  DropoutRow(const DropoutParams& dropout, uint32_t stream)
+      : threshold(static_cast<uint64_t>(dropout.p * 4294967296.0 + 0.5)),
+        scale(dropout.p < 1 ? static_cast<T>(1 / (1 - dropout.p)) : T(1)),
+        key0(static_cast<uint32_t>(dropout.seed)),
+        key1(static_cast<uint32_t>(dropout.seed >> 32)),
         stream(stream) {}
   bool active() const { return threshold != 0; }
 
-  // Neighbouring keys from `first`, a multiple of 4: one draw serves four of them.
+  // Factors of neighboring keys from `first`, a multiple of 4, on: one draw serves four of them.
   void factors(uint32_t batch_head, uint32_t query, int64_t first, int64_t count, T* out) const {
     constexpr int groups = Geometry<T>::kBlockN / 4;
     uint32_t c0[groups], c1[groups], c2[groups], c3[groups];
@@ -212,7 +215,7 @@ struct DropoutRow {
     }
   }
 
-  // Keys at any positions; those without one (-1) are never read.
+  // Factors of keys at any positions; those of keys without one (-1) are never read.
   void factors(uint32_t batch_head, uint32_t query, const Position<T>* positions, int64_t count,
                T* out) const {
     for (int64_t i = 0; i < count; ++i) {
@@ -239,11 +242,11 @@ inline void parallel_tasks(int64_t count, int num_threads, const Task& task) {
   for (int64_t i = 0; i < count; ++i) task(i, 0);
 #endif
 }
-// Those that have not begun when a call is interrupted are left out.
+// Tasks that have not begun when a call is interrupted are left out.
 template <class Task>
-inline void parallel_tasks(int64_t count, const InterruptibleParams& p, const Task& task) {
-  parallel_tasks(count, p.num_threads, [&](int64_t index, int thread) {
-    if (!p.stops()) task(index, thread);
+inline void parallel_tasks(int64_t count, const CpuExecution& execution, const Task& task) {
+  parallel_tasks(count, execution.num_threads, [&](int64_t index, int thread) {
+    if (!execution.stops()) task(index, thread);
   });
 }
 

@@ -1,4 +1,4 @@
-// The operators of vector_gnu.h on an array, for compilers without the extension (MSVC).
+// An array has the operators of vector_gnu.h, for compilers without the extension (MSVC).
 #pragma once
 
 #include <string.h>

@@ -1,4 +1,4 @@
-// Vectors by the extension of GCC and Clang: one source for SSE, NEON, AVX2 and AVX-512.
+// GCC and Clang have an extension for vectors, which makes this one source serve SSE, NEON, AVX2 and AVX-512.
 #pragma once
 
 #include <string.h>

@@ -1,4 +1,4 @@
-// What the kernels are launched with, and what their blocks derive from it.
+// What kernels are launched with, and what their thread blocks derive from it.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -11,25 +11,24 @@ namespace led::cuda {
 
 constexpr float kLog2E = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
 
-// Splits of columns among blocks consist of so many, but for the last.
+// All splits but the last consist of a multiple of so many tokens.
 constexpr int kSplitUnit = 64;
 
 // The one parameter of every kernel. Scores are in units of log2: the exponential is then one instruction.
-struct Arguments {
-  AttentionParams p;
+struct Arguments : CudaAttentionParams {
   float qk_scale = 0;  // softmax_scale * log2(e)
   float softmax_scale = 0;
   float keep_scale = 1;       // 1 / (1 - dropout_p)
   uint32_t last_dropped = 0;  // draws up to this one are dropped
-  float* delta = nullptr;     // as lse: sum(out * d_out) - d_lse, over keep_scale
+  float* delta = nullptr;     // laid out as lse: (sum(out * d_out) - d_lse) / keep_scale
   float* partials = nullptr;  // results of splits
   int num_splits = 1;
-  int split_size = 0;  // columns of a split
+  int split_size = 0;  // tokens of a split
 
-  __host__ __device__ bool has_dropout() const { return p.device_seed != nullptr; }
+  __host__ __device__ bool has_dropout() const { return call.dropout.device_seed != nullptr; }
 };
 
-// The rows of one head of one sequence: to read, and to write.
+// The rows of one head of one sequence: a Source is read, a Target written.
 template <class Data>
 struct HeadRows {
   Data* data;
@@ -42,6 +41,7 @@ struct HeadRows {
 using Source = HeadRows<const void>;
 using Target = HeadRows<void>;
 
+// The sequence and head of a thread block, which blockIdx.z and blockIdx.y are.
 struct Sequence {
   int batch, head;
   int64_t first_row;  // in its batch entry
@@ -52,16 +52,17 @@ struct Sequence {
   const uint8_t* token_kind;      // by position, as padding_before
   const int32_t* padding_before;  // counts up to `length`
 
-  __device__ __forceinline__ Sequence(const AttentionParams& p, int batch, int head)
-      : batch(batch), head(head) {
-    first_row = p.mask.seq_start[batch];
-    length = p.mask.seq_len[batch];
-    num_rows = p.mask.packed ? length : static_cast<int>(p.max_seqlen);
-    num_globals = p.mask.max_globals > 0 ? p.mask.num_globals[batch] : 0;
-    global_index = p.mask.global_index + batch * p.mask.max_globals;
-    const int64_t mask_row = batch * p.mask.batch_stride + first_row;
-    token_kind = p.mask.token_kind + mask_row;
-    padding_before = p.mask.padding_before + mask_row;
+  __device__ __forceinline__ explicit Sequence(const AttentionCall& call)
+      : batch(static_cast<int>(blockIdx.z)), head(static_cast<int>(blockIdx.y)) {
+    const MaskRef& mask = call.mask;
+    first_row = mask.seq_start[batch];
+    length = mask.seq_len[batch];
+    num_rows = mask.packed ? length : static_cast<int>(call.max_seqlen);
+    num_globals = mask.max_globals > 0 ? mask.num_globals[batch] : 0;
+    global_index = mask.global_index + batch * mask.max_globals;
+    const int64_t mask_row = batch * mask.batch_stride + first_row;
+    token_kind = mask.token_kind + mask_row;
+    padding_before = mask.padding_before + mask_row;
   }
 
   // Whether one of the positions start ... stop - 1, of which there is one or more below length, is padding.
@@ -69,28 +70,41 @@ struct Sequence {
     return padding_before[stop - 1] + (token_kind[stop - 1] == kPadding) > padding_before[start];
   }
 
-  // Of the token in a slot of global_index; `otherwise` where the slot is not in use.
+  // The position of the token in a slot of global_index; `otherwise` where the slot is not in use.
   __device__ __forceinline__ int position(int slot, int otherwise) const {
     return slot < num_globals ? global_index[slot] : otherwise;
   }
 
   // Row 0 of the result is row `first` of the tensor's batch entry.
-  __device__ __forceinline__ Source source(const RowsRef& x, const AttentionParams& p, int64_t first) const {
-    return {address(x, p, first), static_cast<int>(x.row_stride), p.dtype, static_cast<int>(p.head_dim)};
+  __device__ __forceinline__ Source source(const RowsRef& x, const AttentionCall& call, int64_t first) const {
+    return {address(x, call, first), static_cast<int>(x.row_stride), call.dtype,
+            static_cast<int>(call.head_dim)};
   }
-  __device__ __forceinline__ Target target(const RowsRef& x, const AttentionParams& p, int64_t first) const {
-    return {address(x, p, first), static_cast<int>(x.row_stride), p.dtype, static_cast<int>(p.head_dim)};
+  __device__ __forceinline__ Target target(const RowsRef& x, const AttentionCall& call, int64_t first) const {
+    return {address(x, call, first), static_cast<int>(x.row_stride), call.dtype,
+            static_cast<int>(call.head_dim)};
   }
-  // Of lse and what is laid out like it.
+  // Where row `first` is in lse and what is laid out like it.
   __device__ __forceinline__ int64_t lse_offset(const LseRef& x, int64_t first) const {
     return batch * x.batch_stride + head * x.head_stride + first;
   }
 
  private:
-  __device__ __forceinline__ char* address(const RowsRef& x, const AttentionParams& p, int64_t first) const {
+  __device__ __forceinline__ char* address(const RowsRef& x, const AttentionCall& call, int64_t first) const {
     const int64_t element = batch * x.batch_stride + first * x.row_stride + head * x.head_stride;
-    return static_cast<char*>(x.data) + element * (p.dtype == DType::kFloat32 ? 4 : 2);
+    return static_cast<char*>(x.data) + element * (call.dtype == DType::kFloat32 ? 4 : 2);
   }
+};
+
+// The inputs of one head. Row 0 of q is row `first` of the batch entry: the sequence's first token in banded
+// attention, its first slot in global attention.
+struct Inputs {
+  Source q, k, v;
+
+  __device__ __forceinline__ Inputs(const AttentionCall& call, const Sequence& seq, int64_t first)
+      : q(seq.source(call.q, call, first)),
+        k(seq.source(call.k, call, seq.first_row)),
+        v(seq.source(call.v, call, seq.first_row)) {}
 };
 
 }  // namespace led::cuda

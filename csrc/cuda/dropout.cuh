@@ -1,8 +1,10 @@
-// Which probabilities dropout keeps: the bits of led_kernels/philox.py, for a lane's share of a fragment.
+// Which probabilities dropout keeps: the bits of led_kernels/philox.py, of a lane's share of a fragment.
 #pragma once
 
 #include "../philox.h"
-#include "column_tiles.cuh"
+#include "arguments.h"
+#include "fragment.cuh"
+#include "tile_walk.cuh"
 
 namespace led::cuda {
 
@@ -10,14 +12,14 @@ class Dropout {
  public:
   __device__ __forceinline__ Dropout(const Arguments& a, const Sequence& seq, uint32_t stream)
       : last_dropped_(a.last_dropped),
-        head_(static_cast<uint32_t>(seq.batch * a.p.heads + seq.head)),
+        head_(static_cast<uint32_t>(seq.batch * a.call.heads + seq.head)),
         stream_(stream) {
-    const auto seed = static_cast<uint64_t>(*a.p.device_seed);
+    const auto seed = static_cast<uint64_t>(*a.call.dropout.device_seed);
     k0_ = static_cast<uint32_t>(seed);
     k1_ = static_cast<uint32_t>(seed >> 32);
   }
 
-  // Rows are queries, query(r); columns are the keys from key_start, a multiple of 4, on. Neighbouring lanes
+  // Rows are queries, query(r); columns are the keys from key_start, a multiple of 4, on. Neighboring lanes
   // see the two halves of a draw of four keys, so each draws for one of two blocks of columns.
   template <int kColumns, int kRowsPerLane, class QueryAt>
   __device__ __forceinline__ ElementBits of_keys(int key_start, QueryAt query) const {
@@ -62,7 +64,7 @@ class Dropout {
     return keep;
   }
 
-  // Any keys and queries, key(n, r, e) and query(n, r, e).
+  // Elements are of any keys and queries, key(n, r, e) and query(n, r, e).
   template <int kColumns, int kRowsPerLane, class KeyAt, class QueryAt>
   __device__ __forceinline__ ElementBits of_pairs(KeyAt key, QueryAt query) const {
     ElementBits keep = 0;
@@ -82,7 +84,7 @@ class Dropout {
   }
 
  private:
-  // Bit i: whether key 4 * group + i of the query is kept.
+  // Bit i says whether key 4 * group + i of the query is kept.
   __device__ __forceinline__ uint32_t draw(int group, int query) const {
     uint32_t c[4] = {static_cast<uint32_t>(group), static_cast<uint32_t>(query), head_, stream_};
     uint32_t k0 = k0_, k1 = k1_;
@@ -98,12 +100,12 @@ class Dropout {
   uint32_t k0_, k1_, last_dropped_, head_, stream_;
 };
 
-// Of a tile of keys under the rows query(r), for banded attention.
+// The bits of banded attention, for a tile of keys under the rows query(r).
 template <class P, class QueryAt>
 __device__ __forceinline__ ElementBits keep_of_keys(const Arguments& a, const Sequence& seq, const Tile& tile,
                                                     QueryAt query) {
   const Dropout dropout(a, seq, kBandedStream);
-  if (!tile.gathered) return dropout.of_keys<P::kColumns, P::kRowsPerLane>(tile.start, query);
+  if (!tile.is_global) return dropout.of_keys<P::kColumns, P::kRowsPerLane>(tile.start, query);
   return dropout.of_pairs<P::kColumns, P::kRowsPerLane>(
       [&](int n, int, int e) { return seq.position(tile.start + 8 * n + 2 * lane_in_group() + e, 0); },
       [&](int, int r, int) { return query(r); });

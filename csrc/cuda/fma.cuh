@@ -1,4 +1,5 @@
-// The two products of attention in fp32 multiply-adds, for any dtype, alignment and head_dim up to kHeadDim.
+// Multiply-adds in fp32 compute the two products of attention, for any dtype, alignment and head_dim up to
+// kBlockD.
 #pragma once
 
 #include "arguments.h"
@@ -6,11 +7,11 @@
 
 namespace led::cuda {
 
-// Members as in TensorCoreProducts. Tiles in shared memory are fp32, with zeros past head_dim.
-template <int kHeadDim_, int kRowsPerLane_, int kTileColumns, int kNumWarps>
+// Members are as in TensorCoreProducts. Tiles in shared memory are fp32, with zeros past head_dim.
+template <int kBlockD_, int kRowsPerLane_, int kTileColumns, int kNumWarps>
 struct FmaProducts {
   using Element = float;
-  static constexpr int kHeadDim = kHeadDim_;
+  static constexpr int kBlockD = kBlockD_;
   static constexpr int kRowsPerLane = kRowsPerLane_;
   static constexpr int kWarpRows = 8 * kRowsPerLane;
   static constexpr int kRows = kNumWarps * kWarpRows;
@@ -18,11 +19,11 @@ struct FmaProducts {
   static constexpr int kThreads = kNumWarps * kWarpSize;
   static constexpr int kStages = 1;
   using Scores = Fragment<kColumns, kRowsPerLane>;
-  using Result = Fragment<kHeadDim, kRowsPerLane>;
+  using Result = Fragment<kBlockD, kRowsPerLane>;
 
   // Groups of four elements are permuted, so that eight rows' groups lie in different banks.
   static __device__ __forceinline__ int at(int row, int d) {
-    return row * kHeadDim + ((d / 4) ^ (row % 8)) * 4 + d % 4;
+    return row * kBlockD + ((d / 4) ^ (row % 8)) * 4 + d % 4;
   }
 
   template <int kTileRows, bool kHasEnd>
@@ -32,30 +33,27 @@ struct FmaProducts {
   template <int kTileRows, class RowAt>
   static __device__ __forceinline__ void gather(float* tile, const Source& x, RowAt row_at) {
     constexpr int kBatch = 8;  // loads under way at once
-    static_assert(kTileRows * kHeadDim % (kBatch * kThreads) == 0, "every thread loads as many elements");
+    static_assert(kTileRows * kBlockD % (kBatch * kThreads) == 0, "every thread loads as many elements");
 #pragma unroll 1
-    for (int first = static_cast<int>(threadIdx.x); first < kTileRows * kHeadDim;
-         first += kBatch * kThreads) {
+    for (int first = static_cast<int>(threadIdx.x); first < kTileRows * kBlockD; first += kBatch * kThreads) {
       float loaded[kBatch];
 #pragma unroll
       for (int j = 0; j < kBatch; ++j) {
-        const int i = first + j * kThreads, row = row_at(i / kHeadDim), d = i % kHeadDim;
+        const int i = first + j * kThreads, row = row_at(i / kBlockD), d = i % kBlockD;
         loaded[j] = row >= 0 && d < x.head_dim ? read(x, x.offset(row) + d) : 0.0f;
       }
 #pragma unroll
       for (int j = 0; j < kBatch; ++j) {
         const int i = first + j * kThreads;
-        tile[at(i / kHeadDim, i % kHeadDim)] = loaded[j];
+        tile[at(i / kBlockD, i % kBlockD)] = loaded[j];
       }
     }
   }
 
   class Rows {
    public:
-    __device__ __forceinline__ void set(const float* tile) {
-      tile_ = tile + warp_id() * kWarpRows * kHeadDim;
-    }
-    // Elements d ... d + 3 of this lane's row r; d is a multiple of 4.
+    __device__ __forceinline__ void set(const float* tile) { tile_ = tile + warp_id() * kWarpRows * kBlockD; }
+    // Returns the elements d ... d + 3 of this lane's row r; d is a multiple of 4.
     __device__ __forceinline__ float4 get(int r, int d) const {
       return *reinterpret_cast<const float4*>(tile_ + at(lane_group() + 8 * r, d));
     }
@@ -68,7 +66,7 @@ struct FmaProducts {
                                                              const float* tile) {
     scores.clear();
 #pragma unroll 2
-    for (int d = 0; d < kHeadDim; d += 4) {
+    for (int d = 0; d < kBlockD; d += 4) {
       float4 a[kRowsPerLane];
 #pragma unroll
       for (int r = 0; r < kRowsPerLane; ++r) a[r] = rows.get(r, d);
@@ -95,7 +93,7 @@ struct FmaProducts {
 #pragma unroll
     for (int n = 0; n < kColumns / 8; ++n) {
 #pragma unroll 1
-      for (int i = 0; i < 8; ++i) {  // the column of the block: element i % 2 of the group's lane i / 2
+      for (int i = 0; i < 8; ++i) {  // a column of the block: element i % 2 of the group's lane i / 2
         float factor[kRowsPerLane];
 #pragma unroll
         for (int r = 0; r < kRowsPerLane; ++r) {
@@ -103,7 +101,7 @@ struct FmaProducts {
               __shfl_sync(kAllLanes, i % 2 == 0 ? p.at(n, r, 0) : p.at(n, r, 1), lane_id() / 4 * 4 + i / 2);
         }
 #pragma unroll
-        for (int d = 0; d < kHeadDim / 8; ++d) {
+        for (int d = 0; d < kBlockD / 8; ++d) {
           const float2 b =
               *reinterpret_cast<const float2*>(tile + at(8 * n + i, 8 * d + 2 * lane_in_group()));
 #pragma unroll

@@ -1,14 +1,17 @@
-// One tile of the forward: online softmax (Milakov and Gimelshein, 2018; Dao, "FlashAttention-2", 2023).
+// The forward of a thread block's tile of queries: online softmax (Milakov and Gimelshein, 2018; Dao,
+// "FlashAttention-2", 2023).
 #pragma once
 
-#include "column_tiles.cuh"
 #include "dropout.cuh"
 #include "fma.cuh"
+#include "masks.cuh"
 #include "tensor_core.cuh"
+#include "tile_io.cuh"
 
 namespace led::cuda {
 
-// The running maximum of a row that has seen no key: finite, so that no difference of maxima is inf - inf.
+// The running maximum of a row that has seen no key. It is finite, so that no difference of maxima is inf -
+// inf.
 constexpr float kNoKey = -3.0e38f;
 // Probabilities are relative to a maximum that may be 2^kSlack too small: few tiles then rescale the sums.
 constexpr float kSlack = 8;
@@ -30,7 +33,7 @@ struct OnlineSoftmax {
     }
   }
 
-  // scores become probabilities.
+  // Turns scores into probabilities.
   __device__ __forceinline__ void update(typename P::Scores& scores, float qk_scale) {
     float rescale[kRowsPerLane];
     bool has_grown = false;
@@ -78,5 +81,49 @@ struct OnlineSoftmax {
     for (int r = 0; r < kRowsPerLane; ++r) row_sum[r] = row_sum_of(row_sum[r]);
   }
 };
+
+// The tile's queries attend to a tile of keys and values: acc grows by dropout(softmax(q k^T)) v.
+// mask(scores) sets what does not count to -inf; keep() gives dropout's bits.
+template <class P, class Mask, class Keep>
+__device__ __forceinline__ void attend(OnlineSoftmax<P>& softmax, const typename P::Rows& q,
+                                       const typename P::Element* k, const typename P::Element* v,
+                                       float qk_scale, Mask mask, bool has_dropout, Keep keep) {
+  typename P::Scores scores;
+  P::multiply_transposed(scores, q, k);
+  mask(scores);
+  softmax.update(scores, qk_scale);
+  if (has_dropout) keep_elements(scores, keep(), 0.0f);
+  P::accumulate(softmax.acc, scores, v);
+}
+
+// The rows row_start ... row_stop - 1 of q attend to all keys that the block visits. keep(tile) gives
+// dropout's bits.
+template <class P, class Keep>
+__device__ __forceinline__ void attend_tiles(OnlineSoftmax<P>& softmax, const Arguments& a,
+                                             const Sequence& seq, const Inputs& in, int row_start,
+                                             int row_stop, TileWalk<P::kColumns> tiles,
+                                             const RowBands<P::kRowsPerLane>& bands, bool has_dropout,
+                                             Keep keep) {
+  using Shared = SharedTiles<P, 1>;
+  const bool has_padding = seq.has_padding(tiles.start, tiles.stop);
+  if (has_padding) tiles.mask_all();
+  P::template load<P::kRows, true>(Shared::rows(0), in.q, row_start, row_stop);
+  typename P::Rows q_rows;
+  for_each_tile<P::kStages>(
+      tiles,
+      [&](const Tile& tile, auto is_masked, int stage) {
+        load_keys<P, Shared, decltype(is_masked)::value>(in.k, in.v, tile, stage, tiles.stop, seq,
+                                                         has_padding);
+      },
+      [&] { q_rows.set(Shared::rows(0)); },
+      [&](const Tile& tile, auto is_masked, int stage) {
+        attend<P>(
+            softmax, q_rows, Shared::columns(0, stage), Shared::columns(1, stage), a.qk_scale,
+            [&](typename P::Scores& scores) {
+              if constexpr (decltype(is_masked)::value) mask_scores(scores, tile, bands, seq, has_padding);
+            },
+            has_dropout, [&] { return keep(tile); });
+      });
+}
 
 }  // namespace led::cuda

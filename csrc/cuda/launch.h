@@ -1,4 +1,4 @@
-// Host side of a launch: the device, errors as exceptions, dynamic shared memory.
+// A launch on the host's side selects the device, throws errors and reserves dynamic shared memory.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -6,8 +6,6 @@
 #include <cstddef>
 #include <stdexcept>
 #include <string>
-
-#include "../attention_params.h"
 
 namespace led::cuda {
 
@@ -17,7 +15,7 @@ inline void check(cudaError_t error, const char* what) {
   throw std::runtime_error(std::string("CUDA failed to ") + what + ": " + cudaGetErrorString(error) + ".");
 }
 
-// Selects a device, and at the end the one before if that was another.
+// Selects a device, and in the end the one before if that was another.
 class DeviceGuard {
  public:
   explicit DeviceGuard(int device) {
@@ -36,10 +34,9 @@ class DeviceGuard {
   bool is_other_ = false;
 };
 
-// Starts kernel(argument) on params.stream. A grid without blocks is no launch.
+// Starts kernel(argument) on the stream that the argument names. A grid without blocks is no launch.
 template <class Argument>
-void launch(void (*kernel)(Argument), dim3 grid, int threads, size_t shared_bytes,
-            const AttentionParams& params, Argument argument) {
+void launch(void (*kernel)(Argument), dim3 grid, int threads, size_t shared_bytes, Argument argument) {
   if (grid.x == 0 || grid.y == 0 || grid.z == 0) return;
   if (shared_bytes > 48 * 1024) {
     check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
@@ -47,7 +44,7 @@ void launch(void (*kernel)(Argument), dim3 grid, int threads, size_t shared_byte
           "reserve shared memory");
   }
   void* arguments[] = {&argument};
-  const auto stream = reinterpret_cast<cudaStream_t>(params.stream);
+  const auto stream = reinterpret_cast<cudaStream_t>(argument.execution.stream);
   check(cudaLaunchKernel(kernel, grid, dim3(threads), arguments, shared_bytes, stream), "launch a kernel");
 }
 

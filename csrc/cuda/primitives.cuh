@@ -73,7 +73,7 @@ __device__ __forceinline__ BFloat16 from_float<BFloat16>(float x) {
   return y;
 }
 
-// Two neighbours, `low` at the lower address.
+// Packs two neighbors, `low` at the lower address.
 template <class T>
 __device__ __forceinline__ uint32_t pack(float low, float high);
 
@@ -153,7 +153,7 @@ __device__ __forceinline__ void ldmatrix(uint32_t (&r)[4], const void* row) {
                : "memory");
 }
 
-// As above; r[m] holds elements (2t, g), (2t + 1, g) of matrix m.
+// Does the same, but r[m] holds elements (2t, g), (2t + 1, g) of matrix m.
 __device__ __forceinline__ void ldmatrix_transposed(uint32_t (&r)[4], const void* row) {
   const auto address = static_cast<uint32_t>(__cvta_generic_to_shared(row));
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
@@ -181,7 +181,7 @@ __device__ __forceinline__ void commit_copies() {
   #endif
 }
 
-// Until at most `pending` of this thread's groups are under way.
+// Waits until at most `pending` of this thread's groups are under way.
 template <int pending>
 __device__ __forceinline__ void wait_for_copies() {
   #if __CUDA_ARCH__ >= 800
@@ -189,14 +189,14 @@ __device__ __forceinline__ void wait_for_copies() {
   #endif
 }
 
-// 2^x; 0 for -inf.
+// Returns 2^x, which is 0 for -inf.
 __device__ __forceinline__ float exp2_approx(float x) {
   float y;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
 }
 
-// The memory that the launch reserved, aligned to 128 bytes.
+// Returns the memory that the launch reserved, aligned to 128 bytes.
 __device__ __forceinline__ unsigned char* dynamic_shared_memory() {
   extern __shared__ __align__(128) unsigned char shared_memory[];
   return shared_memory;

@@ -1,4 +1,4 @@
-// The two products of attention on tensor cores, and the tiles in shared memory that feed them.
+// Tensor cores compute the two products of attention, from tiles in shared memory.
 #pragma once
 
 #include <type_traits>
@@ -8,14 +8,14 @@
 
 namespace led::cuda {
 
-// Tiles of kRows rows, 8 kRowsPerLane for each of kNumWarps warps, against tiles of kTileColumns columns;
-// both are rows of head_dim elements in memory. With kReloadRows the left operand is read from shared memory
-// for each product instead of being kept in registers.
-template <class T, int kHeadDim_, int kRowsPerLane_, int kTileColumns, int kNumWarps,
-          bool kReloadRows = false>
+// A tile of kRows rows, 8 kRowsPerLane for each of kNumWarps warps, meets tiles of kTileColumns columns.
+// These are kBlockM queries and kBlockN keys, or the other way round where dk and dv are computed; in memory
+// both are rows of kBlockD elements. With kReloadRows the left operand is read from shared memory for each
+// product instead of being kept in registers.
+template <class T, int kBlockD_, int kRowsPerLane_, int kTileColumns, int kNumWarps, bool kReloadRows = false>
 struct TensorCoreProducts {
   using Element = T;
-  static constexpr int kHeadDim = kHeadDim_;
+  static constexpr int kBlockD = kBlockD_;
   static constexpr int kRowsPerLane = kRowsPerLane_;
   static constexpr int kWarpRows = 8 * kRowsPerLane;
   static constexpr int kRows = kNumWarps * kWarpRows;
@@ -23,7 +23,7 @@ struct TensorCoreProducts {
   static constexpr int kThreads = kNumWarps * kWarpSize;
   static constexpr int kStages = 2;
   using Scores = Fragment<kColumns, kRowsPerLane>;
-  using Result = Fragment<kHeadDim, kRowsPerLane>;
+  using Result = Fragment<kBlockD, kRowsPerLane>;
 
   // A chunk (8 elements, 16 bytes) of a row, where eight rows' chunks lie in different banks. The permutation
   // repeats every 8 rows and every 8 chunks, so that a lane needs few addresses: the rest are constant
@@ -32,14 +32,14 @@ struct TensorCoreProducts {
   static __device__ __forceinline__ Tile* at(Tile* tile, unsigned row, unsigned chunk) {
     constexpr unsigned kPermuted = kChunks < 8 ? kChunks : 8;
     const unsigned permuted = chunk % kPermuted ^ (row / (8 / kPermuted) % kPermuted);
-    const unsigned bytes = row * (2 * kHeadDim) + chunk / kPermuted * (16 * kPermuted) + permuted * 16;
+    const unsigned bytes = row * (2 * kBlockD) + chunk / kPermuted * (16 * kPermuted) + permuted * 16;
     using Byte = std::conditional_t<std::is_const_v<Tile>, const char, char>;
     return reinterpret_cast<Tile*>(reinterpret_cast<Byte*>(tile) + bytes);
   }
   // Chunk 2 pair + half of row 16 rows16 + row, for constants rows16 and pair.
   static __device__ __forceinline__ const T* at_pair(const T* tile, int rows16, unsigned row, int pair,
                                                      unsigned half) {
-    return at(tile + rows16 * 16 * kHeadDim + pair / 4 * 64, row, 2 * (pair % 4) + half);
+    return at(tile + rows16 * 16 * kBlockD + pair / 4 * 64, row, 2 * (pair % 4) + half);
   }
 
   // Starts to load kTileRows rows of x from `first` on; zeros from row `stop` on if kHasEnd.
@@ -52,13 +52,13 @@ struct TensorCoreProducts {
     for (int i = 0; i < kTileRows; i += kRowsAtOnce) {
       const bool exists = !kHasEnd || first + thread_row + i < stop;
       T* target =
-          kRowsAtOnce % 8 == 0 ? at(tile, thread_row, chunk) + i * kHeadDim : at(tile, thread_row + i, chunk);
+          kRowsAtOnce % 8 == 0 ? at(tile, thread_row, chunk) + i * kBlockD : at(tile, thread_row + i, chunk);
       copy_async(target, exists ? source : x.data, exists);
       source += stride;
     }
   }
 
-  // The same for any rows: row_at(i) is the row of x that becomes row i, or -1 for zeros.
+  // Does the same for any rows: row_at(i) is the row of x that becomes row i, or -1 for zeros.
   template <int kTileRows, class RowAt>
   static __device__ __forceinline__ void gather(T* tile, const Source& x, RowAt row_at) {
     const int chunk = threadIdx.x % kChunks, thread_row = threadIdx.x / kChunks;
@@ -70,17 +70,17 @@ struct TensorCoreProducts {
     }
   }
 
-  // This warp's rows of a tile, as left operand.
+  // This warp's rows of a tile are the left operand.
   class Rows {
    public:
     __device__ __forceinline__ void set(const T* tile) {
-      tile_ = tile + warp_id() * kWarpRows * kHeadDim;
+      tile_ = tile + warp_id() * kWarpRows * kBlockD;
       if constexpr (!kReloadRows) {
 #pragma unroll
-        for (int k = 0; k < kHeadDim / 16; ++k) read(a_[k], k);
+        for (int k = 0; k < kBlockD / 16; ++k) read(a_[k], k);
       }
     }
-    // Columns 16 k ... 16 k + 15 of head_dim.
+    // The elements 16 k ... 16 k + 15 of each row.
     __device__ __forceinline__ void get(uint32_t (&a)[kRowsPerLane / 2][4], int k) const {
       if constexpr (kReloadRows) {
         read(a, k);
@@ -102,16 +102,16 @@ struct TensorCoreProducts {
       }
     }
     const T* tile_;
-    uint32_t a_[kReloadRows ? 1 : kHeadDim / 16][kRowsPerLane / 2][4];
+    uint32_t a_[kReloadRows ? 1 : kBlockD / 16][kRowsPerLane / 2][4];
   };
 
-  // scores = rows tile^T, tile [kColumns, kHeadDim]
+  // scores become rows tile^T; tile is [kColumns, kBlockD].
   static __device__ __forceinline__ void multiply_transposed(Scores& scores, const Rows& rows,
                                                              const T* tile) {
     const float zero[4] = {0, 0, 0, 0};
     const unsigned lane = threadIdx.x % kWarpSize, row = lane % 8 + lane / 16 * 8, half = lane / 8 % 2;
 #pragma unroll
-    for (int k = 0; k < kHeadDim / 16; ++k) {
+    for (int k = 0; k < kBlockD / 16; ++k) {
       uint32_t a[kRowsPerLane / 2][4];
       rows.get(a, k);
 #pragma unroll
@@ -133,7 +133,7 @@ struct TensorCoreProducts {
     }
   }
 
-  // result += p tile, tile [kColumns, kHeadDim]; p is rounded to T.
+  // result grows by p tile; tile is [kColumns, kBlockD], and p is rounded to T.
   static __device__ __forceinline__ void accumulate(Result& result, const Scores& p, const T* tile) {
     const unsigned lane = threadIdx.x % kWarpSize;
 #pragma unroll
@@ -147,7 +147,7 @@ struct TensorCoreProducts {
         }
       }
 #pragma unroll
-      for (int d = 0; d < kHeadDim / 16; ++d) {
+      for (int d = 0; d < kBlockD / 16; ++d) {
         uint32_t b[4];
         ldmatrix_transposed(b, at_pair(tile, k, lane % 16, d, lane / 16));
 #pragma unroll
@@ -159,7 +159,7 @@ struct TensorCoreProducts {
     }
   }
 
-  // Elements d, d + 1 of a row.
+  // These read and write the elements d and d + 1 of a row.
   static __device__ __forceinline__ float2 read_pair(const Source& x, int row, int d) {
     const auto pair = *reinterpret_cast<const uint32_t*>(static_cast<const T*>(x.data) + x.offset(row) + d);
     return make_float2(to_float(T{static_cast<uint16_t>(pair)}),
@@ -170,7 +170,7 @@ struct TensorCoreProducts {
   }
 
  private:
-  static constexpr int kChunks = kHeadDim / 8;  // of a row
+  static constexpr int kChunks = kBlockD / 8;  // of a row
   static constexpr int kRowsAtOnce = kThreads / kChunks;
   static_assert(kRows % kRowsAtOnce == 0 && kColumns % kRowsAtOnce == 0, "every thread loads as many chunks");
 };

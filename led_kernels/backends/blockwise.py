@@ -1,4 +1,4 @@
-"""The ``torch`` backend: a block of queries against its slice of the keys and the global columns, any device.
+"""The ``torch`` backend: a block of queries against its slice of the keys and the global keys, any device.
 
 One routine serves both ops: global attention is banded attention of few queries whose band is the sequence.
 Nothing of size ``seqlen * window`` is held: extra memory is a few tensors like q, and one block of scores.
@@ -38,7 +38,7 @@ def forward(call: AttentionCall) -> tuple[Tensor, Tensor]:
             p = scores.sub_(peak).exp_()
             total = p.sum(-1, keepdim=True)
             block_out = block.dropout(p) @ block.v / total
-            # a select, as rows without a result may hold 0/0
+            # torch.where selects, as rows without a result may hold 0/0
             is_query = problem.is_query[:, None, block.rows, None]
             part_out[:, block.rows] = torch.where(is_query, block_out, 0).transpose(1, 2)
             part_lse[:, :, block.rows] = torch.where(is_query, peak + total.log(), float("inf"))[..., 0]
@@ -61,9 +61,9 @@ def backward(
         if d_lse is not None:
             delta -= part.lse(d_lse)[..., None].masked_fill(~problem.is_query[:, None, :, None], 0)
         dq, dk, dv = (torch.zeros_like(x) for x in (problem.q, problem.k, problem.v))
-        dk_columns, dv_columns = (problem.gather_columns(x) for x in (dk, dv))  # zeros
+        global_dk, global_dv = (problem.gather_global_keys(x) for x in (dk, dv))  # zeros
         for block in problem.blocks():
-            # lse is +inf on rows without a result: p is 0 there
+            # where a row has no result, lse is +inf and p is 0
             p = block.scores().sub_(part_lse[:, :, block.rows]).exp_()
             d_out_block = part_d_out[:, :, block.rows]
             dv_block = block.dropout(p).transpose(2, 3) @ d_out_block  # [batch, heads, keys, head_dim]
@@ -72,10 +72,10 @@ def backward(
             dk_block = ds.transpose(2, 3) @ block.q
             dq[:, :, block.rows] = ds @ block.k
             in_band = block.band.stop - block.band.start
-            for grad, grad_columns, update in ((dk, dk_columns, dk_block), (dv, dv_columns, dv_block)):
+            for grad, global_grad, update in ((dk, global_dk, dk_block), (dv, global_dv, dv_block)):
                 grad[:, :, block.band] += update[:, :, :in_band]
-                grad_columns += update[:, :, in_band:]
-        dk, dv = problem.add_columns(dk, dk_columns), problem.add_columns(dv, dv_columns)
+                global_grad += update[:, :, in_band:]
+        dk, dv = problem.add_to_global_keys(dk, global_dk), problem.add_to_global_keys(dv, global_dv)
         for result, grad in zip(results, (dq.mul_(call.softmax_scale), dk, dv), strict=True):
             part.rows(result).copy_(grad.transpose(1, 2))
     return results
@@ -92,11 +92,11 @@ class _Part:
     num_globals: Tensor  # [batch]
 
     def rows(self, x: Tensor) -> Tensor:
-        """View [batch, seqlen or max_globals, heads, head_dim]"""
+        """The part of x, as a view [batch, seqlen or max_globals, heads, head_dim]."""
         return x[self.span][None] if x.dim() == 3 else x[self.batch]
 
     def lse(self, x: Tensor) -> Tensor:
-        """View [batch, heads, seqlen or max_globals]"""
+        """The part of x, as a view [batch, heads, seqlen or max_globals]."""
         return x[:, self.span][None] if x.dim() == 2 else x[self.batch]
 
 
@@ -112,7 +112,7 @@ def _parts(mask: LongformerMask) -> Iterator[_Part]:
 
 @dataclass(frozen=True)
 class _Block:
-    """A block of queries with the keys of its band, and behind them those of the global columns."""
+    """A block of queries with the keys of its band, and behind them the global keys."""
 
     rows: slice
     band: slice
@@ -133,7 +133,7 @@ class _Block:
 
 
 class _Problem:
-    """Query i sees the keys i - left … i + right and the global columns outside these.
+    """Query i sees the keys i - left … i + right and the global keys outside these.
 
     ``window`` is None for global attention: there the queries are the global tokens, and see every key.
     """
@@ -146,12 +146,12 @@ class _Problem:
             slot = torch.arange(max_globals, device=device)
             self.is_query = slot < part.num_globals[:, None]  # [batch, queries], the rows that have a result
             self.left = self.right = seqlen + max_globals
-            self.columns = part.global_index[:, :0].long()  # [batch, columns], -1 for none
+            self.global_keys = part.global_index[:, :0].long()  # [batch, 0]
             self.query_position = part.global_index
         else:
             self.is_query = part.token_kind == LOCAL
             self.left, self.right = call.window
-            self.columns = part.global_index.long()
+            self.global_keys = part.global_index.long()  # positions, [batch, max_globals], -1 for none
             self.query_position = torch.arange(seqlen, device=device)[None]
         # [batch, heads, rows, head_dim], in the accumulation dtype, zeros in padding
         self.q = _heads_first(part.rows(call.q), self.is_query).mul_(call.softmax_scale)
@@ -161,8 +161,8 @@ class _Problem:
 
     def blocks(self) -> Iterator[_Block]:
         queries, device = self.q.shape[2], self.q.device
-        k_columns, v_columns = (self.gather_columns(x) for x in (self.k, self.v))
-        column = self.columns[:, None]  # [batch, 1, max_globals]
+        global_k, global_v = (self.gather_global_keys(x) for x in (self.k, self.v))
+        global_key = self.global_keys[:, None]  # [batch, 1, max_globals]
         size = self._block_size()
         for start in range(0, queries, size):
             rows = slice(start, min(start + size, queries))
@@ -171,32 +171,32 @@ class _Problem:
             key = torch.arange(band.start, band.stop, device=device).expand(self.q.shape[0], 1, -1)
             k, v = self.k[:, :, band], self.v[:, :, band]
             allowed = self._in_band(query, key) & self.is_key[:, None, band]  # [batch, rows, band]
-            if self.columns.shape[1]:
+            if self.global_keys.shape[1]:
                 # the band keeps the global keys that lie in it, so that each key counts once
-                outside = (column >= 0) & ~self._in_band(query, column)
+                outside = (global_key >= 0) & ~self._in_band(query, global_key)
                 allowed = torch.cat([allowed, outside], -1)  # [batch, rows, keys]
-                key = torch.cat([key, column], -1)
-                k, v = torch.cat([k, k_columns], 2), torch.cat([v, v_columns], 2)
+                key = torch.cat([key, global_key], -1)
+                k, v = torch.cat([k, global_k], 2), torch.cat([v, global_v], 2)
             keep = self._keep(rows, key)
             yield _Block(rows, band, self.q[:, :, rows], k, v, ~allowed[:, None], keep, self.call.dropout_p)
 
-    def gather_columns(self, x: Tensor) -> Tensor:
-        """-> [batch, heads, max_globals, head_dim]; an unused column holds some row"""
-        return x.gather(2, _rows_index(self.columns.clamp(min=0), x))
+    def gather_global_keys(self, x: Tensor) -> Tensor:
+        """Rows of the global keys -> [batch, heads, max_globals, head_dim]; an unused slot holds some row."""
+        return x.gather(2, _rows_index(self.global_keys.clamp(min=0), x))
 
-    def add_columns(self, x: Tensor, update: Tensor) -> Tensor:
-        """x plus ``update`` in the rows of the columns, which differ; the unused get a row that is cut off"""
+    def add_to_global_keys(self, x: Tensor, update: Tensor) -> Tensor:
+        """x plus ``update`` in the rows of the global keys, which differ; unused slots get a row that is cut off."""
         if update.shape[2] == 0:
             return x
         x = torch.nn.functional.pad(x, (0, 0, 0, 1))
-        index = _rows_index(torch.where(self.columns < 0, x.shape[2] - 1, self.columns), x)
+        index = _rows_index(torch.where(self.global_keys < 0, x.shape[2] - 1, self.global_keys), x)
         return x.scatter_(2, index, x.gather(2, index) + update)[:, :, :-1]
 
     def _in_band(self, query: Tensor, key: Tensor) -> Tensor:
         return (key >= query - self.left) & (key <= query + self.right)
 
     def _keep(self, rows: slice, key: Tensor) -> Tensor | None:
-        """-> bool [batch, heads, rows, keys]"""
+        """Which scores dropout keeps, bool [batch, heads, rows, keys]; None without dropout."""
         if self.call.seed is None:
             return None
         batch, heads, _, _ = self.q.shape
@@ -210,14 +210,14 @@ class _Problem:
         batch, heads, _, _ = self.q.shape
         budget = _SCORES_PER_BLOCK // (1 if self.call.seed is None else _PHILOX_COST)
         for size in _BLOCK_SIZES:
-            keys = min(self.k.shape[2], self.left + size + self.right) + self.columns.shape[1]
+            keys = min(self.k.shape[2], self.left + size + self.right) + self.global_keys.shape[1]
             if batch * heads * size * keys <= budget:
                 return size
         return _BLOCK_SIZES[-1]
 
 
 def _heads_first(x: Tensor, exists: Tensor) -> Tensor:
-    """[batch, rows, heads, head_dim] -> new [batch, heads, rows, head_dim], zeros where no row exists"""
+    """Copies [batch, rows, heads, head_dim] to [batch, heads, rows, head_dim], with zeros where no row exists."""
     x = x.transpose(1, 2).to(lse_dtype(x.dtype), memory_format=torch.contiguous_format, copy=True)
     return x.masked_fill_(~exists[:, None, :, None], 0)
 

@@ -63,6 +63,41 @@ def test_continuous_integration_finds_the_test_command() -> None:
     assert found.group(1) == TEST_COMMAND
 
 
+def section(title: str) -> str:
+    return re.search(rf"^### {title}\n(.*?)^##", TEXT, flags=re.DOTALL | re.MULTILINE)[1]
+
+
+def test_the_map_names_what_is_there() -> None:
+    rows = re.findall(r"^\| (`.*?) \| (.*) \|$", section("Where things are"), flags=re.MULTILINE)
+    assert len(rows) > 10
+    for places, about in rows:
+        first, *others = re.findall(r"`([\w/.]+)`", places)
+        folder = ROOT / first if first.endswith("/") else (ROOT / first).parent
+        named = [
+            ROOT / first,
+            *(folder / other if other.count("/") == 0 else ROOT / other for other in others),
+        ]
+        named += [folder / name for name in re.findall(r"`(\w+(?:/|\.py|\.h|\.cpp))`", about)]
+        if first == "csrc/cpu/":  # the binding is beside both folders
+            named = [path if path.exists() else ROOT / "csrc" / path.name for path in named]
+        for path in named:
+            assert path.exists(), f"{path} of the row {places}"
+
+
+def test_every_environment_variable_is_in_the_table() -> None:
+    """All but what tests set for each other, and macros of the compiler."""
+    others = {"LED_KERNELS_WITH_CUDA"}
+    sources = [ROOT / "setup.py", *(ROOT / "csrc").rglob("*.py"), ROOT / "tests" / "skips.py"]
+    sources += [path for package in ("led_kernels", "led_model") for path in (ROOT / package).rglob("*.py")]
+    used = {
+        name for path in sources for name in re.findall(r"\bLED_KERNELS_[A-Z_]+", path.read_text("utf-8"))
+    }
+    told = set(
+        re.findall(r"^\| `(LED_KERNELS_\w+)` \|", section("Environment variables"), flags=re.MULTILINE)
+    )
+    assert told == used - others
+
+
 def test_figures_are_those_of_the_committed_runs() -> None:
     block = TEXT.partition(summary.BEGIN)[2].partition(summary.END)[0].strip()
     assert block == summary.readme_block(catalog.COMMITTED)

@@ -199,6 +199,6 @@ def test_importing_takes_no_more_than_torch():
 
 def test_no_name_is_advised_that_no_index_serves():
     """A stranger could claim it."""
-    for path in [*SOURCES, ROOT / "setup.py", ROOT / "README.md", *ROOT.glob("benchmarks/*.py")]:
+    for path in [*SOURCES, ROOT / "setup.py", ROOT / "README.md", *ROOT.glob("benchmarks/**/*.py")]:
         text = path.read_text("utf-8")
         assert not re.search(r"led-kernels\[|install '?led[-_]kernels", text), path

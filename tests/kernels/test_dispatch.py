@@ -13,8 +13,15 @@ import pytest
 import torch
 
 import led_kernels
-from led_kernels import BackendUnavailable, LongformerMask, backends, banded_attention, dispatch
-from led_kernels.backends import _availability
+from led_kernels import (
+    BackendUnavailable,
+    LongformerMask,
+    backends,
+    banded_attention,
+    dispatch,
+    longformer_attention,
+)
+from led_kernels.backends import _availability, reference
 from led_kernels.backends._gpu import check_grid
 from led_kernels.call import AttentionCall
 from tests.backends import has_extension, needs_extension, reason_against
@@ -246,6 +253,34 @@ def test_grid():
         ValueError, match="q has 65536 heads, a launch serves at most 65,535; split the heads"
     ):
         check_grid(call_of(batch=1, heads=65536))
+
+
+def test_a_backend_is_a_module_and_a_record(monkeypatch):
+    calls = []
+
+    def count(function: Callable) -> Callable:
+        return lambda call, *others: (
+            calls.append((function.__name__, call.window)),
+            function(call, *others),
+        )[1]
+
+    module = ModuleType("led_kernels.backends.counting")
+    module.forward, module.backward = count(reference.forward), count(reference.backward)
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    record = backends.Backend("counting", "counting", ("cpu",), (torch.float32,), lambda device, dtype: None)
+    monkeypatch.setattr(dispatch, "BACKENDS", {"counting": record, **dispatch.BACKENDS})
+    assert dispatch.choose_backend(CPU, torch.float32) == "counting"
+    with pytest.raises(BackendUnavailable, match="it computes in float32, not float64; cast the inputs"):
+        dispatch.choose_backend(CPU, torch.float64, "counting")
+    mask = LongformerMask.from_lengths([4], 4, global_index=[0])
+    q, k, v = torch.randn(3, 1, 4, 1, 8, requires_grad=True)
+    longformer_attention(q, k, v, q, k, v, mask, window_size=1, backend="counting").sum().backward()
+    assert sorted(calls, key=str) == [
+        ("backward", (1, 1)),
+        ("backward", None),
+        ("forward", (1, 1)),
+        ("forward", None),
+    ]
 
 
 class TestChoice:

@@ -45,19 +45,19 @@ _BARRIER = "__syncthreads();  // the tile is there for all, and all are done wit
 _WAIT = f"wait_for_copies<0>();\n      {_BARRIER}"
 
 MUTATIONS = (
-    Mutation("missing_barrier", "banded_forward", "column_tiles.cuh", _BARRIER, ""),
-    Mutation("loose_wait", "banded_forward", "column_tiles.cuh", _WAIT, _WAIT.replace("<0>", "<1>")),
+    Mutation("missing_barrier", "banded_forward", "tile_walk.cuh", _BARRIER, ""),
+    Mutation("loose_wait", "banded_forward", "tile_walk.cuh", _WAIT, _WAIT.replace("<0>", "<1>")),
     Mutation(
         "one_stage_for_two",
         "banded_forward",
-        "column_tiles.cuh",
+        "tile_walk.cuh",
         "load(tile_at(i + 1), is_masked, (i + 1) & 1);",
         "load(tile_at(i + 1), is_masked, i & 1);",
     ),
     Mutation(
         "missing_barrier_before_load",
         "banded_forward",
-        "column_tiles.cuh",
+        "tile_walk.cuh",
         "__syncthreads();\n      load(tile_at(i), is_masked, 0);",
         "load(tile_at(i), is_masked, 0);",
         dtype="float32",
@@ -90,10 +90,8 @@ MUTATIONS = (
         "row = lane % 8 + lane / 16 * 8, half = lane / 8 % 2",
         "row = lane % 8 + lane / 8 % 2 * 8, half = lane / 16",
     ),
-    Mutation("missing_barrier_of_backward", "banded_backward", "column_tiles.cuh", _BARRIER, ""),
-    Mutation(
-        "loose_wait_of_globals", "global_forward", "column_tiles.cuh", _WAIT, _WAIT.replace("<0>", "<1>")
-    ),
+    Mutation("missing_barrier_of_backward", "banded_backward", "tile_walk.cuh", _BARRIER, ""),
+    Mutation("loose_wait_of_globals", "global_forward", "tile_walk.cuh", _WAIT, _WAIT.replace("<0>", "<1>")),
     Mutation(
         "swapped_columns_of_backward",
         "banded_backward",
@@ -104,7 +102,7 @@ MUTATIONS = (
     Mutation(
         "missing_barrier_before_load_of_backward",
         "global_backward",
-        "column_tiles.cuh",
+        "tile_walk.cuh",
         "__syncthreads();\n      load(tile_at(i), is_masked, 0);",
         "load(tile_at(i), is_masked, 0);",
         dtype="float32",

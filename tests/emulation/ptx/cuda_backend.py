@@ -37,29 +37,50 @@ class _MaskRef(ctypes.Structure):
     ]
 
 
-class _AttentionParams(ctypes.Structure):
+class _Window(ctypes.Structure):
+    _fields_ = [("left", ctypes.c_int64), ("right", ctypes.c_int64)]
+
+
+class _Dropout(ctypes.Structure):
+    _fields_ = [("p", ctypes.c_double), ("seed", ctypes.c_uint64), ("device_seed", ctypes.c_int64)]
+
+
+class _AttentionCall(ctypes.Structure):
     _fields_ = [
         ("dtype", ctypes.c_int32),
         *((name, ctypes.c_int64) for name in ("batch", "max_seqlen", "heads", "head_dim")),
-        *((name, ctypes.c_int64) for name in ("window_left", "window_right")),
-        *((name, ctypes.c_double) for name in ("softmax_scale", "dropout_p")),
-        ("dropout_seed", ctypes.c_uint64),
-        ("num_threads", ctypes.c_int),
+        *((name, _RowsRef) for name in ("q", "k", "v")),
+        ("softmax_scale", ctypes.c_double),
         ("mask", _MaskRef),
-        *((name, _RowsRef) for name in ("q", "k", "v", "out")),
-        ("lse", _LseRef),
-        *((name, _RowsRef) for name in ("d_out", "dq", "dk", "dv")),
-        ("d_lse", _LseRef),
-        ("device", ctypes.c_int),
-        *((name, ctypes.c_int64) for name in ("stream", "device_seed", "workspace")),
+        ("window", _Window),
+        ("dropout", _Dropout),
     ]
+
+
+class _AttentionResults(ctypes.Structure):
+    _fields_ = [("out", _RowsRef), ("lse", _LseRef)]
+
+
+class _AttentionGradients(ctypes.Structure):
+    _fields_ = [
+        ("d_out", _RowsRef),
+        ("d_lse", _LseRef),
+        *((name, _RowsRef) for name in ("dq", "dk", "dv")),
+    ]
+
+
+class _CudaExecution(ctypes.Structure):
+    _fields_ = [("device", ctypes.c_int), ("stream", ctypes.c_int64), ("workspace", ctypes.c_int64)]
 
 
 class _Arguments(ctypes.Structure):
     """``led::cuda::Arguments``"""
 
     _fields_ = [
-        ("p", _AttentionParams),
+        ("call", _AttentionCall),
+        ("results", _AttentionResults),
+        ("grads", _AttentionGradients),
+        ("execution", _CudaExecution),
         *((name, ctypes.c_float) for name in ("qk_scale", "softmax_scale", "keep_scale")),
         ("last_dropped", ctypes.c_uint32),
         *((name, ctypes.c_int64) for name in ("delta", "partials")),
@@ -119,12 +140,12 @@ class InterpretedCuda:
     def _launch_tiles(self, launch: _Launch, name: str, may_drop: bool | None = None) -> None:
         """A block for each tile of the sequence's rows."""
         (kernel,) = kernels(launch.ptx, name, launch.dtype, may_drop=may_drop)
-        blocks = -(-launch.arguments.p.max_seqlen // kernel.rows)
+        blocks = -(-launch.arguments.call.max_seqlen // kernel.rows)
         self._launch(kernel, launch, blocks, launch.shared_bytes(kernel))
 
     def _launch_splits(self, launch: _Launch, name: str) -> None:
         """A block for each tile of global tokens and split; the smallest instance that holds them all."""
-        instances, slots = kernels(launch.ptx, name, launch.dtype), launch.arguments.p.mask.max_globals
+        instances, slots = kernels(launch.ptx, name, launch.dtype), launch.arguments.call.mask.max_globals
         kernel = next((x for x in instances if slots <= x.rows), instances[-1])
         blocks = -(-slots // kernel.rows) * launch.splits
         self._launch(kernel, launch, blocks, launch.shared_bytes(kernel))
@@ -132,7 +153,7 @@ class InterpretedCuda:
     def _launch_slots(self, launch: _Launch, name: str) -> None:
         """A block for each global token."""
         (kernel,) = kernels(launch.ptx, name, launch.dtype)
-        self._launch(kernel, launch, launch.arguments.p.mask.max_globals, 0)
+        self._launch(kernel, launch, launch.arguments.call.mask.max_globals, 0)
 
     def _launch(self, kernel: Kernel, launch: _Launch, blocks: int, shared_bytes: int) -> None:
         self.launched.append(kernel)
@@ -141,7 +162,7 @@ class InterpretedCuda:
         ((name, place),) = program.entry.parameters.items()
         assert len(place) == ctypes.sizeof(_Arguments), "arguments.h has changed"
         bits = int.from_bytes(bytes(launch.arguments), "little")
-        grid = (blocks, launch.arguments.p.heads, launch.arguments.p.batch)
+        grid = (blocks, launch.arguments.call.heads, launch.arguments.call.batch)
         execute(program, grid, {name: bits}, launch.memory, shared_bytes)
 
 
@@ -163,17 +184,18 @@ class _Launch:
         arguments = self.arguments = _Arguments(softmax_scale=call.softmax_scale, keep_scale=1)
         arguments.qk_scale = call.softmax_scale * 1.4426950408889634
         arguments.num_splits, arguments.split_size = self.splits, _SPLIT_SIZE
-        p = arguments.p
-        p.dtype, p.batch, p.max_seqlen = _DTYPES[q.dtype], mask.batch, mask.max_seqlen
-        p.heads, p.head_dim = q.shape[-2:]
-        p.window_left, p.window_right = call.window or (0, 0)
+        struct = arguments.call
+        struct.dtype, struct.batch, struct.max_seqlen = _DTYPES[q.dtype], mask.batch, mask.max_seqlen
+        struct.heads, struct.head_dim = q.shape[-2:]
+        if call.window is not None:
+            struct.window = _Window(*call.window)
         self.set_rows(q=q, k=call.k, v=call.v)
         for name, x in mask.tensors()._asdict().items():
-            setattr(p.mask, name, self.memory.add_tensor(name, x))
-        p.mask.batch_stride = 0 if mask.is_packed else mask.max_seqlen
-        p.mask.max_globals, p.mask.packed = mask.max_globals, mask.is_packed
+            setattr(struct.mask, name, self.memory.add_tensor(name, x))
+        struct.mask.batch_stride = 0 if mask.is_packed else mask.max_seqlen
+        struct.mask.max_globals, struct.mask.packed = mask.max_globals, mask.is_packed
         if call.seed is not None:
-            p.device_seed = self.memory.add_tensor("seed", call.seed)
+            struct.dropout.device_seed = self.memory.add_tensor("seed", call.seed)
             arguments.last_dropped = round(call.dropout_p * 2**32) - 1
             arguments.keep_scale = 1 / (1 - call.dropout_p)
 
@@ -181,15 +203,20 @@ class _Launch:
         """``[batch, rows, heads, head_dim]`` or ``[rows, heads, head_dim]``"""
         for name, x in tensors.items():
             address, batch_stride = self.memory.add_tensor(name, x), x.stride(0) if x.dim() == 4 else 0
-            setattr(self.arguments.p, name, _RowsRef(address, batch_stride, x.stride(-3), x.stride(-2)))
+            setattr(self._group(name), name, _RowsRef(address, batch_stride, x.stride(-3), x.stride(-2)))
         return self
 
     def set_statistics(self, **tensors: Tensor) -> _Launch:
         """``[batch, heads, rows]`` or ``[heads, rows]``"""
         for name, x in tensors.items():
             address, batch_stride = self.memory.add_tensor(name, x), x.stride(0) if x.dim() == 3 else 0
-            setattr(self.arguments.p, name, _LseRef(address, batch_stride, x.stride(-2)))
+            setattr(self._group(name), name, _LseRef(address, batch_stride, x.stride(-2)))
         return self
+
+    def _group(self, name: str) -> ctypes.Structure:
+        """The arguments' struct that holds the tensor of that name."""
+        groups = (self.arguments.call, self.arguments.results, self.arguments.grads)
+        return next(group for group in groups if hasattr(group, name))
 
     def set_backward(
         self, d_out: Tensor, d_lse: Tensor | None, out: Tensor, lse: Tensor

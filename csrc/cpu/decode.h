@@ -1,5 +1,6 @@
-// What a decoding step is bound by: a weight, or a document's keys and values, read from memory once for a
-// few rows. Matrix libraries pack or transpose such an operand first, and then read it at a half or a fifth
+// Kernels of a decoding step: linear layers, residual and layer norm, attention, and the write into the
+// cache. Such a step is bound by what it reads from memory once for a few rows, a weight or a document's keys
+// and values. Matrix libraries pack or transpose such an operand first, and then read it at a half or a fifth
 // of the bandwidth.
 #pragma once
 
@@ -11,11 +12,11 @@
 namespace led {
 namespace LED_ISA {
 
-// y[rows, columns] = x wᵀ; x is [rows, depth], readable and zero up to a whole vector; w is [columns, depth].
-// Meanwhile, as many rows are asked for at `soon`.
+// y[rows, columns] becomes x wᵀ: x is [rows, depth], readable and zero up to a whole vector; w is [columns,
+// depth]. Meanwhile as many rows are prefetched from `soon`.
 template <class T, int rows, int columns>
-inline void multiply_block(const T* x, int64_t x_stride, const T* w, int64_t w_stride, int64_t depth, T* y,
-                           int64_t y_stride, const T* soon, int64_t soon_stride) {
+inline void gemv_tile(const T* x, int64_t x_stride, const T* w, int64_t w_stride, int64_t depth, T* y,
+                      int64_t y_stride, const T* soon, int64_t soon_stride) {
   Vec<T> sum[rows][columns];
   LED_UNROLL
   for (int r = 0; r < rows; ++r) {
@@ -50,15 +51,15 @@ inline void multiply_block(const T* x, int64_t x_stride, const T* w, int64_t w_s
   }
 }
 
-// The same for any numbers of rows and columns; w comes from memory once.
+// This does the same for any numbers of rows and columns; w comes from memory once.
 template <class T>
-LED_NOINLINE void multiply_few_rows(const T* x, int64_t x_stride, int64_t rows, const T* w, int64_t w_stride,
-                                    int64_t columns, int64_t depth, T* y, int64_t y_stride, const T* soon,
-                                    int64_t soon_stride) {
-  const auto block = [&](auto of_rows, auto of_columns, int64_t r, int64_t c) {
-    multiply_block<T, of_rows(), of_columns()>(x + r * x_stride, x_stride, w + c * w_stride, w_stride, depth,
-                                               y + r * y_stride + c, y_stride, soon + c * soon_stride,
-                                               soon_stride);
+LED_NOINLINE void gemv_block(const T* x, int64_t x_stride, int64_t rows, const T* w, int64_t w_stride,
+                             int64_t columns, int64_t depth, T* y, int64_t y_stride, const T* soon,
+                             int64_t soon_stride) {
+  const auto tile = [&](auto of_rows, auto of_columns, int64_t r, int64_t c) {
+    gemv_tile<T, of_rows(), of_columns()>(x + r * x_stride, x_stride, w + c * w_stride, w_stride, depth,
+                                          y + r * y_stride + c, y_stride, soon + c * soon_stride,
+                                          soon_stride);
   };
   using One = std::integral_constant<int, 1>;
   using Two = std::integral_constant<int, 2>;
@@ -67,24 +68,24 @@ LED_NOINLINE void multiply_few_rows(const T* x, int64_t x_stride, int64_t rows, 
   for (; c + 4 <= columns; c += 4) {
     int64_t r = 0;
     for (; r + 4 <= rows; r += 4) {
-      block(Four(), Two(), r, c);
-      block(Four(), Two(), r, c + 2);
+      tile(Four(), Two(), r, c);
+      tile(Four(), Two(), r, c + 2);
     }
-    for (; r + 2 <= rows; r += 2) block(Two(), Four(), r, c);
-    if (r < rows) block(One(), Four(), r, c);
+    for (; r + 2 <= rows; r += 2) tile(Two(), Four(), r, c);
+    if (r < rows) tile(One(), Four(), r, c);
   }
   for (; c < columns; ++c) {
-    for (int64_t r = 0; r < rows; ++r) block(One(), One(), r, c);
+    for (int64_t r = 0; r < rows; ++r) tile(One(), One(), r, c);
   }
 }
 
-// y = x wᵀ + bias.
+// A linear layer, y = x wᵀ + bias, for a few rows of x.
 template <class T>
-class FewRowsLinear {
-  static constexpr int64_t kColumns = 64;  // rows of w at a time
+class Gemv {
+  static constexpr int64_t kColumns = 64;  // columns of y, and so rows of w, that a task computes
 
  public:
-  explicit FewRowsLinear(const LinearParams& p)
+  explicit Gemv(const GemvParams& p)
       : p_(p), width_(round_up(p.in_features, kLanes<T>)), in_place_(Scalar<T>::kDType == p.dtype) {}
 
   void run() {
@@ -102,15 +103,14 @@ class FewRowsLinear {
       const int64_t begin = task * kColumns, columns = smaller(p_.out_features - begin, kColumns);
       const char* w = at(p_.weight, begin * p_.weight_stride);
       if (in_place_) {
-        multiply_few_rows<T>(x, width_, p_.rows, reinterpret_cast<const T*>(w), p_.weight_stride, columns,
-                             p_.in_features, y, kColumns,
-                             reinterpret_cast<const T*>(w) + 4 * p_.weight_stride, p_.weight_stride);
+        gemv_block<T>(x, width_, p_.rows, reinterpret_cast<const T*>(w), p_.weight_stride, columns,
+                      p_.in_features, y, kColumns, reinterpret_cast<const T*>(w) + 4 * p_.weight_stride,
+                      p_.weight_stride);
       } else {
         for (int64_t c = 0; c < columns; ++c)
           load_row<T>(at(w, c * p_.weight_stride), p_.dtype, p_.in_features, width_, T(1),
                       widened + c * width_);
-        multiply_few_rows<T>(x, width_, p_.rows, widened, width_, columns, width_, y, kColumns, widened,
-                             width_);
+        gemv_block<T>(x, width_, p_.rows, widened, width_, columns, width_, y, kColumns, widened, width_);
       }
       T bias[kColumns] = {};
       if (p_.bias != nullptr) load_row<T>(at(p_.bias, begin), p_.dtype, columns, columns, T(1), bias);
@@ -130,16 +130,16 @@ class FewRowsLinear {
     return static_cast<const char*>(base) + element * bytes_of(p_.dtype);
   }
 
-  const LinearParams& p_;
-  int64_t width_;
-  bool in_place_;  // weights are of the type that is computed in
+  const GemvParams& p_;
+  int64_t width_;  // in_features rounded up to a vector
+  bool in_place_;  // whether weights are of the type that is computed in
 };
 
-// Residual and layer norm, whose rows are a few kilobytes: on the caller's thread.
+// Residual and layer norm run on the caller's thread, as their rows are a few kilobytes.
 template <class T>
-class FewRowsAddNorm {
+class AddNorm {
  public:
-  explicit FewRowsAddNorm(const AddNormParams& p) : p_(p) {}
+  explicit AddNorm(const AddNormParams& p) : p_(p) {}
 
   void run() {
     Arena sizes(nullptr);
@@ -174,10 +174,10 @@ class FewRowsAddNorm {
   const AddNormParams& p_;
 };
 
-// Into a cache; std::out_of_range for a position that it does not have.
+// Writes rows into a cache. Throws std::out_of_range for a position that the cache does not have.
 inline void write_rows(const WriteRowsParams& p) {
   for (int64_t i = 0; i < p.rows; ++i) {
-    if (p.position[i] < 0 || p.position[i] >= p.slots)
+    if (p.position[i] < 0 || p.position[i] >= p.capacity)
       throw std::out_of_range("position is not one of the cache's slots; give a longer cache.");
   }
   const size_t bytes = static_cast<size_t>(p.head_dim * bytes_of(p.dtype));
@@ -190,35 +190,36 @@ inline void write_rows(const WriteRowsParams& p) {
   }
 }
 
-// Softmax attention of a few queries over all visible keys, split over keys so that one document employs
+// Softmax attention of a few queries over all visible keys, which are split so that one document employs
 // every thread.
 template <class T>
 class DecodeAttention {
   using G = Geometry<T>;
-  static constexpr int64_t kKeys = 32;  // of a block: its keys and values stay in the first-level cache
+  static constexpr int64_t kKeys = 32;  // of a tile, whose keys and values stay in the first-level cache
 
  public:
   explicit DecodeAttention(const DecodeParams& p)
       : p_(p),
-        width_(round_up(p.head_dim, G::kPanel)),
+        block_d_(round_up(p.head_dim, G::kPanel)),
         split_(round_up(ceil_div(p.max_seqlen, ceil_div(2 * p.num_threads, p.batch * p.heads)), kKeys)),
         splits_(ceil_div(p.max_seqlen, split_)) {}
 
   void run() {
     Arena thread_sizes(nullptr), partial_sizes(nullptr);
     take(thread_sizes);
-    ForwardTile<T>::take(partial_sizes, width_);
+    ForwardTile<T>::take(partial_sizes, block_d_);
     const int64_t outputs = p_.batch * p_.heads;
     Scratch scratch(thread_sizes.used() * p_.num_threads), partials(partial_sizes.used() * outputs * splits_);
     const auto tile_of = [&](int64_t task) {
       Arena arena(partials.at(partial_sizes.used() * task));
-      return ForwardTile<T>::take(arena, width_);
+      return ForwardTile<T>::take(arena, block_d_);
     };
     parallel_tasks(outputs * splits_, p_.num_threads, [&](int64_t task, int thread) {
       Arena arena(scratch.at(thread_sizes.used() * thread));
       const Widened widened = take(arena);
       ForwardTile<T> tile = tile_of(task);
-      attend(tile, widened, task / splits_ / p_.heads, task / splits_ % p_.heads, task % splits_ * split_);
+      const int64_t output = task / splits_;
+      attend_split(tile, widened, output / p_.heads, output % p_.heads, task % splits_ * split_);
     });
     for (int64_t output = 0; output < outputs; ++output) {
       ForwardTile<T> merged = tile_of(output * splits_);
@@ -226,52 +227,55 @@ class DecodeAttention {
       for (int i = 0; i < p_.queries; ++i) {
         const T sum = reduce_sum<T>(load(merged.row_sum + i * kLanes<T>));
         store_row<T>(row_address(p_.out, p_.dtype, output / p_.heads, i, output % p_.heads), p_.dtype,
-                     p_.head_dim, sum > 0 ? T(1) / sum : sum, merged.acc + i * width_);
+                     p_.head_dim, sum > 0 ? T(1) / sum : sum, merged.acc + i * block_d_);
       }
     }
   }
 
  private:
   struct Widened {
-    T *k, *v;  // [kKeys, width]
+    T *k, *v;  // [kKeys, block_d]
   };
   struct Rows {
     const T* data;
     int64_t stride;
   };
 
-  Widened take(Arena& arena) const { return {arena.take<T>(kKeys * width_), arena.take<T>(kKeys * width_)}; }
+  Widened take(Arena& arena) const {
+    return {arena.take<T>(kKeys * block_d_), arena.take<T>(kKeys * block_d_)};
+  }
 
-  void attend(ForwardTile<T>& tile, const Widened& widened, int64_t batch, int64_t head, int64_t begin) {
+  void attend_split(ForwardTile<T>& tile, const Widened& widened, int64_t batch, int64_t head,
+                    int64_t begin) {
     tile.load(p_, batch, head, [&](int i) { return i < p_.queries ? i : -1; });
     const int64_t end = smaller(begin + split_, p_.max_seqlen);
     for (int64_t key = begin; key < end; key += kKeys) {
-      const Block block(p_, batch, key, smaller(end - key, kKeys));
-      if (block.seen == 0) continue;
-      const Rows k = rows_of(p_.k, batch, head, block, widened.k),
-                 v = rows_of(p_.v, batch, head, block, widened.v);
+      const KeyTile keys(p_, batch, key, smaller(end - key, kKeys));
+      if (keys.seen == 0) continue;
+      const Rows k = rows_of(p_.k, batch, head, keys, widened.k),
+                 v = rows_of(p_.v, batch, head, keys, widened.v);
       for (int64_t query = 0; query < p_.queries; query += G::kRows) {
         const int64_t queries = smaller<int64_t>(p_.queries - query, G::kRows);
-        multiply_few_rows<T>(tile.q + query * width_, width_, queries, k.data, k.stride, block.keys,
-                             p_.head_dim, tile.p, G::kBlockN, v.data, v.stride);
+        gemv_block<T>(tile.q + query * block_d_, block_d_, queries, k.data, k.stride, keys.count, p_.head_dim,
+                      tile.p, G::kBlockN, v.data, v.stride);
         for (int64_t i = 0; i < queries; ++i) {
           T* scores = tile.p + i * G::kBlockN;
-          const int64_t padded = round_up(block.keys, G::kPanel);
+          const int64_t padded = round_up(keys.count, G::kPanel);
           for (int64_t j = 0; j < padded; ++j) {
-            if (j >= block.keys || !sees(p_, batch, query + i, key + j)) scores[j] = -kInfinity<T>;
+            if (j >= keys.count || !sees(p_, batch, query + i, key + j)) scores[j] = -kInfinity<T>;
           }
           tile.online_softmax_update(static_cast<int>(query + i), scores, padded);
         }
         const T* p = tile.p;
-        T* acc = tile.acc + query * width_;
+        T* acc = tile.acc + query * block_d_;
         for (int64_t left = queries; left > 0;) {
           const int64_t rows = left >= 4 ? 4 : left >= 2 ? 2 : 1;
           const auto add = rows == 4   ? multiply_tile<T, false, true, 4>
                            : rows == 2 ? multiply_tile<T, false, true, 2>
                                        : multiply_tile<T, false, true, 1>;
-          for (int64_t d = 0; d < width_; d += G::kPanel)
-            add(p, G::kBlockN, v.data + d, v.stride, acc + d, width_, block.keys);
-          left -= rows, p += rows * G::kBlockN, acc += rows * width_;
+          for (int64_t d = 0; d < block_d_; d += G::kPanel)
+            add(p, G::kBlockN, v.data + d, v.stride, acc + d, block_d_, keys.count);
+          left -= rows, p += rows * G::kBlockN, acc += rows * block_d_;
         }
       }
     }
@@ -282,12 +286,12 @@ class DecodeAttention {
            p.visible.data[batch * p.visible.batch_stride + query * p.visible.query_stride + key] != 0;
   }
 
-  // Neighbouring keys, and which of them any query sees.
-  struct Block {
-    int64_t key, keys, seen = 0;
+  // The keys key .. key + count, and which of them any query sees.
+  struct KeyTile {
+    int64_t key, count, seen = 0;
     bool is_seen[kKeys];
-    Block(const DecodeParams& p, int64_t batch, int64_t key, int64_t keys) : key(key), keys(keys) {
-      for (int64_t j = 0; j < keys; ++j) {
+    KeyTile(const DecodeParams& p, int64_t batch, int64_t key, int64_t count) : key(key), count(count) {
+      for (int64_t j = 0; j < count; ++j) {
         is_seen[j] = false;
         for (int64_t i = 0; i < p.queries && !is_seen[j]; ++i)
           is_seen[j] = DecodeAttention::sees(p, batch, i, key + j);
@@ -296,24 +300,24 @@ class DecodeAttention {
     }
   };
 
-  // A block's rows: where they lie if they can be read there, else widened, with zeros for those that nobody
-  // sees.
-  Rows rows_of(const RowsRef& x, int64_t batch, int64_t head, const Block& block, T* widened) const {
-    if (Scalar<T>::kDType == p_.dtype && p_.head_dim == width_ && block.seen == block.keys)
-      return {reinterpret_cast<const T*>(row_address(x, p_.dtype, batch, block.key, head)), x.row_stride};
-    for (int64_t j = 0; j < block.keys; ++j) {
-      if (block.is_seen[j]) {
-        load_row<T>(row_address(x, p_.dtype, batch, block.key + j, head), p_.dtype, p_.head_dim, width_, T(1),
-                    widened + j * width_);
+  // A tile's rows of x: where they lie if they can be read there, else widened, with zeros in place of those
+  // that no query sees.
+  Rows rows_of(const RowsRef& x, int64_t batch, int64_t head, const KeyTile& keys, T* widened) const {
+    if (Scalar<T>::kDType == p_.dtype && p_.head_dim == block_d_ && keys.seen == keys.count)
+      return {reinterpret_cast<const T*>(row_address(x, p_.dtype, batch, keys.key, head)), x.row_stride};
+    for (int64_t j = 0; j < keys.count; ++j) {
+      if (keys.is_seen[j]) {
+        load_row<T>(row_address(x, p_.dtype, batch, keys.key + j, head), p_.dtype, p_.head_dim, block_d_,
+                    T(1), widened + j * block_d_);
       } else {
-        memset(widened + j * width_, 0, static_cast<size_t>(width_) * sizeof(T));
+        memset(widened + j * block_d_, 0, static_cast<size_t>(block_d_) * sizeof(T));
       }
     }
-    return {widened, width_};
+    return {widened, block_d_};
   }
 
   const DecodeParams& p_;
-  int64_t width_, split_, splits_;
+  int64_t block_d_, split_, splits_;
 };
 
 }  // namespace LED_ISA
