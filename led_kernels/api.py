@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal, overload
+
 from torch import Tensor
 
 from led_kernels import ops
@@ -21,6 +23,32 @@ from led_kernels.global_rows import add_global_rows, gather_global_rows
 from led_kernels.mask import LongformerMask
 
 
+@overload
+def banded_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: LongformerMask,
+    *,
+    window_size: int | tuple[int, int],
+    softmax_scale: float | None = None,
+    dropout_p: float = 0.0,
+    return_lse: Literal[False] = False,
+    backend: str | None = None,
+) -> Tensor: ...
+@overload
+def banded_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: LongformerMask,
+    *,
+    window_size: int | tuple[int, int],
+    softmax_scale: float | None = None,
+    dropout_p: float = 0.0,
+    return_lse: Literal[True],
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor]: ...
 def banded_attention(
     q: Tensor,
     k: Tensor,
@@ -71,6 +99,30 @@ def banded_attention(
     return (out, lse) if return_lse else out
 
 
+@overload
+def global_attention(
+    q_global: Tensor,
+    k_global: Tensor,
+    v_global: Tensor,
+    mask: LongformerMask,
+    *,
+    softmax_scale: float | None = None,
+    dropout_p: float = 0.0,
+    return_lse: Literal[False] = False,
+    backend: str | None = None,
+) -> Tensor: ...
+@overload
+def global_attention(
+    q_global: Tensor,
+    k_global: Tensor,
+    v_global: Tensor,
+    mask: LongformerMask,
+    *,
+    softmax_scale: float | None = None,
+    dropout_p: float = 0.0,
+    return_lse: Literal[True],
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor]: ...
 def global_attention(
     q_global: Tensor,
     k_global: Tensor,

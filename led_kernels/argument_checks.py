@@ -46,7 +46,7 @@ def check_size(value: object, name: str) -> None:
         return
     if not isinstance(value, Integral) or isinstance(value, bool):
         raise TypeError(f"{name} is {value!r}; give an int.")
-    if value > _MAX_SIZE:
+    if int(value) > _MAX_SIZE:
         raise ValueError(f"{name} is {value}; give at most {_MAX_SIZE}.")
 
 

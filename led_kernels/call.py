@@ -51,6 +51,12 @@ class AttentionCall:
         return self.window is None
 
     @property
+    def banded_window(self) -> tuple[int, int]:
+        """The window of a call of banded attention, which has one."""
+        assert self.window is not None
+        return self.window
+
+    @property
     def heads(self) -> int:
         return self.q.shape[-2]
 

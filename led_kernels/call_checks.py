@@ -80,7 +80,7 @@ def _check_slots(call: AttentionCall, tensors: dict[str, Tensor]) -> None:
 def _check_window(call: AttentionCall) -> None:
     """Both sides go from 0 to the longest sequence, which is as good as unlimited."""
     most = call.mask.max_seqlen
-    left, right = call.window
+    left, right = call.banded_window
     if not (0 <= left <= most and 0 <= right <= most):
         raise ValueError(f"window is ({left}, {right}); give 0 … max_seqlen = {most} on each side.")
 

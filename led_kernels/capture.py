@@ -76,16 +76,16 @@ class CaptureMode(TorchDispatchMode):
         self.kept: list[Tensor] = []  # what was allocated
         self.written: list[Tensor] = []  # what mark_written was told
 
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if not self._recording.is_current:
-            return function(*args, **kwargs or {})
-        if function in self._ALLOCATIONS:
-            tensor = function(*args, **kwargs or {})
+            return func(*args, **kwargs or {})
+        if func in self._ALLOCATIONS:
+            tensor = func(*args, **kwargs or {})
             self.kept.append(tensor)
             return tensor
-        if not function.is_view:
-            raise _NotReplayable(str(function))
-        return function(*args, **kwargs or {})
+        if not func.is_view:
+            raise _NotReplayable(str(func))
+        return func(*args, **kwargs or {})
 
 
 class _NotReplayable(Exception):

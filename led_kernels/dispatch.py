@@ -64,7 +64,7 @@ def choose_backend(device: torch.device, dtype: torch.dtype, backend: str | None
 
 # What torch.compiler.assume_constant_result does, without its import of torch._dynamo, which takes as long as torch's
 # own: torch.compile would trace into the import of the extension.
-choose_backend._dynamo_marked_constant = True
+vars(choose_backend)["_dynamo_marked_constant"] = True
 
 
 def missing_kernels(device_type: str) -> str | None:
@@ -97,7 +97,8 @@ def _hidden_installation() -> Path | None:
     here = Path(__file__).parent
     for folder in map(Path, sys.path):
         other = folder / "led_kernels"
-        if other.resolve() != here.resolve() and any(other.glob("_C.*")):
+        has_extension = any(path.suffix != ".pyi" for path in other.glob("_C.*"))
+        if has_extension and other.resolve() != here.resolve():
             return other
     return None
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TypeGuard
+
 import torch
 from torch import nn
 
@@ -10,7 +12,7 @@ _FORWARDS = {kind: kind.forward for kind in (nn.Linear, nn.LayerNorm)}
 _CALL, _CALL_IMPL = nn.Module.__call__, nn.Module._call_impl
 
 
-def is_plain_linear(module: nn.Module) -> bool:
+def is_plain_linear(module: nn.Module) -> TypeGuard[nn.Linear]:
     """Tells whether calling the module is x Wᵀ + b with its own parameters and nothing else.
 
     The exact type excludes LoRA, bitsandbytes and parametrizations; the parameters' type excludes quantized

@@ -128,7 +128,7 @@ def _save(ctx, inputs, output):
     ctx.save_for_backward(q, k, v, *output, *tensors)
 
 
-def _backward_through(backward_op):
+def _backward_through(backward_op: Callable) -> Callable[..., tuple]:
     def backward(ctx, d_out, d_lse):
         q, k, v, out, lse, *tensors = ctx.saved_tensors
         no_grads = (None,) * (len(tensors) + len(ctx.settings))

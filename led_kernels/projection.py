@@ -5,6 +5,8 @@ The projections are those of Beltagy et al., "Longformer: The Long-Document Tran
 
 from __future__ import annotations
 
+from typing import TypeGuard
+
 from torch import Tensor, nn
 
 from led_kernels.absorbed import absorbed_global_attention
@@ -60,7 +62,8 @@ def encoder_self_attention(
     if mask.max_globals == 0:
         return out.flatten(-2)
     q_global = project_global_queries(hidden, query_global, mask, num_heads)
-    if _can_absorb(key_global, value_global, hidden, mask.max_globals * num_heads):
+    saves_work = mask.max_globals * num_heads < hidden.shape[-1]
+    if saves_work and _can_absorb(key_global, hidden) and _can_absorb(value_global, hidden):
         out_global = absorbed_global_attention(
             hidden,
             q_global,
@@ -99,12 +102,6 @@ def project_global_queries(
     return query_global(rows).unflatten(-1, (num_heads, -1))
 
 
-def _can_absorb(key_global: nn.Module, value_global: nn.Module, hidden: Tensor, global_queries: int) -> bool:
-    """Tells whether global tokens may attend over the hidden states themselves, and save work by it.
-
-    ``global_queries`` is the number of queries of a sequence, over all heads: ``max_globals * num_heads``.
-    """
-    return global_queries < hidden.shape[-1] and all(
-        is_plain_linear(module) and module.weight.device == hidden.device
-        for module in (key_global, value_global)
-    )
+def _can_absorb(projection: nn.Module, hidden: Tensor) -> TypeGuard[nn.Linear]:
+    """Tells whether global tokens may attend over the hidden states themselves, and not over their projection."""
+    return is_plain_linear(projection) and projection.weight.device == hidden.device

@@ -8,7 +8,7 @@ last place of the largest value (as in flash-attention's tests).
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -134,7 +134,7 @@ def assert_within_error_bound(
 
 def run_with_gradients(
     function: Callable[..., tuple[Tensor, Tensor | None]],
-    inputs: tuple[Tensor, ...],
+    inputs: Sequence[Tensor],
     grad_seed: int = 1,
     dropout_seed: int = 0,
     grad_dtype: torch.dtype | None = None,
@@ -183,8 +183,9 @@ def attention_function(op: str, case: AttentionCase, mask: LongformerMask, backe
     def global_(q, k, v):
         return global_attention(gather_global_rows(q, mask), k, v, mask, return_lse=True, **settings)
 
-    def longformer(*qkv):
-        return longformer_attention(*qkv, mask, window_size=case.window_size, **settings), None
+    def longformer(q, k, v, q_global, k_global, v_global):
+        projected = (q, k, v, q_global, k_global, v_global)
+        return longformer_attention(*projected, mask, window_size=case.window_size, **settings), None
 
     return {"banded": banded, "global": global_, "longformer": longformer}[op]
 
@@ -239,7 +240,7 @@ def _run(
 
 
 @contextmanager
-def poisoned_memory() -> Iterator[None]:
+def poisoned_memory() -> Generator[None]:
     """Fills fresh torch buffers with NaN, so that an element that no kernel wrote shows."""
     before = torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -14,15 +14,22 @@ from led_model.precision import autocast_dtype
 _ID_DTYPES = (torch.int64, torch.int32)  # the dtypes that an embedding takes
 
 
+class TokenTables(Protocol):
+    """A stack of layers that looks its tokens and their positions up in tables."""
+
+    embed_tokens: nn.Embedding
+    embed_positions: nn.Embedding
+
+
 def check_inputs(
     ids_name: str,
     ids: Tensor | None,
     embeds_name: str,
     embeds: Tensor | None,
-    stack: nn.Module,
+    stack: TokenTables,
     one_position_each: bool = True,
-) -> None:
-    """Checks that ids or embeddings are given that fit the tables of ``stack``.
+) -> tuple[str, Tensor]:
+    """Checks that ids or embeddings are given that fit the tables of ``stack``, and returns those with their name.
 
     The tables are ``embed_tokens`` and, where each token has a position of its own, ``embed_positions``.
 
@@ -30,20 +37,22 @@ def check_inputs(
         ValueError: for both or neither given, another shape, dtype or device, no tokens, ids outside the vocabulary,
             or more tokens than positions; with the argument's name.
     """
-    if (ids is None) == (embeds is None):
+    if ids is not None and embeds is None:
+        name, given = ids_name, ids
+        check_ids(name, given, stack.embed_tokens)
+    elif embeds is not None and ids is None:
+        name, given = embeds_name, embeds
+        check_hidden_states(name, given, stack.embed_positions)
+    else:
         both = "missing" if ids is None else "given"
         raise ValueError(f"{ids_name} and {embeds_name} are both {both}; give one of them.")
-    positions = stack.embed_positions.weight.shape[0]  # the table may have been replaced
-    name, given = (embeds_name, embeds) if ids is None else (ids_name, ids)
-    if ids is not None:
-        check_ids(ids_name, ids, stack.embed_tokens)
-    else:
-        check_hidden_states(embeds_name, embeds, stack.embed_positions)
     check_not_empty(name, given)
+    positions = stack.embed_positions.weight.shape[0]  # the table may have been replaced
     if one_position_each and given.shape[1] > positions:
         raise ValueError(
             f"{name} has {given.shape[1]} tokens but the position table holds {positions}; cut or split the text."
         )
+    return name, given
 
 
 def check_hidden_states(name: str, states: Any, table: nn.Embedding) -> None:
@@ -196,10 +205,10 @@ def check_encoder_hidden_states(states: Any, input_ids: Tensor, table: nn.Embedd
         raise ValueError(f"{name} is {states.dtype} and the model {table.weight.dtype}; convert one of them.")
 
 
-def _check_device(name: str, tensor: Tensor, module: nn.Module) -> None:
-    """Checks that ``tensor`` is on the device of the module's weight, unless hooks move one of them there."""
-    device = module.weight.device
-    if tensor.device == device or "forward" in vars(module) or module._forward_pre_hooks:
+def _check_device(name: str, tensor: Tensor, table: nn.Embedding) -> None:
+    """Checks that ``tensor`` is on the device of the table's weight, unless hooks move one of them there."""
+    device = table.weight.device
+    if tensor.device == device or "forward" in vars(table) or table._forward_pre_hooks:
         return
     raise ValueError(f"{name} is on {tensor.device} and the model on {device}; move one of them.")
 

@@ -74,7 +74,7 @@ _RULES = {
 _LABELS_OF_JSON = {
     "id2label": mapping_of(
         TOKEN_ID
-        | Rule("digits", lambda key: isinstance(key, str) and re.fullmatch(r"0|[1-9][0-9]{0,8}", key)),
+        | Rule("digits", lambda key: isinstance(key, str) and bool(re.fullmatch(r"0|[1-9][0-9]{0,8}", key))),
         STRING,
         "labels by their numbers",
     )
@@ -151,7 +151,8 @@ class LEDConfig:
 
     def window_size(self, layer: int) -> int:
         """Returns how many tokens the encoder layer ``layer`` sees to either side."""
-        return self.attention_window[layer] // 2
+        widths = self.attention_window
+        return (widths if isinstance(widths, int) else widths[layer]) // 2
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> LEDConfig:

@@ -47,7 +47,17 @@ def attention_params(call: AttentionCall) -> _C.AttentionParams:
         params.window_left, params.window_right = call.window
     params.softmax_scale = call.softmax_scale
     params.dropout_p = call.dropout_p
-    params.set_mask(*map(memory, mask.tensors()), mask.token_kind.shape[-1], mask.max_globals, mask.is_packed)
+    params.set_mask(
+        memory(mask.seq_start),
+        memory(mask.seq_len),
+        memory(mask.token_kind),
+        memory(mask.padding_before),
+        memory(mask.global_index),
+        memory(mask.num_globals),
+        mask.token_kind.shape[-1],
+        mask.max_globals,
+        mask.is_packed,
+    )
     params.set_q(_rows(q))
     params.set_k(_rows(call.k))
     params.set_v(_rows(call.v))
@@ -99,7 +109,7 @@ def run_backward(
 def memory(x: Tensor) -> tuple[int, int]:
     """Address of the first element, and how many bytes lie from there on: not x.nbytes, for its storage may have been
     shrunk since."""
-    return x.data_ptr(), x.untyped_storage().nbytes() - x.storage_offset() * x.itemsize
+    return x.data_ptr(), x.untyped_storage().nbytes() - int(x.storage_offset()) * x.itemsize
 
 
 def copied(name: str, x: Tensor) -> Tensor:

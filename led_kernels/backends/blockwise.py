@@ -197,13 +197,13 @@ class _Problem:
 
     def _keep(self, rows: slice, key: Tensor) -> Tensor | None:
         """Which scores dropout keeps, bool [batch, heads, rows, keys]; None without dropout."""
-        if self.call.seed is None:
+        call = self.call
+        if call.seed is None:
             return None
         batch, heads, _, _ = self.q.shape
         first = self.first_batch * heads
         batch_head = torch.arange(first, first + batch * heads, device=key.device).view(batch, heads, 1, 1)
         query = self.query_position[:, None, rows, None]
-        call = self.call
         return keep_mask(call.seed, query, key[:, None], batch_head, call.philox_stream, call.dropout_p)
 
     def _block_size(self) -> int:

@@ -38,9 +38,11 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of :func:`forward` -> dq, dk, dv."""
 
-    def launch(call: AttentionCall, *others: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        kernel = _kernel("backward", call)
-        return _extension.run_backward(kernel, _params(call), call, *others, call.mask.is_packed)
+    def launch(
+        call: AttentionCall, out: Tensor, lse: Tensor, d_out: Tensor, d_lse: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        kernel, has_gaps = _kernel("backward", call), call.mask.is_packed
+        return _extension.run_backward(kernel, _params(call), call, out, lse, d_out, d_lse, has_gaps)
 
     return _gpu.run_backward(launch, call, out, lse, d_out, d_lse)
 

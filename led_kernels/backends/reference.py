@@ -26,7 +26,7 @@ def backward(
     """Gradients of :func:`forward` by autograd, from the inputs alone -> dq, dk, dv."""
     outputs, vjp = torch.func.vjp(
         lambda q, k, v: forward(replace(call, q=q, k=k, v=v)), call.q, call.k, call.v
-    )
+    )[:2]
     return vjp((d_out, torch.zeros_like(outputs[1]) if d_lse is None else d_lse))
 
 
@@ -37,7 +37,7 @@ def _banded_forward(call: AttentionCall) -> tuple[Tensor, Tensor]:
     kind = _kinds(mask)  # [batch, seqlen]
     seqlen = q.shape[1]
     query, key = torch.arange(seqlen, device=q.device)[:, None], torch.arange(seqlen, device=q.device)
-    left, right = call.window
+    left, right = call.banded_window
     in_band = (key >= query - left) & (key <= query + right)  # [seqlen, seqlen]
     is_global = torch.zeros_like(kind, dtype=torch.bool)
     for b in range(mask.batch):
@@ -81,6 +81,7 @@ def _attend(
     p = torch.softmax(scores, dim=-1)
     lse = torch.logsumexp(scores if scores.dtype == torch.float64 else scores.float(), dim=-1)
     if call.dropout_p > 0:
+        assert call.seed is not None  # as every call with dropout has one
         batch, _, heads, _ = q.shape
         batch_head = torch.arange(batch * heads, device=q.device).view(batch, heads, 1, 1)
         keep = keep_mask(call.seed, query, key, batch_head, call.philox_stream, call.dropout_p)

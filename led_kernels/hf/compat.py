@@ -96,7 +96,7 @@ def takes_arguments_of(
                     )
             return forward(self, **named)
 
-        called.__signature__ = stock
+        vars(called)["__signature__"] = stock
         return called
 
     return decorate
@@ -138,9 +138,10 @@ def as_cache(cache: Cache | tuple | None) -> Cache | None:
 
 def layer_keys_values(cache: Cache, layer: int) -> tuple[Tensor, Tensor]:
     """Returns the keys and the values that a layer of a cache holds, ``[batch, heads, capacity, head_dim]``."""
-    if hasattr(cache, "layers"):
-        return cache.layers[layer].keys, cache.layers[layer].values
-    return cache.key_cache[layer], cache.value_cache[layer]  # before 4.54
+    holder: Any = cache  # Releases declare different attributes.
+    if hasattr(holder, "layers"):
+        return holder.layers[layer].keys, holder.layers[layer].values
+    return holder.key_cache[layer], holder.value_cache[layer]  # before 4.54
 
 
 def num_keys(cache: Cache, positions: Tensor) -> int:
@@ -148,7 +149,8 @@ def num_keys(cache: Cache, positions: Tensor) -> int:
 
     ``positions``: int64 ``[tgt_len]``.
     """
-    return cache.get_mask_sizes(positions.shape[0] if _MASK_SIZES_TAKE_LENGTH else positions, 0)[0]
+    tokens: Any = positions.shape[0] if _MASK_SIZES_TAKE_LENGTH else positions
+    return cache.get_mask_sizes(tokens, 0)[0]
 
 
 def is_static(value: Any) -> bool:
@@ -158,7 +160,7 @@ def is_static(value: Any) -> bool:
     return isinstance(value, Cache) and bool(getattr(value, "is_compileable", False))
 
 
-def decoder_output(return_dict: bool, cache: Cache | None, **values: Any):
+def decoder_output(return_dict: bool | None, cache: Cache | None, **values: Any):
     """Returns what transformers' decoders return: ``last_hidden_state``, the cache, and the other ``values``."""
     last = values.pop("last_hidden_state")
     values = {"last_hidden_state": last, _OUTPUT_CACHE: cache, **values}

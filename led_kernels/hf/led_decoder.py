@@ -6,6 +6,8 @@ the unwritten positions of a static cache, and to padding of the prompt.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import transformers
 from torch import Tensor, nn
@@ -73,7 +75,7 @@ class FusedLEDDecoderAttention(LEDDecoderAttention):
         k, v = self._keys_values(hidden_states, key_value_states, cache, cache_position)
         if attention_mask is not None and attention_mask.is_floating_point():
             attention_mask = attention_mask.to(q.dtype)
-        dropout_p = self.dropout if self.training else 0.0
+        dropout_p = (self.dropout or 0.0) if self.training else 0.0
         weights = _probabilities(q, k, attention_mask) if output_attentions else None
         if weights is not None and torch.is_grad_enabled():  # SDPA would give them no gradient
             out = nn.functional.dropout(weights, dropout_p) @ v
@@ -92,17 +94,18 @@ class FusedLEDDecoderAttention(LEDDecoderAttention):
     ) -> tuple[Tensor, Tensor]:
         """Returns all keys and values, cached ones included, ``[batch, heads, keys, head_dim]``."""
         is_cross, layer_cache = key_value_states is not None, cache
+        layer: Any = self.layer_idx  # the number of a layer, which transformers declares as bool | None
         if isinstance(cache, EncoderDecoderCache):
             layer_cache = cache.cross_attention_cache if is_cross else cache.self_attention_cache
-            if is_cross and cache.is_updated.get(self.layer_idx):
-                return layer_keys_values(layer_cache, self.layer_idx)
+            if is_cross and cache.is_updated.get(layer):
+                return layer_keys_values(layer_cache, layer)
         states = key_value_states if is_cross else hidden_states
         k, v = self._split_heads(self.k_proj(states)), self._split_heads(self.v_proj(states))
         if layer_cache is not None:
             position = None if is_cross else cache_position
-            k, v = layer_cache.update(k, v, self.layer_idx, {"cache_position": position})
+            k, v = layer_cache.update(k, v, layer, {"cache_position": position})
             if is_cross and isinstance(cache, EncoderDecoderCache):
-                cache.is_updated[self.layer_idx] = True
+                cache.is_updated[layer] = True
         return k, v
 
     def _split_heads(self, x: Tensor) -> Tensor:
@@ -152,8 +155,8 @@ class FusedLEDLearnedPositionalEmbedding(LEDLearnedPositionalEmbedding):
 
     led_kernels_options = Options()
 
-    def forward(self, input_ids_shape: torch.Size, past_length: int | Tensor = 0) -> Tensor:
-        positions = torch.arange(input_ids_shape[1], device=self.weight.device) + past_length
+    def forward(self, input_ids_shape: torch.Size, cache_length: int | Tensor = 0) -> Tensor:
+        positions = torch.arange(input_ids_shape[1], device=self.weight.device) + cache_length
         return nn.Embedding.forward(self, positions)
 
 
@@ -213,6 +216,7 @@ class FusedLEDDecoder(LEDDecoder):
         if output_hidden_states is None:
             output_hidden_states = config.output_hidden_states
         if inputs_embeds is None:
+            assert input_ids is not None  # as one of the two is given
             inputs_embeds = self.embed_tokens(input_ids.view(-1, input_ids.shape[-1]))
         shape = inputs_embeds.shape[:2]
         cache = as_cache(cache)

@@ -161,7 +161,7 @@ def _then_apply(init: Callable, options: Options) -> Callable:
         apply_led_kernels(self, **options._asdict())
         _built_fused.add(self)
 
-    __init__.led_kernels_replaced = init
+    vars(__init__)["led_kernels_replaced"] = init
     return __init__
 
 

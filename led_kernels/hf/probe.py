@@ -9,17 +9,20 @@ import enum
 import functools
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import ExitStack, contextmanager
+from typing import TypeVar
 
 import torch
-import transformers
 from torch import Tensor, nn
 from transformers import LEDConfig, LEDForConditionalGeneration, LongformerConfig, LongformerModel
+from transformers.utils import logging as transformers_logging
 
 from led_kernels.hf.classes import LED_DECODER, LED_ENCODER, LONGFORMER
 from led_kernels.hf.shared import Options
 from led_kernels.hf.swap import ClassTable, swap
+
+_Model = TypeVar("_Model", bound=nn.Module)
 
 _DOCUMENTS = {
     "input_ids": torch.tensor([[5, 9, 14, 7, 11, 23], [6, 8, 21, 17, 1, 1]]),
@@ -75,7 +78,7 @@ def encoder_difference(family: str) -> str | None:
         return None if worst < 1e-3 else f"differs from it by {worst:.2g}"
 
 
-def _are_right(model: nn.Module, expected: dict[str, Tensor]) -> list[bool | None]:
+def _are_right(model: LEDForConditionalGeneration, expected: dict[str, Tensor]) -> list[bool | None]:
     """Returns whether generation is right, for each prompt and each cache; None where it raises."""
     results: list[bool | None] = []
     for name, prompt in _PROMPTS.items():
@@ -90,7 +93,7 @@ def _are_right(model: nn.Module, expected: dict[str, Tensor]) -> list[bool | Non
     return results
 
 
-def _logits(model: nn.Module, prompt: dict[str, Tensor], **settings) -> Tensor:
+def _logits(model: LEDForConditionalGeneration, prompt: dict[str, Tensor], **settings) -> Tensor:
     """Returns the logits of six greedy tokens, ``[6, batch, vocab_size]``."""
     result = model.generate(
         **_DOCUMENTS,
@@ -104,7 +107,9 @@ def _logits(model: nn.Module, prompt: dict[str, Tensor], **settings) -> Tensor:
     return torch.stack(result.logits)
 
 
-def _layer_outputs(model: nn.Module, table: ClassTable | None) -> list[Tensor]:
+def _layer_outputs(
+    model: LEDForConditionalGeneration | LongformerModel, table: ClassTable | None
+) -> list[Tensor]:
     """Returns hidden states and attentions of all layers, without the rows of padding.
 
     ``table`` replaces classes of the model first, if it is given.
@@ -118,7 +123,7 @@ def _layer_outputs(model: nn.Module, table: ClassTable | None) -> list[Tensor]:
     return [x[is_token] for x in output.hidden_states] + attentions
 
 
-def _tiny_model(model_class: type[nn.Module], config) -> nn.Module:
+def _tiny_model(model_class: type[_Model], config) -> _Model:
     """Builds a model on the CPU whose weights are the same at every call."""
     model = model_class(config).eval()
     if any(parameter.is_meta for parameter in model.parameters()):  # accelerate's init_empty_weights
@@ -174,9 +179,9 @@ _ENCODERS = {
 
 
 @contextmanager
-def _neutral_settings() -> Iterator[None]:
+def _neutral_settings() -> Generator[None]:
     """Makes tiny models be built and run in fp32 on the CPU, quietly and without gradients, whatever the caller set."""
-    dtype, log = torch.get_default_dtype(), transformers.utils.logging
+    dtype, log = torch.get_default_dtype(), transformers_logging
     verbosity = log.get_verbosity()
     with ExitStack() as stack:
         stack.callback(torch.set_default_dtype, dtype)

@@ -33,6 +33,18 @@ class FusedSelfAttention(nn.Module):
     led_kernels_options = Options()
     must_not_be_overridden = True
 
+    # Constructors of transformers' attention set these; a model may have other modules for the projections later.
+    query: nn.Linear
+    key: nn.Linear
+    value: nn.Linear
+    query_global: nn.Linear
+    key_global: nn.Linear
+    value_global: nn.Linear
+    num_heads: int
+    head_dim: int
+    one_sided_attn_window_size: int
+    dropout: float
+
     def forward(
         self,
         hidden_states: Tensor,
@@ -85,6 +97,14 @@ class FusedSelfAttention(nn.Module):
 class FusedLayer(nn.Module):
     """Computes the second half of a layer, with the modules that transformers' LED layers have."""
 
+    # Constructors of transformers' layers set these; a model may have other modules in their places later.
+    fc1: nn.Linear
+    fc2: nn.Linear
+    activation_fn: nn.Module
+    final_layer_norm: nn.LayerNorm
+    activation_dropout: float
+    dropout: float
+
     def _feed_forward(self, hidden_states: Tensor) -> Tensor:
         """Computes the feed-forward block with its residual and norm: ``[batch, length, d_model]`` to the same."""
         expanded = self._dropout(self.activation_fn(self.fc1(hidden_states)), self.activation_dropout)
@@ -100,10 +120,10 @@ def run_layers(
     hidden_states: Tensor,
     mask: LongformerMask,
     *,
-    output_attentions: bool,
-    output_hidden_states: bool,
+    output_attentions: bool | None,
+    output_hidden_states: bool | None,
     output_class: type,
-    return_dict: bool,
+    return_dict: bool | None,
     layerdrop: float = 0.0,
 ):
     """Runs the layers of an encoder under one mask, and returns the output that transformers' encoders return.

@@ -11,6 +11,8 @@ from torch import nn
 
 ClassTable = dict[type[nn.Module], type[nn.Module]]  # from a class of transformers to the fused class
 
+_OPTIONS = "led_kernels_options"  # the attribute of a fused module that holds what it was given
+
 
 def set_stock_class(fused: type[nn.Module], stock: type[nn.Module]) -> None:
     """Marks ``fused`` as the class that takes the place of ``stock``."""
@@ -73,7 +75,7 @@ def swap(model: nn.Module, table: ClassTable, options: object) -> int:
     changes = [_Change.plan(module, fused) for module, fused in planned if fused is not None]
     for change in changes:
         change.make()
-        change.module.led_kernels_options = options
+        setattr(change.module, _OPTIONS, options)
     return len(changes)
 
 
@@ -82,7 +84,7 @@ def swap_back(model: nn.Module) -> None:
     fused = [module for module in model.modules() if stock_class(module) is not type(module)]
     for change in [_Change.plan(module, stock_class(module)) for module in fused]:
         change.make()
-        del change.module.led_kernels_options
+        delattr(change.module, _OPTIONS)
 
 
 class _Change(NamedTuple):

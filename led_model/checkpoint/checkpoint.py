@@ -6,14 +6,14 @@ import json
 import os
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Generator, Iterable, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from led_model.checkpoint.files import read_json
 from led_model.checkpoint.hub import Fetch, checkpoint_files
@@ -34,7 +34,10 @@ from led_model.checkpoint.weights import read_tensors, required, tensor_names
 from led_model.config import LEDConfig
 from led_model.generation.generation_config import GenerationConfig
 
-Model = TypeVar("Model", bound=nn.Module)
+if TYPE_CHECKING:
+    from led_model.checkpoint.pretrained import LEDPreTrainedModel
+
+Model = TypeVar("Model", bound="LEDPreTrainedModel")
 
 
 def load_pretrained(
@@ -72,11 +75,12 @@ def load_pretrained(
     model.tie_weights()
     with _errors_about(f"the weights of {path_or_id}"):
         _copy_into(model.state_dict(), tensors)
-        while to_quantize:  # one by one, so that not all are there in full precision
-            name, linear = to_quantize.popitem()
-            linear.to_empty(device=device)
-            _copy_into(linear.state_dict(prefix=f"{name}."), tensors)
-            model.set_submodule(name, quantize(linear))
+        if quantize is not None:
+            while to_quantize:  # one by one, so that not all are there in full precision
+                name, linear = to_quantize.popitem()
+                linear.to_empty(device=device)
+                _copy_into(linear.state_dict(prefix=f"{name}."), tensors)
+                model.set_submodule(name, quantize(linear))
     model.is_quantized = quantize is not None
     for head in new_heads:
         model.init_weights(model.get_submodule(head.removesuffix(".")))
@@ -111,7 +115,7 @@ def read_config(
 
 
 def _generation_config(
-    fetch: Fetch, source: str | os.PathLike[str], config: LEDConfig, stored: Mapping[str, Any]
+    fetch: Fetch, source: str | os.PathLike[str], config: LEDConfig, stored: dict[str, Any]
 ) -> GenerationConfig:
     """Returns the settings of generation_config.json, and of config.json those that the former lacks."""
     path = fetch("generation_config.json")
@@ -170,7 +174,7 @@ def _most_common_dtype(tensors: Iterable[Tensor]) -> torch.dtype:
     return counts.most_common(1)[0][0]
 
 
-def save_pretrained(model: nn.Module, directory: Path) -> None:
+def save_pretrained(model: LEDPreTrainedModel, directory: Path) -> None:
     """Writes ``model``'s checkpoint; see ``LEDPreTrainedModel.save_pretrained``."""
     if model.is_quantized:
         raise ValueError(
@@ -193,14 +197,14 @@ def save_pretrained(model: nn.Module, directory: Path) -> None:
     about = {"architectures": [type(model).__name__], "dtype": str(shared.dtype).removeprefix("torch.")}
     _write_json(directory / "config.json", config.to_dict() | about)
     if hasattr(model, "generation_config"):
-        settings = {"bos_token_id": config.bos_token_id} | vars(model.generation_config)
+        settings: dict[str, Any] = {"bos_token_id": config.bos_token_id} | vars(model.generation_config)
         settings |= settings.pop("unsupported")
         settings = {key: value for key, value in settings.items() if value is not None and key != "seed"}
         _write_json(directory / "generation_config.json", settings)
 
 
 @contextmanager
-def _errors_about(what: str) -> Iterator[None]:
+def _errors_about(what: str) -> Generator[None, None, None]:
     """Puts ``what`` before the message of a ValueError."""
     try:
         yield

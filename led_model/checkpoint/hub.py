@@ -53,9 +53,11 @@ def checkpoint_files(
 
     def fetch(name: str) -> Path | None:
         # Without the hub, what is in the cache still serves.
-        offline = {} if _hub_answers(options) else {"local_files_only": True}
+        arguments: dict[str, Any] = {"revision": revision} | options
+        if not _hub_answers(options):
+            arguments["local_files_only"] = True
         try:
-            return Path(hf_hub_download(str(path_or_id), name, **{"revision": revision} | options | offline))
+            return Path(hf_hub_download(str(path_or_id), name, **arguments))
         except LocalEntryNotFoundError as error:  # no network and not in the cache
             reason = _unreachable[0] if _unreachable else first_line(error)
             raise FileNotFoundError(

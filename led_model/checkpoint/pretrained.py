@@ -7,7 +7,7 @@ import inspect
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -20,12 +20,18 @@ from led_model.checks import check_id_shape
 from led_model.config import LEDConfig
 from led_model.schema import check_names
 
+if TYPE_CHECKING:
+    from led_model.generation.generation_config import GenerationConfig
+    from led_model.modeling.model import LEDModel
+
 
 class LEDPreTrainedModel(nn.Module):
     """A base of ``LEDModel`` and of the models with a head, whose ``led`` is an ``LEDModel``."""
 
     base_prefix = "led."  # the encoder's and decoder's tensors have it in this class's checkpoints
     is_quantized = False
+    led: LEDModel  # only the models with a head have it
+    generation_config: GenerationConfig  # only a model that generates has it
 
     def __init__(self, config: LEDConfig) -> None:
         super().__init__()
@@ -149,9 +155,9 @@ class LEDPreTrainedModel(nn.Module):
         return self.base_model.encoder.gradient_checkpointing
 
     @property
-    def base_model(self) -> LEDPreTrainedModel:
+    def base_model(self) -> LEDModel:
         """Returns the ``LEDModel`` that this model is or has."""
-        return self.get_submodule(self.base_prefix.removesuffix("."))
+        return self.led
 
     def tie_weights(self) -> None:
         """Makes encoder, decoder and head read the shared embedding again, after it was replaced."""
@@ -224,9 +230,9 @@ class LEDPreTrainedModel(nn.Module):
                 continue  # drawing numbers for the meta device would only take time
             filled.add(part.weight)
             nn.init.normal_(part.weight, std=self.config.init_std)
-            if getattr(part, "bias", None) is not None:
+            if isinstance(part, nn.Linear) and part.bias is not None:
                 nn.init.zeros_(part.bias)
-            if getattr(part, "padding_idx", None) is not None:
+            if isinstance(part, nn.Embedding) and part.padding_idx is not None:
                 with torch.no_grad():
                     part.weight[part.padding_idx].zero_()
 
@@ -261,7 +267,7 @@ def _device(device_map: Any) -> torch.device | str:
     raise ValueError(f'device_map is {device_map!r}; give "auto" or one device, such as "cpu" or "cuda:0".')
 
 
-def resized(table: nn.Parameter, rows: int) -> nn.Parameter:
+def resized(table: Tensor, rows: int) -> nn.Parameter:
     """Returns ``[old rows, dim]`` cut to ``[rows, dim]``, or filled up to it with the mean row."""
     with torch.no_grad():
         mean = table.to(torch.promote_types(table.dtype, torch.float32)).mean(0).to(table.dtype)

@@ -6,12 +6,15 @@ Embeddings, norms, biases and heads keep their dtype, and so do the activations.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 from led_kernels.extras import install_extra
+
+if TYPE_CHECKING:
+    from led_model.checkpoint.pretrained import LEDPreTrainedModel
 
 # Takes a linear layer, whose weights are on the device that is to hold them, and returns the one that replaces it.
 Quantize = Callable[[nn.Linear], nn.Linear]
@@ -54,7 +57,7 @@ def choose_quantizer(
     )
 
 
-def quantizable_linears(model: nn.Module) -> dict[str, nn.Linear]:
+def quantizable_linears(model: LEDPreTrainedModel) -> dict[str, nn.Linear]:
     """Returns the linear layers inside the encoder's and the decoder's layers, by name."""
     base = model.base_model
     inside = {

@@ -91,20 +91,26 @@ class _Run:
     earlier: int = 0  # results made by an earlier run
     renamed: int = 0  # those of them whose documents had another name or id
     total: int | None = field(init=False)  # documents; None while their number is unknown
+    size: int = field(
+        init=False
+    )  # bytes of the documents with and still without a result, the length of the bar
     bar: tqdm = field(init=False)
-    format: str | None = field(init=False)  # in which results are printed; None: they are not
+    format: str | None = field(
+        init=False
+    )  # the form in which results are printed; with None they are not printed
     streamer: TextStreamer | None = None  # prints the only result while it is written
 
     def __post_init__(self) -> None:
         extents = [source.extent for source in self.sources]
-        counts = [count for count, _ in extents]
-        self.total = None if None in counts else sum(counts)
+        counts = [count for count, _ in extents if count is not None]
+        self.total = sum(counts) if len(counts) == len(extents) else None
         self.is_alone = self.total is not None and self.total + len(self.problems) == 1
         self.format = self.args.format
         if self.format is None and self.results is None:
             self.format = "text" if self.is_alone else "jsonl"
+        self.size = sum(size for _, size in extents)
         self.bar = tqdm(
-            total=sum(size for _, size in extents),
+            total=self.size,
             bar_format="{desc} {percentage:3.0f}%|{bar}| {elapsed}, {remaining} left",
             desc=self._count(),
             leave=False,
@@ -157,10 +163,12 @@ class _Run:
         """Delivers the result of a document of which all pieces are read, or reports why there is none."""
         about = {"tokens": last.tokens, "pieces": last.count, "truncated": last.is_truncated}
         try:
+            results: list[Result] = []
             for result in found:
                 if isinstance(result, NotFinite):
                     raise result
-            joined = task.join(last.document, found)
+                results.append(result)
+            joined = task.join(last.document, results)
         except NotFinite as error:
             self.fail(f"{last.document.name}: {error}")
             return
@@ -171,7 +179,7 @@ class _Run:
         for source in self.sources:
             is_counted = source.extent[0] is not None
             for document in source.read():
-                self.bar.total += 0 if is_counted else document.size
+                self._lengthen_bar(0 if is_counted else document.size)
                 if isinstance(document, Unreadable):
                     self.fail(document.message)
                 elif (record := self._earlier_record(document)) is None:
@@ -181,7 +189,12 @@ class _Run:
                     self.earlier += 1
                     self.renamed += _name(record) != _name({"id": document.id, "source": document.source})
                     self._print(document, record | {"id": document.id, "source": document.source})
-                self.bar.total -= document.size
+                self._lengthen_bar(-document.size)
+
+    def _lengthen_bar(self, size: int) -> None:
+        """Adds the bytes of a document to the length of the bar, or takes them away if ``size`` is negative."""
+        self.size += size
+        self.bar.total = self.size
 
     def _pieces(self, task: Task, documents: Iterator[Document]) -> Iterator[Piece]:
         """Yields the pieces of all documents that the model can read."""
@@ -190,7 +203,7 @@ class _Run:
                 pieces = task.reader.pieces(document)
             except ValueError as error:
                 self.fail(str(error))
-                self.bar.total -= document.size
+                self._lengthen_bar(-document.size)
                 continue
             yield from pieces
 

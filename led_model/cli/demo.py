@@ -190,7 +190,8 @@ def measure_transformers(settings: DemoSettings, tokens: int) -> Measurement:
     }
     stock.load_state_dict(state)
     del ours, state
-    stock.eval().to(settings.device)
+    stock.eval()
+    stock.to(settings.device)  # pyrefly: ignore[bad-argument-type]: transformers wraps nn.Module.to without its types
 
     def encode(input_ids: Tensor) -> Tensor:
         mask = torch.ones_like(input_ids)

@@ -11,7 +11,7 @@ import os
 import reprlib
 import stat
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
@@ -34,6 +34,11 @@ _OTHER_FORMATS = {
     b"\x1f\x8b": "is compressed by gzip; run gunzip on it",
     b"\xd0\xcf\x11\xe0": "is an old office document; save it as text",
     b"{\\rtf": "is RTF; save it as text",
+}
+
+_REMEDIES: dict[type[OSError], str] = {
+    PermissionError: "check its permissions",
+    FileNotFoundError: "it is there no more",
 }
 
 # Encodings by byte order mark, UTF-32 first, as its mark begins like that of UTF-16.
@@ -131,8 +136,7 @@ class Source:
                 else:
                     yield self._text(file.read(MAX_BYTES + 1))
         except OSError as error:
-            remedies = {PermissionError: "check its permissions", FileNotFoundError: "it is there no more"}
-            remedy = remedies.get(type(error), "give a text file")
+            remedy = _REMEDIES.get(type(error), "give a text file")
             yield Unreadable(f"{self.name} cannot be read ({error.strerror}); {remedy}.", 0)
         except NoWriter:
             yield Unreadable(f"{self.name} is a pipe that nobody writes into; start its writer first.", 0)
@@ -258,7 +262,7 @@ def _lines_of(file: BinaryIO) -> Iterator[tuple[bytes, bool]]:
 
 
 @contextmanager
-def _without_collection() -> Iterator[None]:
+def _without_collection() -> Generator[None, None, None]:
     """Turns garbage collection off, which would scan a million lists again and again while they are made."""
     was_enabled = gc.isenabled()
     gc.disable()

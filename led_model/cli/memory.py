@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -14,7 +14,7 @@ _STATUS = Path("/proc/self/status")
 
 
 @contextmanager
-def peak_memory(device: str = "cpu") -> Iterator[Callable[[], int | None]]:
+def peak_memory(device: str = "cpu") -> Generator[Callable[[], int | None], None, None]:
     """Yields a function that, after the block, gives the bytes of the block's peak above its start.
 
     On a GPU torch's allocator counts. On the CPU it is the resident memory of the process, whose high-water mark Linux
@@ -53,7 +53,7 @@ def _status(name: str) -> int:
 
 
 @contextmanager
-def _sampled_peak() -> Iterator[Callable[[], int | None]]:
+def _sampled_peak() -> Generator[Callable[[], int | None], None, None]:
     try:
         import psutil
     except ImportError:

@@ -274,7 +274,7 @@ def _device(text: str) -> str:
         if kind == "meta":
             raise argparse.ArgumentTypeError("meta holds no numbers; give cpu or cuda")
         torch.empty(1, device=text)
-    except (RuntimeError, AssertionError, NotImplementedError, ImportError) as error:
+    except (RuntimeError, AssertionError, ImportError) as error:
         known = "torch sees no GPU" if text.startswith("cuda") else f"torch has no {text!r} here"
         reason = re.split(r"\.\s|\n", str(error).strip())[0].rstrip(".")  # torch goes on for 60 lines
         if "INTERNAL ASSERT" in reason:

@@ -166,7 +166,7 @@ class Reader:
         parts = document.parts if separator is not None and document.parts else (document.text,)
         first = 0  # character of the part in the whole text
         for part in parts:
-            if first:
+            if first and separator is not None:
                 yield [separator], np.array([[first - len(BETWEEN_PARTS), first]], np.int32), False
             begin = 0
             while begin < len(part):

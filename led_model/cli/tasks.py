@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from itertools import chain
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +24,7 @@ from led_model.overflow import check_finite
 from led_model.tokenization.batch_encoding import BatchEncoding
 from led_model.tokenization.tokenizer import LEDTokenizer
 
+Model = TypeVar("Model", bound=LEDPreTrainedModel)
 Result = dict[str, Any]  # what a model gives for a piece, or for a document
 
 
@@ -52,7 +53,7 @@ def longest_input(config: LEDConfig, writes: bool) -> int:
     return positions if writes else min(positions, config.max_decoder_position_embeddings)
 
 
-class Task(ABC):
+class Task(ABC, Generic[Model]):
     """Runs a model over pieces of documents.
 
     ``streamer``, if there is one, prints what it writes, where that is the result as it stands.
@@ -61,7 +62,7 @@ class Task(ABC):
     writes = False
     streamer: TextStreamer | None = None
 
-    def __init__(self, model: LEDPreTrainedModel, tokenizer: LEDTokenizer, **reading: Any) -> None:
+    def __init__(self, model: Model, tokenizer: LEDTokenizer, **reading: Any) -> None:
         """Checks that the model is sound and that the tokenizer fits it, and prepares a :class:`Reader`.
 
         Args:
@@ -102,10 +103,8 @@ class Task(ABC):
         """Returns a document's result, from those of its pieces in order."""
 
 
-class SpanFinder(Task):
+class SpanFinder(Task[LEDForQuestionAnswering]):
     """Finds the answer in the text, at most ``longest_answer`` tokens of it: start and end with the most logits."""
-
-    model: LEDForQuestionAnswering
 
     def __init__(
         self, model: LEDForQuestionAnswering, tokenizer: LEDTokenizer, longest_answer: int, **reading: Any
@@ -133,13 +132,11 @@ class SpanFinder(Task):
         return {"question": self.reader.question} | max(found, key=lambda piece: piece["score"])
 
 
-class Classifier(Task):
+class Classifier(Task[LEDForSequenceClassification]):
     """Gives probabilities of labels.
 
     A document's logits, which up to a constant are its log-probabilities, are the mean of its pieces'.
     """
-
-    model: LEDForSequenceClassification
 
     def _run(self, pieces: Sequence[Piece], inputs: BatchEncoding) -> list[Result]:
         start = time.perf_counter()

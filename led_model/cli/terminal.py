@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 
@@ -15,7 +15,7 @@ _is_quiet = ContextVar("is_quiet", default=False)
 
 
 @contextmanager
-def quiet(wanted: bool = True) -> Iterator[None]:
+def quiet(wanted: bool = True) -> Generator[None, None, None]:
     """Keeps bars and messages other than errors off stderr within the block, if ``wanted``."""
     token = _is_quiet.set(wanted or _is_quiet.get())
     try:
@@ -45,7 +45,7 @@ def table(rows: Sequence[Sequence[str]], header: Sequence[str] = ()) -> str:
 
 
 @contextmanager
-def layer_progress(layers: nn.ModuleList, description: str) -> Iterator[None]:
+def layer_progress(layers: nn.ModuleList, description: str) -> Generator[None, None, None]:
     """Draws a bar that grows with each layer that has run, on a terminal only."""
     with tqdm(total=len(layers), desc=description, unit="layer", leave=False, disable=no_bars()) as bar:
 

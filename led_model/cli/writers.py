@@ -23,13 +23,12 @@ from led_model.tokenization.tokenizer import LEDTokenizer
 SAMPLING_FLAGS = ("temperature", "top_k", "top_p", "seed")
 
 
-class _Writer(Task):
+class _Writer(Task[LEDForConditionalGeneration]):
     """Writes the entry ``field`` of a result.
 
     With ``compares`` each of a document's pieces gets a ``score``, by which the best is chosen.
     """
 
-    model: LEDForConditionalGeneration
     field: str
     writes = True
     compares = False

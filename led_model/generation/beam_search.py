@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from led_model.generation.cache import BeamKVCache
 from led_model.generation.step import Search
 
 # This is added to the score of what may not be chosen. It is lower than what a low temperature or a power of a length
@@ -61,6 +62,7 @@ def beam_search(search: Search) -> tuple[Tensor, Tensor]:
     generation, eos, limit = search.generation, search.eos, search.limit
     (batch, prompt), beams, device = search.prompt.shape, search.rows, eos.device
     cache = search.step.cache
+    assert isinstance(cache, BeamKVCache)  # only one beam would have another, and that is greedy search
     # These are enough that `beams` of them go on even if all likely tokens are ends.
     candidates = max(2, 1 + len(eos)) * beams
     # A padding id of 0 gives way to the first eos id, as in transformers.

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from led_kernels.gemv import write_rows
 from led_model.config import LEDConfig
 from led_model.precision import autocast_dtype
 from led_model.schema import check_values, integer
+
+if TYPE_CHECKING:
+    from led_model.generation.model_protocol import Decoder
 
 _SIZES = {"batch": integer(0), "max_length": integer(1), "beams": integer(1)}
 
@@ -52,7 +57,7 @@ class StaticKVCache:
         """Returns at how many positions ``num_tokens`` tokens of a step stand."""
         return num_tokens
 
-    def check(self, hidden: Tensor, padding_mask: Tensor | None, decoder: nn.Module) -> None:
+    def check(self, hidden: Tensor, padding_mask: Tensor | None, decoder: Decoder) -> None:
         """Checks that the cache and the mask fit the ``decoder`` and its input ``hidden`` ``[batch, target, d_model]``.
 
         Raises:
@@ -154,7 +159,7 @@ class BeamKVCache(StaticKVCache):
         """Returns 1, as the tokens of a step are those of the beams at one position."""
         return 1
 
-    def check(self, hidden: Tensor, padding_mask: Tensor | None, decoder: nn.Module) -> None:
+    def check(self, hidden: Tensor, padding_mask: Tensor | None, decoder: Decoder) -> None:
         super().check(hidden, padding_mask, decoder)
         if hidden.shape[1] != len(self.beams):
             raise ValueError(

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from itertools import chain
 from operator import is_
 from types import FunctionType
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +14,15 @@ from torch import Tensor, nn
 from led_kernels.eager import is_plain_surroundings
 from led_kernels.modules import has_global_hooks
 
-Parts = tuple[nn.Module, ...]
+
+class Part(Protocol):
+    """A module, of which it matters here what it consists of."""
+
+    def modules(self) -> Iterator[nn.Module]:
+        """Yields the module itself and all modules in it."""
+
+
+Parts = tuple[Part, ...]
 
 # The methods by which torch runs any module.
 _CALL_METHODS = ("__call__", "_wrapped_call_impl", "_call_impl", "__getattr__", "forward")
@@ -32,7 +40,7 @@ def allow_capture(*classes: type[nn.Module]) -> None:
         _METHODS[cls] = {name: getattr(cls, name) for name in names}
 
 
-def is_unpatched(module: nn.Module, name: str) -> bool:
+def is_unpatched(module: object, name: str) -> bool:
     """Returns whether a method is what it was when it was imported, neither patched nor overridden."""
     cls = next(base for base in type(module).__mro__ if base in _METHODS)
     return getattr(type(module), name) is _METHODS[cls][name] and name not in vars(module)

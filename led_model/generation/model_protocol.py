@@ -8,22 +8,19 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from led_model.checks import TokenTables
 from led_model.config import LEDConfig
 from led_model.generation.cache import StaticKVCache
+from led_model.generation.captured import Part
 from led_model.generation.generation_config import GenerationConfig
 
 
-class TokenEmbedder(Protocol):
-    """A stack of layers that looks its tokens up in a table."""
-
-    embed_tokens: nn.Embedding
-
-
-class Decoder(TokenEmbedder, Protocol):
+class Decoder(TokenTables, Part, Protocol):
     """Runs the causal layers over keys and values of the encoder's output that are made once per document."""
 
-    embed_positions: nn.Embedding
-    layers: nn.ModuleList
+    @property
+    def layers(self) -> nn.ModuleList:
+        """Returns the layers, from the first to the last."""
 
     def __call__(
         self,
@@ -58,8 +55,13 @@ class Decoder(TokenEmbedder, Protocol):
 class EncoderDecoder(Protocol):
     """Consists of the two stacks, and runs the first."""
 
-    encoder: TokenEmbedder
-    decoder: Decoder
+    @property
+    def encoder(self) -> TokenTables:
+        """Returns the stack that reads a document."""
+
+    @property
+    def decoder(self) -> Decoder:
+        """Returns the stack that writes."""
 
     def encode(
         self,
@@ -75,9 +77,12 @@ class GenerativeModel(Protocol):
 
     config: LEDConfig
     generation_config: GenerationConfig
-    led: EncoderDecoder
     lm_head: nn.Linear
     final_logits_bias: Tensor
+
+    @property
+    def led(self) -> EncoderDecoder:
+        """Returns the model under the head."""
 
     @property
     def dtype(self) -> torch.dtype:

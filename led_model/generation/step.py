@@ -63,8 +63,8 @@ class DecoderStep:
         """Returns logits ``[batch * rows, vocab_size]`` after ``tokens [batch, rows]``, int64, at position ``step``."""
         # It is a copy, as a compiled step would need another graph for a view at another address.
         position = self.cache.positions[step : step + 1].clone()
-        if self._replay_or_capture(tokens, position):
-            return self.captured.result + self.model.final_logits_bias
+        if (captured := self._replay_or_capture(tokens, position)) is not None:
+            return captured.result + self.model.final_logits_bias
         return self.run(
             self.model,
             tokens,
@@ -75,31 +75,31 @@ class DecoderStep:
             position,
         )
 
-    def _replay_or_capture(self, tokens: Tensor, position: Tensor) -> bool:
-        """Makes the captured calls for these tokens, or captures them; returns whether ``captured.result`` is theirs.
+    def _replay_or_capture(self, tokens: Tensor, position: Tensor) -> CapturedCalls | None:
+        """Makes the captured calls for these tokens, or captures them; returns them with the tokens' result.
 
-        It is not where torch has to run the step.
+        It returns ``None`` where torch has to run the step.
         """
         if not (self.may_capture or self.captured) or not is_plain_eager():
-            return False
+            return None
         if not is_unpatched(self.model, "logits"):
-            return False
+            return None
         parts = (self.model.led.decoder, self.model.lm_head)
-        if self.captured is not None and self.guards.failed(parts):
-            self.captured, self.may_capture = None, True
+        if self.guards is not None and self.guards.failed(parts):
+            self.captured, self.guards, self.may_capture = None, None, True
             self._check_model()
         if self.captured is not None:
             for fixed, new in zip(self.inputs, self._inputs(tokens, position), strict=True):
                 fixed.copy_(new)
             self.captured.replay()
-            return True
+            return self.captured
         self.may_capture = False  # a capture that fails once always will
         if is_capturable(parts):
             self.inputs = self._inputs(tokens, position)
             self.captured = CapturedCalls.capture(self._layers_and_head)
         if self.captured is not None:
             self.guards = ModuleGuards(parts)
-        return self.captured is not None
+        return self.captured
 
     def _check_model(self) -> None:
         """Checks that a model that a caller's function has changed still fits the caches.
@@ -180,7 +180,7 @@ class Search:
     rows: int
     limit: int
     eos: Tensor
-    pad: int | None
+    pad: int  # any number where no sequence ends early
     processors: list[LogitsProcessor]
     generator: torch.Generator | None
     on_token: Callable[[Tensor], object] | None
@@ -203,8 +203,8 @@ class Search:
         device, limit = encoder_hidden_states.device, generation.max_sequence_length(prompt.shape[1])
         eos = torch.tensor(generation.eos_token_ids, dtype=torch.int64, device=device)
         pad = generation.pad_token_id
-        if pad is None and generation.eos_token_ids:
-            pad = generation.eos_token_ids[0]  # as transformers does
+        if pad is None:
+            pad = next(iter(generation.eos_token_ids), 0)  # the first one, as transformers does
         rows = generation.num_beams if generation.num_beams > 1 else generation.num_return_sequences
         generator = None
         if generation.seed is not None:

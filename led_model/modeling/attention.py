@@ -81,6 +81,7 @@ class DecoderSelfAttention(nn.Module):
         qkv = few_rows_linear(self.qkv, hidden).view(batch, seqlen, 3, self.num_heads, self.head_dim)
         q, k, v = qkv.transpose(1, 3).unbind(2)  # each [batch, heads, seqlen, head_dim]
         if cache is not None:
+            assert cache_indices is not None  # whoever gives a cache says where in it this step is written
             attended = decode_attention(q, *cache.write(self.layer, cache_indices, k, v), mask)
         else:
             dropout_p = self.dropout if self.training else 0.0

@@ -13,7 +13,8 @@ from led_model.masks import causal_mask
 from led_model.modeling.decoder_checks import check_decoder_call
 from led_model.modeling.embedding import EmbeddedStack
 from led_model.modeling.layers import DecoderLayer
-from led_model.modeling.outputs import LayerRecord
+from led_model.modeling.module_list import ModuleList
+from led_model.modeling.outputs import DecoderRecord
 
 
 class LEDDecoder(EmbeddedStack):
@@ -22,7 +23,7 @@ class LEDDecoder(EmbeddedStack):
     def __init__(self, config: LEDConfig, embed_tokens: nn.Embedding) -> None:
         super().__init__(config, embed_tokens, config.max_decoder_position_embeddings)
         self.layerdrop = config.decoder_layerdrop
-        self.layers = nn.ModuleList([DecoderLayer(config, i) for i in range(config.decoder_layers)])
+        self.layers = ModuleList([DecoderLayer(config, i) for i in range(config.decoder_layers)])
 
     def cross_keys_values(self, encoder_hidden_states: Tensor) -> list[tuple[Tensor, Tensor]]:
         """Returns each layer's keys and values of the encoder's output ``[batch, source, d_model]``.
@@ -45,7 +46,7 @@ class LEDDecoder(EmbeddedStack):
         attention_mask: Tensor | None = None,
         cache: StaticKVCache | None = None,
         position: Tensor | None = None,
-        record: LayerRecord | None = None,
+        record: DecoderRecord | None = None,
     ) -> Tensor:
         """Returns ``[batch, target, d_model]`` for token ids ``[batch, target]``.
 
@@ -91,7 +92,7 @@ class LEDDecoder(EmbeddedStack):
         cross_keys_values: list[tuple[Tensor, Tensor]],
         cross_mask: Tensor | None,
         cache: StaticKVCache | None,
-        record: LayerRecord | None = None,
+        record: DecoderRecord | None = None,
     ) -> Tensor:
         """Returns what the layers make of embedded tokens, ``[batch, target, d_model]``.
 

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from led_model.checks import check_binary, check_mask, describe, is_dense, is_inspectable, out_of_range
 from led_model.generation.cache import StaticKVCache
 from led_model.precision import autocast_dtype
+
+if TYPE_CHECKING:
+    from led_model.modeling.decoder import LEDDecoder
 
 
 def check_decoder_call(
@@ -20,7 +23,7 @@ def check_decoder_call(
     attention_mask: Any,
     cache: Any,
     position: Any,
-    stack: nn.Module,
+    stack: LEDDecoder,
 ) -> None:
     """Checks the decoder's arguments against its embedded tokens ``hidden`` ``[batch, target, d_model]``.
 
@@ -74,7 +77,7 @@ def check_decoder_call(
             )
 
 
-def _check_cross_keys_values(pairs: Any, hidden: Tensor, stack: nn.Module) -> int | None:
+def _check_cross_keys_values(pairs: Any, hidden: Tensor, stack: LEDDecoder) -> int | None:
     """Checks each layer's keys and values and returns for how many tokens of the encoder they are.
 
     It is ``None`` where there are no layers.

@@ -9,7 +9,7 @@ from led_model.checks import check_inputs
 from led_model.config import LEDConfig
 
 
-def token_embedding(config: LEDConfig, weight: nn.Parameter | None = None) -> nn.Embedding:
+def token_embedding(config: LEDConfig, weight: Tensor | None = None) -> nn.Embedding:
     """Returns a new table of the vocabulary, or one that reads ``weight``."""
     table = nn.Embedding(config.vocab_size, config.d_model, config.pad_token_id, _weight=weight)
     if weight is not None:
@@ -43,8 +43,8 @@ class EmbeddedStack(nn.Module):
         Raises:
             ValueError: as :func:`led_model.checks.check_inputs`, with the names of the arguments.
         """
-        check_inputs(ids_name, input_ids, embeds_name, inputs_embeds, self, one_position_each)
-        return inputs_embeds if input_ids is None else self.embed_tokens(input_ids)
+        _, given = check_inputs(ids_name, input_ids, embeds_name, inputs_embeds, self, one_position_each)
+        return given if input_ids is None else self.embed_tokens(given)
 
     def add_positions(self, embedded: Tensor, position: Tensor | None = None) -> Tensor:
         """Returns what the first layer reads, ``[batch, length, d_model]``.

@@ -11,7 +11,8 @@ from led_kernels import LongformerMask
 from led_model.config import LEDConfig
 from led_model.modeling.embedding import EmbeddedStack
 from led_model.modeling.layers import EncoderLayer
-from led_model.modeling.outputs import LayerRecord
+from led_model.modeling.module_list import ModuleList
+from led_model.modeling.outputs import EncoderRecord
 
 
 class LEDEncoder(EmbeddedStack):
@@ -21,7 +22,7 @@ class LEDEncoder(EmbeddedStack):
         super().__init__(config, embed_tokens, config.max_encoder_position_embeddings)
         self.layerdrop = config.encoder_layerdrop
         self.gradient_checkpointing = False
-        self.layers = nn.ModuleList([EncoderLayer(config, i) for i in range(config.encoder_layers)])
+        self.layers = ModuleList([EncoderLayer(config, i) for i in range(config.encoder_layers)])
 
     def forward(
         self,
@@ -29,7 +30,7 @@ class LEDEncoder(EmbeddedStack):
         mask: LongformerMask,
         *,
         inputs_embeds: Tensor | None = None,
-        record: LayerRecord | None = None,
+        record: EncoderRecord | None = None,
     ) -> Tensor:
         """Returns ``[batch, seqlen, d_model]`` for token ids ``[batch, seqlen]``, without padding to the window.
 

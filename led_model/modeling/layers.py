@@ -14,7 +14,7 @@ from led_model.activations import ACTIVATIONS
 from led_model.config import LEDConfig
 from led_model.generation.cache import StaticKVCache
 from led_model.modeling.attention import CrossAttention, DecoderSelfAttention, EncoderSelfAttention
-from led_model.modeling.outputs import LayerRecord
+from led_model.modeling.outputs import DecoderRecord
 
 # In inference this many rows of the feed-forward are computed at a time, so that [rows, ffn_dim] stays small.
 _FEED_FORWARD_ROWS = 1024
@@ -93,7 +93,7 @@ class DecoderLayer(_Layer):
         cross_keys_values: tuple[Tensor, Tensor],
         cross_mask: Tensor | None,
         cache: StaticKVCache | None,
-        record: LayerRecord | None = None,
+        record: DecoderRecord | None = None,
     ) -> Tensor:
         if record is not None:
             record.self_attention.append((self.self_attn, hidden))

@@ -25,13 +25,18 @@ from led_model.modeling.embedding import token_embedding
 from led_model.modeling.encoder import LEDEncoder
 from led_model.modeling.layers import DecoderLayer
 from led_model.modeling.output_attentions import cross_attentions, decoder_attentions, encoder_attentions
-from led_model.modeling.outputs import LayerRecord, Seq2SeqLMOutput, Seq2SeqModelOutput
+from led_model.modeling.outputs import DecoderRecord, EncoderRecord, Seq2SeqLMOutput, Seq2SeqModelOutput
 
 
 class LEDModel(LEDPreTrainedModel):
     """Consists of an encoder and a decoder over one embedding table (three, when the config does not tie them)."""
 
     base_prefix = ""
+
+    @property
+    def base_model(self) -> LEDModel:
+        """Returns this model."""
+        return self
 
     def __init__(self, config: LEDConfig) -> None:
         super().__init__(config)
@@ -51,7 +56,7 @@ class LEDModel(LEDPreTrainedModel):
         *,
         inputs_embeds: Tensor | None = None,
         max_globals: int | None = None,
-        record: LayerRecord | None = None,
+        record: EncoderRecord | None = None,
     ) -> Tensor:
         """Runs the encoder under one mask for all layers, built by :meth:`LongformerMask.from_padding`.
 
@@ -61,8 +66,7 @@ class LEDModel(LEDPreTrainedModel):
         Raises:
             ValueError: for ids as in :meth:`LEDEncoder.forward`, and masks of another shape than theirs.
         """
-        check_inputs("input_ids", input_ids, "inputs_embeds", inputs_embeds, self.encoder)
-        name, given = ("input_ids", input_ids) if inputs_embeds is None else ("inputs_embeds", inputs_embeds)
+        name, given = check_inputs("input_ids", input_ids, "inputs_embeds", inputs_embeds, self.encoder)
         check_mask("attention_mask", attention_mask, given, name)
         check_mask("global_attention_mask", global_attention_mask, given, name)
         if attention_mask is None:
@@ -114,7 +118,7 @@ class LEDModel(LEDPreTrainedModel):
                 )
             decoder_input_ids = self.shift_right(input_ids, "input_ids")
         keep = output_attentions or output_hidden_states
-        encoder_record, decoder_record = (LayerRecord(), LayerRecord()) if keep else (None, None)
+        encoder_record, decoder_record = (EncoderRecord(), DecoderRecord()) if keep else (None, None)
         encoder_states = self.encode(
             input_ids,
             attention_mask,
@@ -136,6 +140,8 @@ class LEDModel(LEDPreTrainedModel):
         output = Seq2SeqModelOutput(
             last_hidden_state=decoder_states, encoder_last_hidden_state=encoder_states
         )
+        if encoder_record is None or decoder_record is None:  # no more was asked for
+            return output
         if output_hidden_states:
             output.encoder_hidden_states = (*encoder_record.hidden_states, encoder_states)
             output.decoder_hidden_states = (*decoder_record.hidden_states, decoder_states)
@@ -152,6 +158,8 @@ class LEDForConditionalGeneration(LEDPreTrainedModel):
     >>> model = LEDForConditionalGeneration.from_pretrained("allenai/led-base-16384")
     >>> summary_ids = model.generate(input_ids, global_attention_mask=global_mask, max_new_tokens=256)
     """
+
+    final_logits_bias: Tensor
 
     def __init__(self, config: LEDConfig) -> None:
         super().__init__(config)

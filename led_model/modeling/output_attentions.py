@@ -1,4 +1,4 @@
-"""Computes the attention probabilities of a run, layer by layer, from what its :class:`LayerRecord` kept."""
+"""Computes the attention probabilities of a run, layer by layer, from what the records of its stacks kept."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from led_kernels.attention_weights import (
 )
 from led_kernels.projection import project_global_queries
 from led_model.masks import causal_mask, key_mask
-from led_model.modeling.outputs import LayerRecord
+from led_model.modeling.outputs import DecoderRecord, EncoderRecord
 
 
-def encoder_attentions(record: LayerRecord) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...] | None]:
+def encoder_attentions(record: EncoderRecord) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...] | None]:
     """Returns the probabilities of the encoder's local tokens and of its global tokens.
 
     Returns:
@@ -34,7 +34,7 @@ def encoder_attentions(record: LayerRecord) -> tuple[tuple[Tensor, ...], tuple[T
     return tuple(local), tuple(of_globals) if mask.max_globals else None
 
 
-def decoder_attentions(record: LayerRecord, attention_mask: Tensor | None) -> tuple[Tensor, ...]:
+def decoder_attentions(record: DecoderRecord, attention_mask: Tensor | None) -> tuple[Tensor, ...]:
     """Returns the probabilities of the decoder's self-attention, per layer ``[batch, heads, target, target]``.
 
     ``attention_mask`` is ``[batch, target]``, nonzero for tokens. Rows that see no token are zero.
@@ -48,7 +48,7 @@ def decoder_attentions(record: LayerRecord, attention_mask: Tensor | None) -> tu
 
 
 def cross_attentions(
-    record: LayerRecord, encoder_hidden_states: Tensor, attention_mask: Tensor | None
+    record: DecoderRecord, encoder_hidden_states: Tensor, attention_mask: Tensor | None
 ) -> tuple[Tensor, ...]:
     """Returns the probabilities of the cross-attention, per layer ``[batch, heads, target, source]``.
 

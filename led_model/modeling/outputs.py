@@ -3,25 +3,35 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, fields
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
-from led_kernels import LongformerMask
+if TYPE_CHECKING:
+    from led_kernels import LongformerMask
+    from led_model.modeling.attention import CrossAttention, DecoderSelfAttention, EncoderSelfAttention
 
 
 @dataclass
-class LayerRecord:
-    """Keeps the inputs that one stack's layers and their attentions saw, from which other outputs are made.
+class EncoderRecord:
+    """Keeps the inputs that the encoder's layers and their attentions saw, from which other outputs are made.
 
-    ``hidden_states`` has the input ``[batch, seqlen, d_model]`` of every layer; the others pair each attention
-    that ran with its input. ``mask`` is the encoder's.
+    ``hidden_states`` has the input ``[batch, seqlen, d_model]`` of every layer, and ``self_attention`` pairs each
+    attention that ran with its input. ``mask``, the same for all layers, is set when the encoder runs.
     """
 
     hidden_states: list[Tensor] = field(default_factory=list)
-    self_attention: list[tuple[nn.Module, Tensor]] = field(default_factory=list)
-    cross_attention: list[tuple[nn.Module, Tensor]] = field(default_factory=list)
-    mask: LongformerMask | None = None
+    self_attention: list[tuple[EncoderSelfAttention, Tensor]] = field(default_factory=list)
+    mask: LongformerMask = field(init=False)
+
+
+@dataclass
+class DecoderRecord:
+    """Keeps the inputs that the decoder's layers and their attentions saw, as :class:`EncoderRecord` does."""
+
+    hidden_states: list[Tensor] = field(default_factory=list)
+    self_attention: list[tuple[DecoderSelfAttention, Tensor]] = field(default_factory=list)
+    cross_attention: list[tuple[CrossAttention, Tensor]] = field(default_factory=list)
 
 
 @dataclass(kw_only=True)

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, overload
 
 from led_model.tokenization.files import SPECIAL_TOKENS
 from led_model.tokenization.fork_safe import new_lock
@@ -64,7 +64,7 @@ class TokenizerBase:
     def __getstate__(self) -> dict[str, Any]:
         state = {name: value for name, value in vars(self).items() if name != "_lock"}
         # The settings of another thread's call would be copied too.
-        with self._settings(None, "do_not_truncate", False):
+        with self._settings():
             return state | {"tokenizer": copy.deepcopy(self.tokenizer)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -95,6 +95,12 @@ class TokenizerBase:
         """Returns the id of ``<doc-sep>``, which PRIMERA puts between documents; ``None`` in other vocabularies."""
         return self.token_id("<doc-sep>")
 
+    @overload
+    def convert_tokens_to_ids(self, tokens: str) -> int: ...
+
+    @overload
+    def convert_tokens_to_ids(self, tokens: Sequence[str]) -> list[int]: ...
+
     def convert_tokens_to_ids(self, tokens: str | Sequence[str]) -> int | list[int]:
         """Returns the ids of tokens, and that of the unknown token for tokens that are not there."""
         if isinstance(tokens, str):
@@ -123,16 +129,19 @@ class TokenizerBase:
 
     @contextmanager
     def _settings(
-        self, max_length: int | None, truncation: str, split_special_tokens: bool
-    ) -> Iterator[None]:
-        """Gives the library's tokenizer these settings for one call.
+        self,
+        longest: int | None = None,
+        truncation: str = "longest_first",
+        split_special_tokens: bool = False,
+    ) -> Generator[None, None, None]:
+        """Gives the library's tokenizer these settings for one call, which truncates only if ``longest`` is given.
 
         They belong to it and not to a call, so that one thread at a time may have its own.
         """
         with self._lock:
             self.tokenizer.no_truncation()
-            if truncation != "do_not_truncate":
-                self.tokenizer.enable_truncation(max_length, strategy=truncation)
+            if longest is not None:
+                self.tokenizer.enable_truncation(longest, strategy=truncation)
             self.tokenizer.encode_special_tokens = split_special_tokens
             try:
                 yield

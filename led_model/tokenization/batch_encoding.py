@@ -86,9 +86,11 @@ def _padded_length(lengths: Sequence[int], how: str, max_length: int | None, mul
     """Returns the length that shorter rows are padded to; 0 for no padding."""
     if how == "do_not_pad":
         return 0
-    if how == "max_length" and max_length is None:
-        raise ValueError("padding='max_length' needs max_length; give one, or padding=True.")
-    target = max_length if how == "max_length" else max(lengths, default=0)
+    target = max(lengths, default=0)
+    if how == "max_length":
+        if max_length is None:
+            raise ValueError("padding='max_length' needs max_length; give one, or padding=True.")
+        target = max_length
     return -(-target // multiple) * multiple if multiple else target
 
 

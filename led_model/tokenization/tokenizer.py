@@ -133,18 +133,19 @@ class LEDTokenizer(TokenizerBase):
         how_to_pad = strategy_name("padding", padding, PADDING)
         if max_length is not None and strategy == "do_not_truncate" and how_to_pad != "max_length":
             raise ValueError("max_length has no effect; set truncation=True or padding='max_length'.")
+        longest = None
         if strategy != "do_not_truncate":
             special = (
                 self.tokenizer.num_special_tokens_to_add(text_pair is not None) if add_special_tokens else 0
             )
-            max_length = self._longest(max_length, special)
+            longest = max_length = self._longest(max_length, special)
         errors = library_errors(
             f"max_length {max_length} cannot be met with truncation {strategy!r}",
             "raise it, or truncate 'longest_first'",
         )
         if strategy == "do_not_truncate":
             errors = library_errors(*_UNREADABLE)
-        with errors, self._settings(max_length, strategy, split_special_tokens):
+        with errors, self._settings(longest, strategy, split_special_tokens):
             encodings = self.tokenizer.encode_batch(inputs, add_special_tokens=add_special_tokens)
 
         names = ["input_ids", "attention_mask"]
@@ -189,7 +190,7 @@ class LEDTokenizer(TokenizerBase):
         for name, given in (("text", text), ("text_pair", "" if text_pair is None else text_pair)):
             if not isinstance(given, str):
                 raise TypeError(f"{name} is a {type(given).__name__}; give a text.")
-        with library_errors(*_UNREADABLE), self._settings(None, "do_not_truncate", False):
+        with library_errors(*_UNREADABLE), self._settings():
             return self.tokenizer.encode(text, text_pair).ids
 
     def decode(self, token_ids: Iterable[int] | Tensor, skip_special_tokens: bool = False) -> str:
@@ -228,7 +229,7 @@ class LEDTokenizer(TokenizerBase):
             Path(save_directory) / name for name in ("tokenizer.json", "tokenizer_config.json")
         )
         # The settings of another thread's call would be saved too.
-        with self._settings(None, "do_not_truncate", False):
+        with self._settings():
             self.tokenizer.save(str(backend))
         flags = ("content", "lstrip", "normalized", "rstrip", "single_word", "special")
         settings = {

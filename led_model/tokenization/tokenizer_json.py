@@ -7,10 +7,10 @@ out of a short one.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from led_model.checkpoint.files import TOKENIZER_MIB, read_bounded, read_json
 from led_model.checkpoint.hub import first_line
@@ -82,9 +82,9 @@ def read_tokenizer_json(path: Path) -> Tokenizer:
     from tokenizers import Tokenizer
 
     stored = read_json(path, TOKENIZER_MIB)
-    shown = {"added_tokens": [], "normalizer": None, "pre_tokenizer": None, "decoder": None}
+    shown: dict[str, Any] = {"added_tokens": [], "normalizer": None, "pre_tokenizer": None, "decoder": None}
     shown |= {name: stored[name] for name in shown if name in stored}
-    model = {"type": "BPE", "vocab": None, "merges": None}
+    model: dict[str, Any] = {"type": "BPE", "vocab": None, "merges": None}
     try:
         check_values(
             {"model": stored.get("model")}, {"model": mapping_of(STRING, ANYTHING, "settings of a BPE")}
@@ -141,7 +141,7 @@ def check_id(tokenizer: Tokenizer, token: str, token_id: int, source: object) ->
 
 
 @contextmanager
-def library_errors(what: str, remedy: str) -> Iterator[None]:
+def library_errors(what: str, remedy: str) -> Generator[None, None, None]:
     """Turns what the library raises, a bare ``Exception`` or what pyo3 makes of a panic, into a ValueError."""
     try:
         yield

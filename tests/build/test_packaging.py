@@ -165,9 +165,32 @@ def test_wheel_without_a_compiler(sdist, tmp_path):
     top_level = {path.name for path in (tmp_path / "site").iterdir() if path.suffix != ".dist-info"}
     assert top_level == {"led_kernels", "led_model"}
     assert "no-such-compiler" in (tmp_path / "site/led_kernels/_build_error.txt").read_text()
+    for name in ("led_kernels/py.typed", "led_kernels/_C.pyi", "led_model/py.typed"):
+        assert (tmp_path / "site" / name).is_file(), "without it, type checkers ignore the annotations"
     # -S: without the import hook of an editable install, which would find the checkout's extension.
     env = {**os.environ, "PYTHONPATH": f"{tmp_path / 'site'}{os.pathsep}{Path(torch.__file__).parent.parent}"}
     assert str(tmp_path) in run(sys.executable, "-S", "-c", USE_WITHOUT_EXTENSION, cwd=tmp_path, env=env)
+
+
+def test_stub_names_what_the_extension_binds():
+    """Besides that it names the functions of builds with CUDA."""
+    extension = pytest.importorskip("led_kernels._C")
+    stub = ast.parse((ROOT / "led_kernels/_C.pyi").read_text(encoding="utf-8"))
+    classes = {node.name: node for node in stub.body if isinstance(node, ast.ClassDef)}
+    functions = {node.name for node in stub.body if isinstance(node, ast.FunctionDef)}
+
+    def members(node):
+        own = {child.name for child in node.body if isinstance(child, ast.FunctionDef)}
+        own |= {child.target.id for child in node.body if isinstance(child, ast.AnnAssign)}
+        return own.union(*(members(classes[base.id]) for base in node.bases if base.id in classes))
+
+    def public(names):
+        return {name for name in names if not name.startswith(("_", "cuda_"))}
+
+    assert public({*classes, *functions}) == public(vars(extension))
+    for name in public(classes):
+        bound = vars(getattr(extension, name)).keys() - {"name", "value"}  # of every enumeration of pybind11
+        assert public(members(classes[name])) == public(bound), name
 
 
 @pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="the instructions are x86-64's")

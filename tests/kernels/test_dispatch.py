@@ -375,6 +375,14 @@ assert main(["--smoke"]) == 1
     assert "stopped, nothing is timed under another's name" in result.stderr
 
 
+def test_an_installed_package_without_an_extension_is_not_hidden(tmp_path, monkeypatch):
+    """The types of the extension lie in every installation."""
+    (tmp_path / "led_kernels").mkdir()
+    (tmp_path / "led_kernels/_C.pyi").touch()
+    monkeypatch.setattr(sys, "path", [str(tmp_path)])
+    assert dispatch._hidden_installation() is None
+
+
 def instruction_sets() -> list[str]:
     if not has_extension():
         return []

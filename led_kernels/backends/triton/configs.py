@@ -93,7 +93,7 @@ def _is_interpreted() -> bool:
 def _nearest(backend: str, arch: int | str) -> str:
     if backend == "hip":
         return "gfx942"
-    served = [target for target in TARGETS if target.startswith("sm_") and int(target[3:]) <= arch]
+    served = [target for target in TARGETS if target.startswith("sm_") and int(target[3:]) <= int(arch)]
     return served[-1] if served else "sm_80"
 
 

@@ -72,7 +72,7 @@ def softmax_arguments(call: AttentionCall) -> dict[str, object]:
 
 def window_arguments(call: AttentionCall) -> dict[str, int]:
     """Both sides of the band."""
-    window_left, window_right = call.window
+    window_left, window_right = call.banded_window
     return {"window_left": window_left, "window_right": window_right}
 
 

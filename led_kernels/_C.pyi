@@ -1,0 +1,126 @@
+"""The types of what csrc/bindings.cpp binds: kernels, and the parameters that they take.
+
+The functions that begin with ``cuda_`` are there only in builds with CUDA.
+"""
+
+from collections.abc import Sequence
+from typing import ClassVar, TypeAlias, type_check_only
+
+_Memory: TypeAlias = tuple[int, int]  # address, bytes
+_Rows: TypeAlias = tuple[int, int, int, int, int]  # address; batch, row and head stride in elements; bytes
+_Lse: TypeAlias = tuple[int, int, int, int]  # address; batch and head stride in elements; bytes
+
+class Misaligned(ValueError): ...
+
+class DType:
+    float32: ClassVar[DType]
+    float64: ClassVar[DType]
+    float16: ClassVar[DType]
+    bfloat16: ClassVar[DType]
+
+@type_check_only
+class _Params:
+    dtype: DType
+    batch: int
+    max_seqlen: int
+    heads: int
+    head_dim: int
+    softmax_scale: float
+    num_threads: int
+    def set_q(self, x: _Rows, /) -> None: ...
+    def set_k(self, x: _Rows, /) -> None: ...
+    def set_v(self, x: _Rows, /) -> None: ...
+    def set_out(self, x: _Rows, /) -> None: ...
+
+class AttentionParams(_Params):
+    window_left: int
+    window_right: int
+    dropout_p: float
+    dropout_seed: int
+    device: int
+    stream: int
+    def set_mask(
+        self,
+        seq_start: _Memory,
+        seq_len: _Memory,
+        token_kind: _Memory,
+        padding_before: _Memory,
+        global_index: _Memory,
+        num_globals: _Memory,
+        rows: int,
+        max_globals: int,
+        packed: bool,
+        /,
+    ) -> None: ...
+    def set_lse(self, x: _Lse, /) -> None: ...
+    def set_d_out(self, x: _Rows, /) -> None: ...
+    def set_d_lse(self, x: _Lse, /) -> None: ...
+    def set_dq(self, x: _Rows, /) -> None: ...
+    def set_dk(self, x: _Rows, /) -> None: ...
+    def set_dv(self, x: _Rows, /) -> None: ...
+    def set_device_seed(self, x: _Memory, /) -> None: ...
+    def set_workspace(self, x: _Memory, /) -> None: ...
+
+class DecodeParams(_Params):
+    queries: int
+    def set_visible(self, x: _Memory, batch_stride: int, query_stride: int, /) -> None: ...
+
+class Recording:
+    def __enter__(self) -> None: ...
+    def __exit__(self, *args: object) -> None: ...
+    @property
+    def is_current(self) -> bool: ...
+    def replay(self) -> None: ...
+
+def cpu_isas() -> list[str]: ...
+def cpu_banded_forward(call: AttentionParams, isa: str, /) -> None: ...
+def cpu_banded_backward(call: AttentionParams, isa: str, /) -> None: ...
+def cpu_global_forward(call: AttentionParams, isa: str, /) -> None: ...
+def cpu_global_backward(call: AttentionParams, isa: str, /) -> None: ...
+def cpu_decode_attention(call: DecodeParams, isa: str, /) -> None: ...
+def cpu_few_rows_linear(
+    dtype: DType,
+    sizes: Sequence[int],
+    x: _Memory,
+    weight: _Memory,
+    weight_stride: int,
+    bias: _Memory,
+    y: _Memory,
+    gelu: bool,
+    num_threads: int,
+    isa: str,
+    /,
+) -> None: ...
+def cpu_few_rows_add_norm(
+    dtype: DType,
+    rows: int,
+    features: int,
+    residual: _Memory,
+    block: _Memory,
+    weight: _Memory,
+    bias: _Memory,
+    y: _Memory,
+    eps: float,
+    isa: str,
+    /,
+) -> None: ...
+def cpu_write_rows(
+    dtype: DType,
+    sizes: Sequence[int],
+    capacity: int,
+    position: _Memory,
+    source: _Rows,
+    target: _Rows,
+    isa: str,
+    /,
+) -> None: ...
+def cuda_banded_forward(call: AttentionParams, /) -> None: ...
+def cuda_banded_forward_workspace(call: AttentionParams, /) -> int: ...
+def cuda_banded_backward(call: AttentionParams, /) -> None: ...
+def cuda_banded_backward_workspace(call: AttentionParams, /) -> int: ...
+def cuda_global_forward(call: AttentionParams, /) -> None: ...
+def cuda_global_forward_workspace(call: AttentionParams, /) -> int: ...
+def cuda_global_backward(call: AttentionParams, /) -> None: ...
+def cuda_global_backward_workspace(call: AttentionParams, /) -> int: ...
+def cuda_architectures() -> tuple[list[int], int]: ...
+def cuda_device_type() -> str: ...
