@@ -228,9 +228,10 @@ void define_attention_params(py::module_& m) {
   using Request = AttentionRequest;
   using Bytes = led::Bytes;
   auto type = define_request<Request>(m, "AttentionParams");
-  type.def("set_mask", [](Request& request, const Memory& seq_start, const Memory& seq_len,
-                          const Memory& token_kind, const Memory& padding_before, const Memory& global_index,
-                          const Memory& num_globals, int64_t rows, int64_t max_globals, bool packed) {
+  type.def("set_mask", [](Request& request, const std::array<Memory, 6>& tensors, int64_t rows,
+                          int64_t max_globals, bool packed) {
+    // in the order of Python's MaskTensors
+    const auto& [seq_start, seq_len, token_kind, padding_before, global_index, num_globals] = tensors;
     request.call.mask = {pointer<int32_t>(seq_start),
                          pointer<int32_t>(seq_len),
                          pointer<uint8_t>(token_kind),

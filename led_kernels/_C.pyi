@@ -39,19 +39,7 @@ class AttentionParams(_Params):
     dropout_seed: int
     device: int
     stream: int
-    def set_mask(
-        self,
-        seq_start: _Memory,
-        seq_len: _Memory,
-        token_kind: _Memory,
-        padding_before: _Memory,
-        global_index: _Memory,
-        num_globals: _Memory,
-        rows: int,
-        max_globals: int,
-        packed: bool,
-        /,
-    ) -> None: ...
+    def set_mask(self, tensors: Sequence[_Memory], rows: int, max_globals: int, packed: bool, /) -> None: ...
     def set_lse(self, x: _Lse, /) -> None: ...
     def set_d_out(self, x: _Rows, /) -> None: ...
     def set_d_lse(self, x: _Lse, /) -> None: ...

@@ -61,7 +61,7 @@ def banded_attention(
     return_lse: bool = False,
     backend: str | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Sliding-window attention of the local tokens, which also see every global token.
+    """Computes sliding-window attention of the local tokens, which also see every global token.
 
     Equivalent to dense softmax attention with ``allowed[i, j] = valid(j) and (i - left <= j <= i + right or
     is_global(j))``, where padding rows and global rows give zeros (a global token's own row comes from
@@ -134,7 +134,7 @@ def global_attention(
     return_lse: bool = False,
     backend: str | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Attention of the global tokens over every token of their sequence that is not padding.
+    """Computes attention of the global tokens over every token of their sequence that is not padding.
 
     Args:
         q_global: ``[batch, max_globals, heads, head_dim]`` in the order of ``mask.global_index``; unused slots are
@@ -180,12 +180,12 @@ def longformer_attention(
     dropout_p: float = 0.0,
     backend: str | None = None,
 ) -> Tensor:
-    """Longformer self-attention: banded attention for local tokens, global attention for global ones, merged.
+    """Computes Longformer self-attention: banded for local tokens, global for global ones, in one result.
 
     Args:
         q, k, v, q_global, k_global, v_global: ``[batch, seqlen, heads, head_dim]``, or ``[total_rows, heads,
             head_dim]`` with a packed mask; here ``q_global`` has a row for every token, of which the global ones count.
-        others: as in :func:`banded_attention`.
+        mask, window_size, softmax_scale, dropout_p, backend: as in :func:`banded_attention`.
 
     Returns:
         out, like q; zeros on padding rows.

@@ -64,7 +64,7 @@ def choose_backend(device: torch.device, dtype: torch.dtype, backend: str | None
 
 # What torch.compiler.assume_constant_result does, without its import of torch._dynamo, which takes as long as torch's
 # own: torch.compile would trace into the import of the extension.
-vars(choose_backend)["_dynamo_marked_constant"] = True
+choose_backend._dynamo_marked_constant = True  # pyrefly: ignore[missing-attribute]
 
 
 def missing_kernels(device_type: str) -> str | None:

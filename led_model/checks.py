@@ -21,6 +21,14 @@ class TokenTables(Protocol):
     embed_positions: nn.Embedding
 
 
+class LayerStack(TokenTables, Protocol):
+    """A stack whose layers matter, too."""
+
+    @property
+    def layers(self) -> nn.ModuleList:
+        """Returns the layers, from the first to the last."""
+
+
 def check_inputs(
     ids_name: str,
     ids: Tensor | None,

@@ -24,7 +24,7 @@ from led_model.schema import (
     one_of,
 )
 
-# Names that transformers accepts for the same setting (LEDConfig.attribute_map).
+# transformers accepts these names for the same settings (LEDConfig.attribute_map).
 _ALIASES = {
     "hidden_size": "d_model",
     "num_attention_heads": "encoder_attention_heads",

@@ -178,7 +178,7 @@ class AddNorm {
 inline void write_rows(const WriteRowsParams& p) {
   for (int64_t i = 0; i < p.rows; ++i) {
     if (p.position[i] < 0 || p.position[i] >= p.capacity)
-      throw std::out_of_range("position is not one of the cache's slots; give a longer cache.");
+      throw std::out_of_range("position lies outside of the cache's capacity; give a longer cache.");
   }
   const size_t bytes = static_cast<size_t>(p.head_dim * bytes_of(p.dtype));
   for (int64_t batch = 0; batch < p.batch; ++batch) {

@@ -133,7 +133,8 @@ __device__ __forceinline__ void accumulate_dq_tiles(typename P::Result& dq, cons
   using Shared = SharedTiles<P, 2>;
   const bool has_padding = seq.has_padding(tiles.start, tiles.stop);
   if (has_padding) tiles.mask_all();
-  load_row_tiles<P, Shared>(in.q, queries.d_out, row_start, row_stop);
+  P::template load<P::kRows, true>(Shared::rows(0), in.q, row_start, row_stop);
+  P::template load<P::kRows, true>(Shared::rows(1), queries.d_out, row_start, row_stop);
   typename P::Rows q_rows, d_out_rows;
   for_each_tile<P::kStages>(
       tiles,

@@ -63,7 +63,7 @@ __global__ void __launch_bounds__(P::kThreads, 1) banded_dkdv_kernel(const Argum
   if (row_start < seq.length) {  // behind that there is only padding
     const Inputs in(call, seq, seq.first_row);
     const QueryRows queries(a, seq, seq.first_row);
-    load_row_tiles<P, SharedTiles<P, 2>>(in.k, in.v, row_start, seq.length);
+    load_key_rows<P, SharedTiles<P, 2>>(call, seq, row_start);
     const Band band{static_cast<int>(call.window.right), static_cast<int>(call.window.left), seq.length};
     const RowBands<P::kRowsPerLane> bands(band, key);
     TileWalk<kBlockM> tiles(band, row_start, kBlockN, 0);

@@ -98,12 +98,11 @@ __device__ __forceinline__ void attend(OnlineSoftmax<P>& softmax, const typename
 
 // The rows row_start ... row_stop - 1 of q attend to all keys that the block visits. keep(tile) gives
 // dropout's bits.
-template <class P, class Keep>
+template <class P, bool kMayDrop, class Keep>
 __device__ __forceinline__ void attend_tiles(OnlineSoftmax<P>& softmax, const Arguments& a,
                                              const Sequence& seq, const Inputs& in, int row_start,
-                                             int row_stop, TileWalk<P::kColumns> tiles,
-                                             const RowBands<P::kRowsPerLane>& bands, bool has_dropout,
-                                             Keep keep) {
+                                             int row_stop, const RowBands<P::kRowsPerLane>& bands,
+                                             TileWalk<P::kColumns> tiles, Keep keep) {
   using Shared = SharedTiles<P, 1>;
   const bool has_padding = seq.has_padding(tiles.start, tiles.stop);
   if (has_padding) tiles.mask_all();
@@ -122,7 +121,7 @@ __device__ __forceinline__ void attend_tiles(OnlineSoftmax<P>& softmax, const Ar
             [&](typename P::Scores& scores) {
               if constexpr (decltype(is_masked)::value) mask_scores(scores, tile, bands, seq, has_padding);
             },
-            has_dropout, [&] { return keep(tile); });
+            kMayDrop && a.has_dropout(), [&] { return keep(tile); });
       });
 }
 

@@ -59,9 +59,11 @@ __global__ void __launch_bounds__(P::kThreads, 1) global_dkdv_kernel(const Argum
   dv.clear();
   if (row_start < seq.length && seq.num_globals > 0) {  // behind length there is only padding
     const Inputs in(call, seq, 0);
-    load_row_tiles<P, SharedTiles<P, 2>>(in.k, in.v, row_start, seq.length);
+    const QueryRows queries(a, seq, 0);
+    const TileWalk<kBlockM> tiles(0, seq.num_globals);
+    load_key_rows<P, SharedTiles<P, 2>>(call, seq, row_start);
     accumulate_dkdv_tiles<P>(
-        dk, dv, a, seq, in, QueryRows(a, seq, 0), TileWalk<kBlockM>(0, seq.num_globals), false,
+        dk, dv, a, seq, in, queries, tiles, false,
         [](typename P::Scores&, const Tile&) {},  // lse is inf where there is no query
         [&](const Tile& tile) {
           return Dropout(a, seq, kGlobalStream).of_queries<kBlockM, P::kRowsPerLane>(warp_start, [&](int i) {

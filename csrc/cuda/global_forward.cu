@@ -18,11 +18,11 @@ __global__ void __launch_bounds__(P::kThreads, 1) global_forward_kernel(const Ar
 
   const Inputs in(call, seq, 0);
   OnlineSoftmax<P> softmax;
-  attend_tiles<P>(softmax, a, seq, in, block.slot_start, seq.num_globals, block.tiles(), block.bands(),
-                  a.has_dropout(), [&](const Tile& tile) {
-                    const Dropout dropout(a, seq, kGlobalStream);
-                    return dropout.of_keys<P::kColumns, P::kRowsPerLane>(tile.start, query);
-                  });
+  attend_tiles<P, true>(softmax, a, seq, in, block.slot_start, seq.num_globals, block.bands(), block.tiles(),
+                        [&](const Tile& tile) {
+                          const Dropout dropout(a, seq, kGlobalStream);
+                          return dropout.of_keys<P::kColumns, P::kRowsPerLane>(tile.start, query);
+                        });
 
   softmax.finish();
   const int head_dim = static_cast<int>(call.head_dim);

@@ -24,12 +24,13 @@ struct SharedTiles {
   }
 };
 
-// Starts to load the rows start ... stop - 1 of two tensors as the block's tiles of rows, zeros from `stop`
-// on.
+// Starts to load the keys and values from row_start on as the block's tiles of rows.
 template <class P, class Shared>
-__device__ __forceinline__ void load_row_tiles(const Source& x0, const Source& x1, int start, int stop) {
-  P::template load<P::kRows, true>(Shared::rows(0), x0, start, stop);
-  P::template load<P::kRows, true>(Shared::rows(1), x1, start, stop);
+__device__ __forceinline__ void load_key_rows(const AttentionCall& call, const Sequence& seq, int row_start) {
+  P::template load<P::kRows, true>(Shared::rows(0), seq.source(call.k, call, seq.first_row), row_start,
+                                   seq.length);
+  P::template load<P::kRows, true>(Shared::rows(1), seq.source(call.v, call, seq.first_row), row_start,
+                                   seq.length);
 }
 
 // Loads a tile of keys and their values into the stage, with zeros from `stop` on, and in place of padding if

@@ -28,7 +28,7 @@ class TileWalk {
   // Visits num_globals global keys, then the band that `num_rows` rows from row_start on see.
   __device__ __forceinline__ TileWalk(const Band& band, int row_start, int num_rows, int num_globals) {
     num_global_ = ceil_div(num_globals);
-    start = max(row_start - band.before, 0) & ~3;  // dropout draws for four neighbouring keys at once
+    start = max(row_start - band.before, 0) & ~3;  // dropout draws for four neighboring keys at once
     stop = min(row_start + num_rows + band.after, band.num_columns);
     num_tiles_ = ceil_div(max(stop - start, 0));
     num_left_ = min(ceil_div(max(row_start + num_rows - 1 - band.before - start, 0)), num_tiles_);

@@ -47,17 +47,8 @@ def attention_params(call: AttentionCall) -> _C.AttentionParams:
         params.window_left, params.window_right = call.window
     params.softmax_scale = call.softmax_scale
     params.dropout_p = call.dropout_p
-    params.set_mask(
-        memory(mask.seq_start),
-        memory(mask.seq_len),
-        memory(mask.token_kind),
-        memory(mask.padding_before),
-        memory(mask.global_index),
-        memory(mask.num_globals),
-        mask.token_kind.shape[-1],
-        mask.max_globals,
-        mask.is_packed,
-    )
+    tensors = [memory(x) for x in mask.tensors()]
+    params.set_mask(tensors, mask.token_kind.shape[-1], mask.max_globals, mask.is_packed)
     params.set_q(_rows(q))
     params.set_k(_rows(call.k))
     params.set_v(_rows(call.v))

@@ -96,7 +96,24 @@ def takes_arguments_of(
                     )
             return forward(self, **named)
 
-        vars(called)["__signature__"] = stock
+        called.__signature__ = stock  # pyrefly: ignore[missing-attribute]
+        return called
+
+    return decorate
+
+
+def takes_names_of(stock_forward: Callable) -> Callable[[Callable], Callable]:
+    """Decorates a forward so that its arguments, which stand in the order of ``stock_forward``, have its names."""
+    stock = inspect.signature(stock_forward)
+
+    def decorate(forward: Callable) -> Callable:
+        own = dict(zip(stock.parameters, inspect.signature(forward).parameters, strict=True))
+
+        @functools.wraps(forward)
+        def called(self, *args, **kwargs):
+            return forward(self, *args, **{own.get(name, name): value for name, value in kwargs.items()})
+
+        called.__signature__ = stock  # pyrefly: ignore[missing-attribute]
         return called
 
     return decorate

@@ -32,6 +32,7 @@ from led_kernels.hf.compat import (
     new_cache,
     num_keys,
     takes_arguments_of,
+    takes_names_of,
 )
 from led_kernels.hf.shared import FusedLayer, Options
 
@@ -155,8 +156,9 @@ class FusedLEDLearnedPositionalEmbedding(LEDLearnedPositionalEmbedding):
 
     led_kernels_options = Options()
 
-    def forward(self, input_ids_shape: torch.Size, cache_length: int | Tensor = 0) -> Tensor:
-        positions = torch.arange(input_ids_shape[1], device=self.weight.device) + cache_length
+    @takes_names_of(LEDLearnedPositionalEmbedding.forward)  # 5.24 renamed the number of past tokens
+    def forward(self, input_ids_shape: torch.Size, past_length: int | Tensor = 0) -> Tensor:
+        positions = torch.arange(input_ids_shape[1], device=self.weight.device) + past_length
         return nn.Embedding.forward(self, positions)
 
 

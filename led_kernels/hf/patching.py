@@ -161,7 +161,7 @@ def _then_apply(init: Callable, options: Options) -> Callable:
         apply_led_kernels(self, **options._asdict())
         _built_fused.add(self)
 
-    vars(__init__)["led_kernels_replaced"] = init
+    __init__.led_kernels_replaced = init  # pyrefly: ignore[missing-attribute]
     return __init__
 
 

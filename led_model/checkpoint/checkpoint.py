@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Generator, Iterable, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from safetensors.torch import save_file
@@ -18,6 +18,7 @@ from torch import Tensor
 from led_model.checkpoint.files import read_json
 from led_model.checkpoint.hub import Fetch, checkpoint_files
 from led_model.checkpoint.quantization import Quantize, quantizable_linears
+from led_model.checkpoint.stored_model import StoredModel
 from led_model.checkpoint.tensor_names import (
     ARCHITECTURE_OF,
     EMBEDDINGS,
@@ -34,10 +35,7 @@ from led_model.checkpoint.weights import read_tensors, required, tensor_names
 from led_model.config import LEDConfig
 from led_model.generation.generation_config import GenerationConfig
 
-if TYPE_CHECKING:
-    from led_model.checkpoint.pretrained import LEDPreTrainedModel
-
-Model = TypeVar("Model", bound="LEDPreTrainedModel")
+Model = TypeVar("Model", bound=StoredModel)
 
 
 def load_pretrained(
@@ -76,7 +74,7 @@ def load_pretrained(
     with _errors_about(f"the weights of {path_or_id}"):
         _copy_into(model.state_dict(), tensors)
         if quantize is not None:
-            while to_quantize:  # one by one, so that not all are there in full precision
+            while to_quantize:  # it is done one by one, so that not all are there in full precision
                 name, linear = to_quantize.popitem()
                 linear.to_empty(device=device)
                 _copy_into(linear.state_dict(prefix=f"{name}."), tensors)
@@ -174,11 +172,11 @@ def _most_common_dtype(tensors: Iterable[Tensor]) -> torch.dtype:
     return counts.most_common(1)[0][0]
 
 
-def save_pretrained(model: LEDPreTrainedModel, directory: Path) -> None:
+def save_pretrained(model: StoredModel, directory: Path) -> None:
     """Writes ``model``'s checkpoint; see ``LEDPreTrainedModel.save_pretrained``."""
     if model.is_quantized:
         raise ValueError(
-            "the model's weights are quantised and cannot be saved; save it before, and quantise on loading."
+            "the model's weights are quantized and cannot be saved; save it before, and quantize on loading."
         )
     config, prefix = model.config, model.base_prefix
     tensors = to_hf_state_dict(model.state_dict())

@@ -6,8 +6,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-SETTINGS_MIB, TOKENIZER_MIB = 4, 24  # the largest files; large multilingual tokenizers have 20 MiB
-_MAX_BRACKETS = 10**6  # in a JSON file: one for each merge, of which large tokenizers have 250,000
+SETTINGS_MIB, TOKENIZER_MIB = 4, 24  # no file is larger, those of large multilingual tokenizers have 20 MiB
+# A JSON file has no more: a tokenizer has one for each merge, of which large ones have 250,000.
+_MAX_BRACKETS = 10**6
 
 
 def read_bounded(path: Path, max_mib: int = SETTINGS_MIB) -> bytes:
@@ -41,7 +42,7 @@ def read_json(path: Path, max_mib: int = SETTINGS_MIB) -> dict[str, Any]:
         values = json.loads(content)
     except RecursionError:
         raise ValueError(f"{path} is not valid JSON (nested too deep); fetch it again.") from None
-    except ValueError as error:  # not JSON, not UTF-8, or a number of thousands of digits
+    except ValueError as error:  # it is not JSON or not UTF-8, or holds a number of thousands of digits
         raise ValueError(f"{path} is not valid JSON ({error}); fetch it again.") from None
     if not isinstance(values, dict):
         raise ValueError(f"{path} holds a {type(values).__name__}, not a JSON object; fetch it again.")

@@ -12,14 +12,15 @@ from typing import Any
 from led_kernels.extras import install_extra
 from led_model.schema import printable
 
-# Returns the path of a checkpoint's file by its name, None when there is no such file.
+# A function of this type returns the path of a checkpoint's file by its name, None when there is no such file.
 Fetch = Callable[[str], Path | None]
 
-HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "token")  # arguments of hf_hub_download
+# These are arguments of hf_hub_download.
+HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "token")
 
 # This holds why the hub could not be reached by this process: without a network it is tried once, not per file.
 _unreachable: list[str] = []
-_asked: list[bool] = []
+_asked: list[bool] = []  # it has an element once the hub has been tried
 
 
 def checkpoint_files(
@@ -58,7 +59,7 @@ def checkpoint_files(
             arguments["local_files_only"] = True
         try:
             return Path(hf_hub_download(str(path_or_id), name, **arguments))
-        except LocalEntryNotFoundError as error:  # no network and not in the cache
+        except LocalEntryNotFoundError as error:  # there is no network, and the file is not in the cache
             reason = _unreachable[0] if _unreachable else first_line(error)
             raise FileNotFoundError(
                 f"{path_or_id} is no directory, and {name} could not be fetched from the hub "

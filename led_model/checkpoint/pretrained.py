@@ -7,7 +7,7 @@ import inspect
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,27 +15,18 @@ from torch import Tensor, nn
 from led_model.checkpoint.checkpoint import Model, load_pretrained, save_pretrained
 from led_model.checkpoint.hub import HUB_OPTIONS
 from led_model.checkpoint.quantization import choose_quantizer
+from led_model.checkpoint.stored_model import StoredModel
 from led_model.checkpoint.weights import WEIGHT_DTYPES
 from led_model.checks import check_id_shape
 from led_model.config import LEDConfig
 from led_model.schema import check_names
 
-if TYPE_CHECKING:
-    from led_model.generation.generation_config import GenerationConfig
-    from led_model.modeling.model import LEDModel
 
-
-class LEDPreTrainedModel(nn.Module):
+class LEDPreTrainedModel(StoredModel):
     """A base of ``LEDModel`` and of the models with a head, whose ``led`` is an ``LEDModel``."""
 
-    base_prefix = "led."  # the encoder's and decoder's tensors have it in this class's checkpoints
-    is_quantized = False
-    led: LEDModel  # only the models with a head have it
-    generation_config: GenerationConfig  # only a model that generates has it
-
     def __init__(self, config: LEDConfig) -> None:
-        super().__init__()
-        self.config = config
+        super().__init__(config)
         self.register_load_state_dict_post_hook(_tie_again)  # assign=True makes a parameter for each name
 
     @classmethod
@@ -153,11 +144,6 @@ class LEDPreTrainedModel(nn.Module):
     def is_gradient_checkpointing(self) -> bool:
         """Returns whether the backward recomputes the encoder's layers."""
         return self.base_model.encoder.gradient_checkpointing
-
-    @property
-    def base_model(self) -> LEDModel:
-        """Returns the ``LEDModel`` that this model is or has."""
-        return self.led
 
     def tie_weights(self) -> None:
         """Makes encoder, decoder and head read the shared embedding again, after it was replaced."""

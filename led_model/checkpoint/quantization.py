@@ -6,17 +6,16 @@ Embeddings, norms, biases and heads keep their dtype, and so do the activations.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
 
 from led_kernels.extras import install_extra
+from led_model.checkpoint.stored_model import StoredModel
 
-if TYPE_CHECKING:
-    from led_model.checkpoint.pretrained import LEDPreTrainedModel
-
-# Takes a linear layer, whose weights are on the device that is to hold them, and returns the one that replaces it.
+# A function of this type takes a linear layer, whose weights are on the device that is to hold them, and returns the
+# layer that replaces it.
 Quantize = Callable[[nn.Linear], nn.Linear]
 
 
@@ -47,7 +46,7 @@ def choose_quantizer(
     if getattr(quantization_config, "llm_int8_skip_modules", None):
         raise ValueError(
             "quantization_config.llm_int8_skip_modules names modules to skip; leave it out, for all linear "
-            "layers of encoder and decoder are quantised."
+            "layers of encoder and decoder are quantized."
         )
     return _four_bits(
         quantization_config.bnb_4bit_quant_type,
@@ -57,7 +56,7 @@ def choose_quantizer(
     )
 
 
-def quantizable_linears(model: LEDPreTrainedModel) -> dict[str, nn.Linear]:
+def quantizable_linears(model: StoredModel) -> dict[str, nn.Linear]:
     """Returns the linear layers inside the encoder's and the decoder's layers, by name."""
     base = model.base_model
     inside = {

@@ -22,7 +22,7 @@ EMBEDDINGS = (
     "led.decoder.embed_tokens.weight",
     "lm_head.weight",
 )
-ARCHITECTURE_OF = {  # transformers' classes by the names of their heads
+ARCHITECTURE_OF = {  # these are transformers' classes by the names of their heads
     "qa_outputs": "LEDForQuestionAnswering",
     "classification_head": "LEDForSequenceClassification",
 }

@@ -16,8 +16,8 @@ from safetensors.torch import load_file
 
 from led_model.checkpoint.hub import first_line
 
-MAX_TENSORS = 20_000  # in a checkpoint; LED-large has 700
-_MAX_HEADER = 4 << 20  # bytes that list the tensors of a file; LED-large needs 100,000
+MAX_TENSORS = 20_000  # no checkpoint has more, LED-large has 700
+_MAX_HEADER = 4 << 20  # a file lists its tensors in no more bytes, LED-large in 100,000
 _END, _END_64, _LOCATOR = b"PK\5\6", b"PK\6\6", b"PK\6\7"
 
 
@@ -33,7 +33,7 @@ def read_file(path: Path) -> Any:
             return load_file(path)
         is_archive = _check_archive(path)
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # an error says what torch warns of
+            warnings.simplefilter("ignore")  # what torch warns of is said by an error here
             return torch.load(path, map_location="cpu", weights_only=True, mmap=is_archive)
 
 
@@ -51,7 +51,7 @@ def _reading(path: Path) -> Generator[None, None, None]:
     """Turns what reading a damaged file raises into a ValueError of one sentence."""
     try:
         yield
-    except pickle.UnpicklingError:  # its text is advice to trust the file
+    except pickle.UnpicklingError:  # torch's text advises to trust the file
         raise ValueError(
             f"{path} holds no readable weights: it is damaged, or a pickle of other things than tensors; fetch it "
             "again, or save the model's state_dict as safetensors."
@@ -86,7 +86,8 @@ def _check_archive(path: Path) -> bool:
         size = path.stat().st_size
         file.seek(max(size - 98, 0))
         last = file.read()
-    # The records at the end: that of large archives (56 bytes), where it is (20), and that of all archives (22).
+    # An archive ends in three records: the directory's of large archives (56 bytes), where that one is (20), and the
+    # directory's of all archives (22).
     large, locator, end = last[:-42], last[-42:-22], last[-22:]
     if end[:4] != _END:
         raise ValueError("its directory is missing")

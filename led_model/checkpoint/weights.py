@@ -22,8 +22,8 @@ WEIGHT_FILES = (
     "pytorch_model.bin.index.json",
 )
 WEIGHT_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
-_MAX_NAME = 255  # bytes of a file's name; file systems refuse longer ones by an error of their own
-_MAX_SHARING = 4  # tensors of the same numbers: there are four embeddings, which may be tied
+_MAX_NAME = 255  # a file's name has no more bytes; file systems refuse longer ones by an error of their own
+_MAX_SHARING = 4  # how many tensors may share their numbers: the four embeddings, when they are tied
 _INDEX_RULES = {"weight_map": mapping_of(STRING, STRING, "shards by tensor names")}
 
 

@@ -85,12 +85,12 @@ class _Run:
     args: Namespace
     results: ResultFile | None
     sources: list[Source | Joined]
-    problems: list[str]  # inputs that name no document
+    problems: list[str]  # a sentence on each input that names no document
     failed: int = 0
-    made: int = 0  # results
-    earlier: int = 0  # results made by an earlier run
+    made: int = 0  # results that this run has made
+    earlier: int = 0  # results that an earlier run had made
     renamed: int = 0  # those of them whose documents had another name or id
-    total: int | None = field(init=False)  # documents; None while their number is unknown
+    total: int | None = field(init=False)  # the number of documents, None while it is unknown
     size: int = field(
         init=False
     )  # bytes of the documents with and still without a result, the length of the bar

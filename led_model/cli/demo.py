@@ -50,7 +50,8 @@ class Measurement:
     seconds: float
     peak: int | None
     output: np.ndarray  # [tokens, d_model]
-    decode_seconds: float | None = None  # for all new tokens but the first, which waits for the cross keys
+    # All new tokens but the first took so long; that one waits for the cross keys.
+    decode_seconds: float | None = None
 
 
 def run_demo(settings: DemoSettings) -> None:

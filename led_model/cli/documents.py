@@ -21,13 +21,15 @@ from typing import BinaryIO
 from led_model.cli.pipe import NoWriter, Pipe
 
 BETWEEN_PARTS = "\n\n"
-MAX_BYTES = 2**25  # of a document: it may be a hundred books, of which Python and the tokenizer hold copies
-_MAX_COUNTED = 100_000  # lines; a longer file is read without having been counted
-_MAX_SKIPPED = 4 * MAX_BYTES  # of a line that is too long; beyond, the next line is not looked for
+# A document has no more: that is a hundred books, of which Python and the tokenizer hold copies.
+MAX_BYTES = 2**25
+_MAX_COUNTED = 100_000  # a file of more lines is read without having been counted
+# After as many bytes of a line that is too long, the next line is not looked for.
+_MAX_SKIPPED = 4 * MAX_BYTES
 # After so many lines without a document, one after another, a file is taken for one of something else.
 _MAX_FAULTS_FIRST, _MAX_FAULTS, _MAX_BLANKS = 20, 100, 10_000
 
-# The first bytes of files that are no text, and what makes text of them.
+# These are the first bytes of files that are no text, with what such a file is and what makes text of it.
 _OTHER_FORMATS = {
     b"%PDF": "is a PDF; run pdftotext on it",
     b"PK\x03\x04": "is an archive or an office document; unpack it, or save it as text",
@@ -41,7 +43,7 @@ _REMEDIES: dict[type[OSError], str] = {
     FileNotFoundError: "it is there no more",
 }
 
-# Encodings by byte order mark, UTF-32 first, as its mark begins like that of UTF-16.
+# These are encodings by their byte order mark. UTF-32 comes first, as its mark begins like that of UTF-16.
 _ENCODINGS = {
     codecs.BOM_UTF32_LE: "utf-32",
     codecs.BOM_UTF32_BE: "utf-32",

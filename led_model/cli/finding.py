@@ -12,7 +12,8 @@ from led_model.cli.documents import Source
 SUFFIXES = (".txt", ".md", ".jsonl")
 _ANY_DEPTH = "**"
 
-Identity = tuple[int, int] | str  # device and inode of a file whatever its name, or the path of a missing one
+# A file has its device and inode, whatever its name, and what is missing its path.
+Identity = tuple[int, int] | str
 
 
 def find_sources(

@@ -41,7 +41,8 @@ def made_by(args: Namespace) -> dict[str, Any]:
         name: getattr(args, name, None) for name in ("long", "global_tokens", "dtype", *GENERATION_FLAGS)
     }
     flags |= {name: True for name in ("load_in_4bit", "load_in_8bit") if getattr(args, name)}
-    if getattr(args, "seed", None) is not None:  # then the batch decides what is drawn
+    # What is drawn for a document depends on the others of its batch.
+    if getattr(args, "seed", None) is not None:
         flags["batch_size"] = args.batch_size
     given = {f"--{name.replace('_', '-')}": value for name, value in flags.items() if value is not None}
     weights = fingerprint(args.model, args.revision)
@@ -51,7 +52,7 @@ def made_by(args: Namespace) -> dict[str, Any]:
 def load_task(args: Namespace) -> Task:
     """Returns the task of ``args.command``, with its model and tokenizer."""
     tokenizer = LEDTokenizer.from_pretrained(args.model, revision=args.revision)
-    if sys.stderr.isatty():  # somebody waits
+    if sys.stderr.isatty():  # somebody sits there and waits
         log(f"loading {args.model} …")
     where = {
         "dtype": DTYPES.get(args.dtype),

@@ -17,7 +17,7 @@ from led_model.tokenization.tokenizer import LEDTokenizer
 
 _WINDOW = 2**18  # characters that are encoded at once
 
-# Patterns after whose matches a text is cut, the best places first.
+# A text is cut after the matches of these patterns, of which the first finds the best places.
 _BOUNDARIES = [re.compile(p) for p in (r"\n\s*\n", r"[.!?][\"'”’)\]]*\s+", r"\n\s*", r"\s+")]
 
 
@@ -37,7 +37,7 @@ class Piece:
     num_globals: int
     index: int
     count: int
-    tokens: int  # in the document, as far as it was read
+    tokens: int  # how many the document has, as far as it was read
     is_truncated: bool
 
     @property
@@ -69,7 +69,7 @@ class Reader:
     long: str = "error"
     global_tokens: int = 1
     question: str | None = None
-    bound_by: str = ""  # a clause for messages on what sets the limit
+    bound_by: str = ""  # what sets the limit, a clause of messages
 
     def __post_init__(self) -> None:
         bos, eos = self.tokenizer.cls_token_id, self.tokenizer.sep_token_id
@@ -164,7 +164,7 @@ class Reader:
         """
         separator = self.tokenizer.doc_sep_token_id
         parts = document.parts if separator is not None and document.parts else (document.text,)
-        first = 0  # character of the part in the whole text
+        first = 0  # the index in the whole text of the part's first character
         for part in parts:
             if first and separator is not None:
                 yield [separator], np.array([[first - len(BETWEEN_PARTS), first]], np.int32), False

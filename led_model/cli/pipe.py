@@ -7,7 +7,7 @@ import os
 import select
 from typing import Any
 
-_WAIT_MILLISECONDS = 3000  # for a writer to come
+_WAIT_MILLISECONDS = 3000  # how long a reader waits for a writer
 
 
 class NoWriter(Exception):
@@ -24,7 +24,8 @@ class Pipe(io.FileIO):
     _is_new = True
 
     def __init__(self, path: str) -> None:
-        super().__init__(os.open(path, os.O_RDONLY | os.O_NONBLOCK))  # blocking, this would wait for a writer
+        # A blocking open would wait for a writer.
+        super().__init__(os.open(path, os.O_RDONLY | os.O_NONBLOCK))
 
     def readinto(self, buffer: Any) -> int | None:
         if self._is_new:
@@ -32,7 +33,7 @@ class Pipe(io.FileIO):
             poll = select.poll()
             poll.register(self.fileno(), select.POLLIN)
             is_written = bool(poll.poll(_WAIT_MILLISECONDS))
-            count = super().readinto(buffer)  # None: there is a writer who has not written yet
+            count = super().readinto(buffer)  # it is None if there is a writer who has not written yet
             if count == 0 and not is_written:
                 raise NoWriter
             os.set_blocking(self.fileno(), True)

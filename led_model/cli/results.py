@@ -24,7 +24,7 @@ except ImportError:  # on Windows nothing keeps two runs from one output
     fcntl = None
 
 _BEGINNINGS = [b'{"led": "%b", "id": ' % command for command in (b"summarize", b"answer", b"classify")]
-_MAX_LINE = 2**24  # bytes; a record holds no text of its document
+_MAX_LINE = 2**24  # a record is shorter than so many bytes, as it holds no text of its document
 _NOT_COMPARED = ("model",)  # a model may be spelled in several ways, and its fingerprint identifies it
 
 
@@ -54,9 +54,11 @@ class ResultFile:
         self.made_by = made_by
         self.question = question
         self.count = 0  # results in the file that count
-        self._places: dict[str, list[tuple[int, int]]] = defaultdict(list)  # by the key of their document
-        self._hash_of: dict[tuple[str, str], str] = {}  # by source and id
-        self._keep: int | None = 0 if overwrite else None  # bytes to keep at the first result; None: all
+        # This says where the results of a document begin and how long they are, by the document's key.
+        self._places: dict[str, list[tuple[int, int]]] = defaultdict(list)
+        self._hash_of: dict[tuple[str, str], str] = {}  # it gives documents' keys by their source and id
+        # The first result leaves so many bytes of the file; with None it leaves all.
+        self._keep: int | None = 0 if overwrite else None
         self._needs_newline = False
         self._is_new = not os.path.exists(path)
         self._real_path = _checked(path, self._is_new)
@@ -70,7 +72,8 @@ class ResultFile:
                     f"--output {path} is the file that this command prints into, too; redirect it to another."
                 )
             self._lock()
-            self._size = os.fstat(self._file.fileno()).st_size  # what the file must have until the next write
+            # The file must have this size until the next write.
+            self._size = os.fstat(self._file.fileno()).st_size
             self._read_earlier(counts=not overwrite)
         except BaseException:
             self._close()

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from led_model.tokenization.tokenizer import LEDTokenizer
 
-_UNFINISHED = "\N{REPLACEMENT CHARACTER}"  # what the first bytes of a character are decoded to
+_UNFINISHED = "\N{REPLACEMENT CHARACTER}"  # the first bytes of a character alone are decoded to it
 
 
 class TextStreamer:

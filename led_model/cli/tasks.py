@@ -92,7 +92,9 @@ class Task(ABC, Generic[Model]):
 
     def read(self, inputs: BatchEncoding) -> AbstractContextManager[None]:
         """Draws a progress bar over the encoder's layers within the block."""
-        return layer_progress(self.model.led.encoder.layers, f"reading {inputs.input_ids.numel():,} tokens")
+        return layer_progress(
+            self.model.base_model.encoder.layers, f"reading {inputs.input_ids.numel():,} tokens"
+        )
 
     @abstractmethod
     def _run(self, pieces: Sequence[Piece], inputs: BatchEncoding) -> list[Result]:
@@ -179,7 +181,7 @@ def check_weights(model: nn.Module) -> None:
     for name, weight in chain(model.named_parameters(), model.named_buffers()):
         four_bits = getattr(weight, "quant_state", None)
         values = weight.data if four_bits is None else four_bits.absmax  # the largest magnitude of each block
-        if type(values) is not Tensor:  # torchao's int8 weights
+        if type(values) is not Tensor:  # torchao's int8 weights are tensors of a class of their own
             values = values.dequantize()
         # A bias of -inf forbids a token.
         forbids = values.isneginf() if name == "final_logits_bias" else False

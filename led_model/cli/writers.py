@@ -24,7 +24,7 @@ SAMPLING_FLAGS = ("temperature", "top_k", "top_p", "seed")
 
 
 class _Writer(Task[LEDForConditionalGeneration]):
-    """Writes the entry ``field`` of a result.
+    """Writes a text, which becomes the entry ``field`` of a line of the output.
 
     With ``compares`` each of a document's pieces gets a ``score``, by which the best is chosen.
     """
@@ -64,14 +64,16 @@ class _Writer(Task[LEDForConditionalGeneration]):
         no_bar = True if by_token else no_bars()
         with tqdm(total=self.limit, desc="writing", unit="token", leave=False, disable=no_bar) as bar:
             on_token = None if bar.disable else lambda _: bar.update()
-            sequences = model.generate(
+            tokens = model.generate(
                 inputs.input_ids,
                 inputs.attention_mask,
                 encoder_hidden_states=encoder_hidden_states,
                 on_token=on_token,
                 streamer=streamer if by_token else None,
                 **self.settings,
-            ).tolist()
+            )
+            assert isinstance(tokens, Tensor)  # which is what generate returns unless asked for scores
+            sequences = tokens.tolist()
         written = time.perf_counter()
         pad = self.reader.tokenizer.pad_token_id
         self.work.read_seconds += read - start

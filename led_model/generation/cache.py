@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor
 
 from led_kernels.gemv import write_rows
+from led_model.checks import LayerStack
 from led_model.config import LEDConfig
 from led_model.precision import autocast_dtype
 from led_model.schema import check_values, integer
-
-if TYPE_CHECKING:
-    from led_model.generation.model_protocol import Decoder
 
 _SIZES = {"batch": integer(0), "max_length": integer(1), "beams": integer(1)}
 
@@ -57,7 +53,7 @@ class StaticKVCache:
         """Returns at how many positions ``num_tokens`` tokens of a step stand."""
         return num_tokens
 
-    def check(self, hidden: Tensor, padding_mask: Tensor | None, decoder: Decoder) -> None:
+    def check(self, hidden: Tensor, padding_mask: Tensor | None, decoder: LayerStack) -> None:
         """Checks that the cache and the mask fit the ``decoder`` and its input ``hidden`` ``[batch, target, d_model]``.
 
         Raises:
@@ -88,7 +84,7 @@ class StaticKVCache:
             given = getattr(padding_mask, "shape", type(padding_mask).__name__)
             place = getattr(padding_mask, "device", "no device")
             raise ValueError(
-                f"attention_mask is {given} on {place}; give [batch, slots], here [{batch}, at most "
+                f"attention_mask is {given} on {place}; give [batch, positions], here [{batch}, at most "
                 f"{self.max_length}] on {device}."
             )
 
@@ -159,7 +155,7 @@ class BeamKVCache(StaticKVCache):
         """Returns 1, as the tokens of a step are those of the beams at one position."""
         return 1
 
-    def check(self, hidden: Tensor, padding_mask: Tensor | None, decoder: Decoder) -> None:
+    def check(self, hidden: Tensor, padding_mask: Tensor | None, decoder: LayerStack) -> None:
         super().check(hidden, padding_mask, decoder)
         if hidden.shape[1] != len(self.beams):
             raise ValueError(

@@ -24,10 +24,10 @@ class Part(Protocol):
 
 Parts = tuple[Part, ...]
 
-# The methods by which torch runs any module.
+# These are the methods by which torch runs any module.
 _CALL_METHODS = ("__call__", "_wrapped_call_impl", "_call_impl", "__getattr__", "forward")
 
-# Methods of the classes that a captured step consists of, as they were imported, by class and name.
+# This holds the methods of the classes that a captured step consists of, as they were imported, by class and name.
 _METHODS: dict[type[nn.Module], dict[str, Any]] = {}
 
 

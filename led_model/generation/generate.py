@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal, overload
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -36,46 +36,6 @@ class GenerateOutput:
 
     sequences: Tensor
     sequences_scores: Tensor | None = None
-
-
-@overload
-def generate(
-    model: GenerativeModel,
-    input_ids: Tensor,
-    attention_mask: Tensor | None = ...,
-    *,
-    global_attention_mask: Tensor | None = ...,
-    encoder_hidden_states: Tensor | None = ...,
-    decoder_input_ids: Tensor | None = ...,
-    decoder_attention_mask: Tensor | None = ...,
-    on_token: Callable[[Tensor], object] | None = ...,
-    streamer: Any | None = ...,
-    generation_config: Any | None = ...,
-    use_cache: bool = ...,
-    compiled: bool = ...,
-    return_dict_in_generate: Literal[False] = ...,
-    **settings: Any,
-) -> Tensor: ...
-
-
-@overload
-def generate(
-    model: GenerativeModel,
-    input_ids: Tensor,
-    attention_mask: Tensor | None = ...,
-    *,
-    global_attention_mask: Tensor | None = ...,
-    encoder_hidden_states: Tensor | None = ...,
-    decoder_input_ids: Tensor | None = ...,
-    decoder_attention_mask: Tensor | None = ...,
-    on_token: Callable[[Tensor], object] | None = ...,
-    streamer: Any | None = ...,
-    generation_config: Any | None = ...,
-    use_cache: bool = ...,
-    compiled: bool = ...,
-    return_dict_in_generate: Literal[True],
-    **settings: Any,
-) -> GenerateOutput: ...
 
 
 @torch.no_grad()

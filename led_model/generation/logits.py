@@ -17,7 +17,7 @@ from torch import Tensor
 
 from led_model.generation.generation_config import GenerationConfig
 
-_ANY, _NONE = -1, -2  # in the place of a token: one matches all tokens, the other none
+_ANY, _NONE = -1, -2  # they stand for a token: _ANY matches all tokens and _NONE matches none
 
 LogitsProcessor = Callable[[Tensor, Tensor], Tensor]
 """Takes the tokens so far, int64 ``[rows, length]``, and the scores; returns the new scores."""

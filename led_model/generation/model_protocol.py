@@ -8,19 +8,15 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from led_model.checks import TokenTables
+from led_model.checks import LayerStack, TokenTables
 from led_model.config import LEDConfig
 from led_model.generation.cache import StaticKVCache
 from led_model.generation.captured import Part
 from led_model.generation.generation_config import GenerationConfig
 
 
-class Decoder(TokenTables, Part, Protocol):
+class Decoder(LayerStack, Part, Protocol):
     """Runs the causal layers over keys and values of the encoder's output that are made once per document."""
-
-    @property
-    def layers(self) -> nn.ModuleList:
-        """Returns the layers, from the first to the last."""
 
     def __call__(
         self,

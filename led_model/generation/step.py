@@ -57,7 +57,7 @@ class DecoderStep:
                 torch._dynamo.mark_static_address(tensor)
         self.may_capture = device.type == "cpu" and not compiled
         self.captured: CapturedCalls | None = None
-        self.guards: ModuleGuards | None = None  # on the modules that the captured calls stand for
+        self.guards: ModuleGuards | None = None  # they watch the modules that the captured calls stand for
 
     def __call__(self, tokens: Tensor, step: int) -> Tensor:
         """Returns logits ``[batch * rows, vocab_size]`` after ``tokens [batch, rows]``, int64, at position ``step``."""
@@ -180,11 +180,11 @@ class Search:
     rows: int
     limit: int
     eos: Tensor
-    pad: int  # any number where no sequence ends early
+    pad: int  # it is never written where there is no eos token
     processors: list[LogitsProcessor]
     generator: torch.Generator | None
     on_token: Callable[[Tensor], object] | None
-    is_finite: Tensor | bool = True  # 0-dim: every step so far had a finite largest logit
+    is_finite: Tensor | bool = True  # 0-dim, true if every step so far had a finite largest logit
 
     @classmethod
     def prepare(
@@ -204,7 +204,7 @@ class Search:
         eos = torch.tensor(generation.eos_token_ids, dtype=torch.int64, device=device)
         pad = generation.pad_token_id
         if pad is None:
-            pad = next(iter(generation.eos_token_ids), 0)  # the first one, as transformers does
+            pad = next(iter(generation.eos_token_ids), 0)  # transformers takes the first one too
         rows = generation.num_beams if generation.num_beams > 1 else generation.num_return_sequences
         generator = None
         if generation.seed is not None:

@@ -3,17 +3,32 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from led_model.checks import check_binary, check_mask, describe, is_dense, is_inspectable, out_of_range
+from led_model.checks import (
+    TokenTables,
+    check_binary,
+    check_mask,
+    describe,
+    is_dense,
+    is_inspectable,
+    out_of_range,
+)
 from led_model.generation.cache import StaticKVCache
+from led_model.modeling.layers import DecoderLayer
+from led_model.modeling.module_list import ModuleList
 from led_model.precision import autocast_dtype
 
-if TYPE_CHECKING:
-    from led_model.modeling.decoder import LEDDecoder
+
+class DecoderStack(TokenTables, Protocol):
+    """What is known of the decoder here, which calls these checks."""
+
+    @property
+    def layers(self) -> ModuleList[DecoderLayer]:
+        """Returns the layers, from the first to the last."""
 
 
 def check_decoder_call(
@@ -23,7 +38,7 @@ def check_decoder_call(
     attention_mask: Any,
     cache: Any,
     position: Any,
-    stack: LEDDecoder,
+    stack: DecoderStack,
 ) -> None:
     """Checks the decoder's arguments against its embedded tokens ``hidden`` ``[batch, target, d_model]``.
 
@@ -77,7 +92,7 @@ def check_decoder_call(
             )
 
 
-def _check_cross_keys_values(pairs: Any, hidden: Tensor, stack: LEDDecoder) -> int | None:
+def _check_cross_keys_values(pairs: Any, hidden: Tensor, stack: DecoderStack) -> int | None:
     """Checks each layer's keys and values and returns for how many tokens of the encoder they are.
 
     It is ``None`` where there are no layers.

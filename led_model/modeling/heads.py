@@ -6,19 +6,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from led_model.checkpoint.pretrained import LEDPreTrainedModel
 from led_model.checks import check_id_shape, check_target_shape, check_targets
 from led_model.config import LEDConfig
-from led_model.modeling.model import LEDModel
+from led_model.modeling.model import LEDModelWithHead
 from led_model.modeling.outputs import Seq2SeqQuestionAnsweringModelOutput, Seq2SeqSequenceClassifierOutput
 
 
-class LEDForQuestionAnswering(LEDPreTrainedModel):
+class LEDForQuestionAnswering(LEDModelWithHead):
     """Finds where in the text an answer starts and ends, by two logits for every token of the decoder."""
 
     def __init__(self, config: LEDConfig) -> None:
         super().__init__(config)
-        self.led = LEDModel(config)
         self.qa_outputs = nn.Linear(config.d_model, 2)
         self.init_weights(self.qa_outputs)
 
@@ -66,7 +64,7 @@ class ClassificationHead(nn.Module):
         return self.out_proj(hidden)
 
 
-class LEDForSequenceClassification(LEDPreTrainedModel):
+class LEDForSequenceClassification(LEDModelWithHead):
     """Gives a text one label, several labels or numbers, which are read off the decoder at its last eos token.
 
     It computes what the class of this name in transformers 4 does.
@@ -74,7 +72,6 @@ class LEDForSequenceClassification(LEDPreTrainedModel):
 
     def __init__(self, config: LEDConfig) -> None:
         super().__init__(config)
-        self.led = LEDModel(config)
         self.classification_head = ClassificationHead(config)
         self.init_weights(self.classification_head)
 

@@ -140,7 +140,9 @@ class LEDModel(LEDPreTrainedModel):
         output = Seq2SeqModelOutput(
             last_hidden_state=decoder_states, encoder_last_hidden_state=encoder_states
         )
-        if encoder_record is None or decoder_record is None:  # no more was asked for
+        if (
+            encoder_record is None or decoder_record is None
+        ):  # neither hidden states nor attentions were asked for
             return output
         if output_hidden_states:
             output.encoder_hidden_states = (*encoder_record.hidden_states, encoder_states)
@@ -152,7 +154,20 @@ class LEDModel(LEDPreTrainedModel):
         return output
 
 
-class LEDForConditionalGeneration(LEDPreTrainedModel):
+class LEDModelWithHead(LEDPreTrainedModel):
+    """Is the base of the models with a head, and holds the model under the head as ``led``."""
+
+    def __init__(self, config: LEDConfig) -> None:
+        super().__init__(config)
+        self.led = LEDModel(config)
+
+    @property
+    def base_model(self) -> LEDModel:
+        """Returns the model under the head."""
+        return self.led
+
+
+class LEDForConditionalGeneration(LEDModelWithHead):
     """LED with a language-modeling head, which writes summaries, answers or translations.
 
     >>> model = LEDForConditionalGeneration.from_pretrained("allenai/led-base-16384")
@@ -164,7 +179,6 @@ class LEDForConditionalGeneration(LEDPreTrainedModel):
     def __init__(self, config: LEDConfig) -> None:
         super().__init__(config)
         self.generation_config = GenerationConfig.from_dict(vars(config))
-        self.led = LEDModel(config)
         self.lm_head = nn.Linear(config.d_model, config.vocab_size, bias=False)
         self.register_buffer("final_logits_bias", torch.zeros(1, config.vocab_size))
         self.init_weights(self.lm_head)

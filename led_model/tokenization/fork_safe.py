@@ -12,7 +12,8 @@ from weakref import WeakSet
 
 _locks: WeakSet[threading.RLock] = WeakSet()
 _held_for_fork: list[threading.RLock] = []
-_one_fork = threading.RLock()  # held while one forks, as two that take each other's locks would wait for ever
+# A thread holds it while it forks: two that take each other's locks would wait for ever.
+_one_fork = threading.RLock()
 
 
 def new_lock() -> threading.RLock:

@@ -206,11 +206,24 @@ def test_answer_does_not_depend_on_the_surroundings():
 @pytest.mark.parametrize(("theirs", "ours"), TABLES.values(), ids=TABLES.keys())
 def test_positions_of_arguments_are_those_of_the_release(theirs, ours):
     """Returns the arguments as a caller sees them, who may give any of them by position."""
-    assert_same = inspect.signature(ours.forward).parameters, inspect.signature(theirs.forward).parameters
-    own, stock = ([(p.name, p.kind) for p in parameters.values()] for parameters in assert_same)
-    if "past_length" not in dict(own):  # the positional embedding's own is given by position alone
-        assert own == stock
-    assert len(own) == len(stock)
+    own, stock = (
+        [(p.name, p.kind) for p in inspect.signature(each.forward).parameters.values()]
+        for each in (ours, theirs)
+    )
+    assert own == stock
+
+
+def test_past_tokens_by_position_and_by_the_name_of_the_release(stock):
+    """The positional embedding's second argument was renamed in 5.24."""
+    shape, past = torch.Size((2, 3)), 4
+    embedding = stock.get_decoder().embed_positions
+    name = list(inspect.signature(type(embedding).forward).parameters)[2]
+    expected = embedding(shape, past)
+    embedding = apply_led_kernels(stock).get_decoder().embed_positions
+    for given in (embedding(shape, past), embedding(shape, **{name: past})):
+        torch.testing.assert_close(given, expected, rtol=0, atol=0)
+    with pytest.raises(TypeError, match="unheard_of"):
+        embedding(shape, unheard_of=past)
 
 
 def test_every_position_arrives(stock):

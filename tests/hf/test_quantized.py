@@ -16,7 +16,7 @@ from led_kernels.testing import assert_within_error_bound
 from tests.hf.hf_cases import HFCase, led_model, longformer_model
 
 transformers = pytest.importorskip("transformers", minversion="4.56")  # from_pretrained(dtype=...)
-accelerate = pytest.importorskip("accelerate", reason="transformers needs accelerate to quantise")
+accelerate = pytest.importorskip("accelerate", reason="transformers needs accelerate to quantize")
 
 CASE = HFCase(globals_per_row=((0,), (0,)), padding=("none", "right"))
 

@@ -256,7 +256,7 @@ def extension_call(rng: random.Random) -> None:
     layout = [n, mask.max_globals, False]
     if rng.random() < 0.3:
         layout[rng.randrange(3)] = rng.choice([number, True])
-    params.set_mask(*map(memory, values), *layout)
+    params.set_mask([memory(x) for x in values], *layout)
     for name in ("q", "k", "v", "out", "d_out", "dq", "dk", "dv"):
         if rng.random() < 0.98:
             given = results if name in ("q", "out", "d_out", "dq") else x

@@ -138,7 +138,7 @@ def _weights() -> Iterator[tuple[str, Damage]]:
         "None": lambda t: None,
         "a list": lambda t: [1.0],
         "a parameter": torch.nn.Parameter,
-        "quantised": lambda t: torch.quantize_per_tensor(t, 0.1, 0, torch.qint8),
+        "quantized": lambda t: torch.quantize_per_tensor(t, 0.1, 0, torch.qint8),
     }
     names = [
         "led.shared.weight",

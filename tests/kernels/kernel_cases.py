@@ -19,7 +19,7 @@ GLOBALS = {
     "none": ((), ()),
     "first": ((0,), (0,)),
     "last": ((66,), (66,)),
-    "neighbours": ((31, 32, 33), (0, 1)),
+    "neighbors": ((31, 32, 33), (0, 1)),
     "counts-differ": ((0, 20, 40, 66), (5,)),
     "one-row-only": ((), (7, 50)),
     "seventeen": (tuple(range(0, 51, 3)), (2, 3)),

@@ -43,7 +43,7 @@ GLOBALS = {
     "first": ((0,), (0,)),
     "last": ((66,), (66,)),
     "middle": ((33,), (34,)),
-    "neighbours": ((31, 32, 33), (0, 1)),
+    "neighbors": ((31, 32, 33), (0, 1)),
     "unused-after-last": ((0, 1, 2), (66,)),
     "counts-differ": ((0, 20, 40, 66), (5,)),
     "one-row-only": ((), (7, 50)),

@@ -213,7 +213,7 @@ def test_wrappers_refuse_what_the_kernels_would_run_past(wrong):
 
 @torch.no_grad()
 def test_few_rows_under_tracing_are_torchs():
-    """A kernel that runs while a program is recorded would not be in it, and its result uninitialised when replayed."""
+    """A kernel that runs while a program is recorded would not be in it, and its result uninitialized when replayed."""
     linear, norm = nn.Linear(8, 8).requires_grad_(False), nn.LayerNorm(8).requires_grad_(False)
     x, other = torch.randn(2, 2, 8)
 

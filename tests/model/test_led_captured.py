@@ -109,7 +109,7 @@ def _in_place(model, other):
         parameter.copy_(new)
 
 
-def _optimiser(model, other):
+def _optimizer(model, other):
     for parameter, new in zip(model.parameters(), other.parameters(), strict=True):
         parameter.grad = parameter.detach() - new
     torch.optim.SGD(model.parameters(), lr=0.5).step()
@@ -228,7 +228,7 @@ def _function_mode(model, other):
 
 
 CHANGES = [
-    _assign, _data, _in_place, _optimiser, _layer, _decoder, _head, _lora, _hook, _global_hook, _forward,
+    _assign, _data, _in_place, _optimizer, _layer, _decoder, _head, _lora, _hook, _global_hook, _forward,
     _transposed, _transposed_in_place, _eps, _activation, _feed_forward, _run_layers, _logits, _class,
     _method_of_class, _autocast, _dispatch_mode, _function_mode,
 ]  # fmt: skip

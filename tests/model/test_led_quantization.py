@@ -122,7 +122,7 @@ def test_generates_what_its_weights_mean(checkpoint: Path, request_name: str, se
 def test_other_dtypes(
     checkpoint: Path, tmp_path: Path, request_name: str, dtype: torch.dtype, when: str
 ) -> None:
-    rounded = tmp_path / "rounded"  # before they are quantised, the weights are the same in both dtypes
+    rounded = tmp_path / "rounded"  # before they are quantized, the weights are the same in both dtypes
     LEDForConditionalGeneration.from_pretrained(checkpoint, dtype=dtype).save_pretrained(rounded)
     small = {request_name: True}
     exact = LEDForConditionalGeneration.from_pretrained(rounded, dtype=torch.float32, **small)
@@ -171,7 +171,7 @@ def test_weights_are_quantised_one_by_one(checkpoint: Path, request_name: str) -
 
 def test_saving_is_refused(checkpoint: Path, request_name: str, tmp_path: Path) -> None:
     model = LEDForConditionalGeneration.from_pretrained(checkpoint, **{request_name: True})
-    with pytest.raises(ValueError, match="quantised and cannot be saved"):
+    with pytest.raises(ValueError, match="quantized and cannot be saved"):
         model.save_pretrained(tmp_path / "again")
     assert not (tmp_path / "again").exists()
 
@@ -179,7 +179,7 @@ def test_saving_is_refused(checkpoint: Path, request_name: str, tmp_path: Path) 
 def test_four_bit_weights_are_those_of_transformers(tmp_path: Path) -> None:
     transformers = pytest.importorskip("transformers", minversion="4.56")
     pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
-    pytest.importorskip("accelerate", reason="transformers needs accelerate to quantise")
+    pytest.importorskip("accelerate", reason="transformers needs accelerate to quantize")
     saved(tmp_path)
     config = transformers.BitsAndBytesConfig(
         load_in_4bit=True, bnb_4bit_compute_dtype=torch.float32, bnb_4bit_quant_type="nf4"

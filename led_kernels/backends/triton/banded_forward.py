@@ -1,8 +1,8 @@
 """Banded attention, forward: one program per query tile, head and sequence.
 
-Global keys come first, gathered through ``global_index``; those inside a query's band are skipped, because the band
-keeps them. Of the band's tiles only those that a band edge or the sequence's end crosses are masked. Where a program's
-keys hold padding, all its tiles are masked.
+A program attends first to the global keys, gathered through ``global_index``; it skips those inside a query's band,
+because the band's tiles hold them. Of these only the tiles that a band edge or the sequence's end crosses are masked
+tiles, the others are interior ones. Where a program's keys hold padding, all its tiles are masked.
 
 Floors at 16,384 tokens, window 512, head_dim 64 on sm_80: a warp's products with 128 keys keep a tensor core busy for
 1,024 cycles; its interior tile issues 610 instructions, 66 of them exponentials of 8 cycles; q, k, v and out cross
@@ -21,65 +21,59 @@ from torch import Tensor
 
 from led_kernels.backends._results import new_results
 from led_kernels.backends.triton import configs
+from led_kernels.backends.triton.dropout import BANDED_STREAM, keep_of_global_keys, keep_of_tile
 from led_kernels.backends.triton.launch import (
+    SIZES,
     block_arguments,
     descriptor,
-    global_block,
+    global_key_block,
+    launch,
     lse_arguments,
     sequence_arguments,
     softmax_arguments,
     window_arguments,
 )
-from led_kernels.backends.triton.primitives import (
-    LN_2,
-    LOG2_E,
-    NO_KEY,
-    SIZES,
+from led_kernels.backends.triton.mask import (
+    band_mask,
     band_tiles,
     count_padding,
     is_between,
     is_token,
-    keep_of_block,
-    keep_of_keys,
-    load_rows,
+    key_exists,
     locate_sequence,
-    online_softmax_update,
+)
+from led_kernels.backends.triton.softmax import LOG2_E, attend_tile, empty_softmax, log_sum_exp
+from led_kernels.backends.triton.tiles import (
+    load_global_keys,
+    load_tile,
+    row_offset,
     store_rows,
+    tile_offsets,
 )
 from led_kernels.call import AttentionCall
 
 
 @triton.jit
-def _attend_tile(acc, row_sum, row_max, scores, v, keep, qk_scale, PRECISION: tl.constexpr):
-    """The keys of ``scores`` (-inf where not allowed), of which dropout keeps ``keep`` (None for all)."""
-    p, acc, row_sum, row_max = online_softmax_update(scores, acc, row_sum, row_max, qk_scale)
-    if keep is not None:
-        p = tl.where(keep, p, 0.0)
-    return tl.dot(p.to(v.dtype), v, acc, input_precision=PRECISION), row_sum, row_max
-
-
-@triton.jit
-def _attend_globals(
+def _attend_global_keys(
     acc, row_sum, row_max, q, query, k_ptr, v_ptr, k_stride_s, v_stride_s,
     global_index_ptr, num_globals, lower, upper, qk_scale, seed, batch_head, last_dropped,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_G: tl.constexpr,
     DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """The global keys outside each query's band."""
-    slot = tl.arange(0, BLOCK_G)
-    offs_d = tl.arange(0, BLOCK_D)
+    """Attends to the global keys that lie outside each query's band, ``lower … upper``."""
     for start in tl.range(0, num_globals, BLOCK_G, num_stages=1):
-        exists = start + slot < num_globals
-        key = tl.load(global_index_ptr + start + slot, mask=exists, other=0)  # [BLOCK_G]
-        row = key.to(tl.int64)[:, None]
-        k = load_rows(k_ptr, row * k_stride_s + offs_d[None, :], exists, HEAD_DIM, BLOCK_D, True)
-        v = load_rows(v_ptr, row * v_stride_s + offs_d[None, :], exists, HEAD_DIM, BLOCK_D, True)
+        slot = start + tl.arange(0, BLOCK_G)
+        key, exists, k, v = load_global_keys(
+            slot, global_index_ptr, num_globals, k_ptr, v_ptr, k_stride_s, v_stride_s, HEAD_DIM, BLOCK_D
+        )
         scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # [BLOCK_M, BLOCK_G]
         scores = tl.where(exists[None, :] & ~is_between(key, lower, upper), scores, float("-inf"))
         keep = None
         if DROPOUT:
-            keep = keep_of_keys(seed, query, key, batch_head, 0, last_dropped, BLOCK_M, BLOCK_G)
-        acc, row_sum, row_max = _attend_tile(acc, row_sum, row_max, scores, v, keep, qk_scale, PRECISION)
+            keep = keep_of_global_keys(
+                seed, query, key, batch_head, BANDED_STREAM, last_dropped, BLOCK_M, BLOCK_G
+            )
+        acc, row_sum, row_max = attend_tile(acc, row_sum, row_max, scores, v, keep, qk_scale, PRECISION)
     return acc, row_sum, row_max
 
 
@@ -89,53 +83,52 @@ def _attend_band(
     desc_head, padding_before_ptr, length, start, num_tiles, gap_at, gap, lower, upper,
     qk_scale, seed, batch_head, last_dropped,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    CHECK_EDGES: tl.constexpr, CHECK_PADDING: tl.constexpr, DROPOUT: tl.constexpr,
+    IS_MASKED: tl.constexpr, HAS_PADDING: tl.constexpr, DROPOUT: tl.constexpr,
     PRECISION: tl.constexpr, NUM_STAGES: tl.constexpr,
 ):  # fmt: skip
-    """``num_tiles`` tiles of neighbouring keys from ``start`` on; tile ``gap_at`` follows a gap of ``gap`` tiles.
+    """Attends to ``num_tiles`` tiles of neighboring keys from ``start`` on.
 
-    Keys from ``length`` on are not loaded. Without ``CHECK_PADDING`` that is the end of the keys that the program was
-    found free of padding for: a tile may reach further, over rows that hold NaN.
+    Before tile ``gap_at`` of them ``gap`` tiles are passed over.
 
-    ``k_desc``, ``v_desc``: tensor descriptors to load by, at ``desc_batch``, row ``desc_row`` + key and ``desc_head``,
-    or None to load by pointers, which can leave out rows.
+    Args:
+        k_desc, v_desc: tensor descriptors to load by, at ``desc_batch``, row ``desc_row`` + key and ``desc_head``; None
+            to load by pointers, which can leave out rows.
+        length: the keys from this one on are not loaded. Without ``HAS_PADDING`` it is the end of the keys among which
+            the program has found no padding: a tile may reach further, over rows that hold NaN.
+        lower, upper: the band of each query.
+        IS_MASKED: whether the tiles are masked tiles; else they are interior ones.
+        HAS_PADDING: whether the keys of masked tiles may be padding.
     """
-    offs_n = tl.arange(0, BLOCK_N)
-    offs_d = tl.arange(0, BLOCK_D)
-    k_offsets = offs_n[:, None] * k_stride_s + offs_d[None, :]
-    v_offsets = offs_n[:, None] * v_stride_s + offs_d[None, :]
     key_start = start
-    if CHECK_EDGES:
+    if IS_MASKED:
         key_start += tl.where(gap_at == 0, gap * BLOCK_N, 0)
     k_ptr += key_start.to(tl.int64) * k_stride_s
     v_ptr += key_start.to(tl.int64) * v_stride_s
     for i in tl.range(0, num_tiles, num_stages=NUM_STAGES):
-        key = key_start + offs_n  # [BLOCK_N]
-        exists = key < length
-        if CHECK_PADDING:
-            exists = is_token(padding_before_ptr, key, length)
+        key = key_start + tl.arange(0, BLOCK_N)
+        exists = key_exists(padding_before_ptr, key, length, HAS_PADDING)
         if k_desc is None:
-            k = load_rows(k_ptr, k_offsets, exists, HEAD_DIM, BLOCK_D, CHECK_EDGES)
+            k = load_tile(k_ptr, k_stride_s, exists, HEAD_DIM, BLOCK_D, IS_MASKED)
         else:
             k = k_desc.load([desc_batch, desc_row + key_start, desc_head, 0]).reshape(BLOCK_N, BLOCK_D)
         scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # [BLOCK_M, BLOCK_N]
-        if CHECK_EDGES:
-            allowed = is_between(key, lower, upper)
-            if CHECK_PADDING:
-                allowed = allowed & exists[None, :]
-            scores = tl.where(allowed, scores, float("-inf"))
+        if IS_MASKED:
+            visible = band_mask(key, exists, lower, upper, HAS_PADDING)
+            scores = tl.where(visible, scores, float("-inf"))
         keep = None
         if DROPOUT:
-            keep = keep_of_block(seed, query, key_start, batch_head, 0, last_dropped, BLOCK_M, BLOCK_N)
+            keep = keep_of_tile(
+                seed, query, key_start, batch_head, BANDED_STREAM, last_dropped, BLOCK_M, BLOCK_N
+            )
         if v_desc is None:
-            v = load_rows(v_ptr, v_offsets, exists, HEAD_DIM, BLOCK_D, CHECK_EDGES)
+            v = load_tile(v_ptr, v_stride_s, exists, HEAD_DIM, BLOCK_D, IS_MASKED)
         else:
             v = v_desc.load([desc_batch, desc_row + key_start, desc_head, 0]).reshape(BLOCK_N, BLOCK_D)
-        acc, row_sum, row_max = _attend_tile(acc, row_sum, row_max, scores, v, keep, qk_scale, PRECISION)
+        acc, row_sum, row_max = attend_tile(acc, row_sum, row_max, scores, v, keep, qk_scale, PRECISION)
         key_start += BLOCK_N
         k_ptr += BLOCK_N * k_stride_s
         v_ptr += BLOCK_N * v_stride_s
-        if CHECK_EDGES:
+        if IS_MASKED:
             skipped = tl.where(i + 1 == gap_at, gap * BLOCK_N, 0)
             key_start += skipped
             k_ptr += skipped.to(tl.int64) * k_stride_s
@@ -154,49 +147,42 @@ def _banded_forward_kernel(
     BLOCK_G: tl.constexpr, PADDED_BLOCK_N: tl.constexpr, DROPOUT: tl.constexpr,
     PRECISION: tl.constexpr, NUM_STAGES: tl.constexpr,
 ):  # fmt: skip
-    row_start = tl.program_id(0) * BLOCK_M
+    """Writes out and lse of a tile of queries.
+
+    Tiles have ``BLOCK_N`` keys of the band, ``PADDED_BLOCK_N`` where it holds padding, or ``BLOCK_G`` global keys.
+    """
+    query_start = tl.program_id(0) * BLOCK_M
     head, batch = tl.program_id(1), tl.program_id(2)
     first_row, mask_row, length, num_rows = locate_sequence(batch, seq_start_ptr, seq_len_ptr, mask_stride_b)
-    if row_start >= num_rows:
+    if query_start >= num_rows:
         return
-    batch_offset, head_offset = batch.to(tl.int64), head.to(tl.int64)
-    rows = tl.arange(0, BLOCK_M)
-    query = row_start + rows
-    offs_d = tl.arange(0, BLOCK_D)
-    out_ptr += (
-        batch_offset * out_stride_b + head_offset * out_stride_h + (first_row + row_start) * out_stride_s
-    )
-    out_offsets = rows[:, None] * out_stride_s + offs_d[None, :]
-    lse_ptr += batch_offset * lse_stride_b + head_offset * lse_stride_h + first_row
+    tile_row = first_row + query_start
+    query = query_start + tl.arange(0, BLOCK_M)
+    out_ptr += row_offset(batch, tile_row, head, out_stride_b, out_stride_s, out_stride_h)
+    lse_ptr += row_offset(batch, first_row, head, lse_stride_b, 1, lse_stride_h)
+    out_offsets = tile_offsets(out_stride_s, BLOCK_M, BLOCK_D)  # of both stores, which saves registers
     is_written = query < num_rows
-    if row_start >= length:  # only padding from here on
-        store_rows(
-            out_ptr, out_offsets, tl.zeros([BLOCK_M, BLOCK_D], tl.float32), is_written, HEAD_DIM, BLOCK_D
-        )
+    acc, row_sum, row_max = empty_softmax(BLOCK_M, BLOCK_D)
+    if query_start >= length:  # all these rows are padding
+        store_rows(out_ptr, out_offsets, acc, is_written, HEAD_DIM, BLOCK_D)
         tl.store(lse_ptr + query, float("inf"), mask=is_written)
         return
 
-    q_ptr += batch_offset * q_stride_b + head_offset * q_stride_h + (first_row + row_start) * q_stride_s
-    k_ptr += batch_offset * k_stride_b + head_offset * k_stride_h + first_row * k_stride_s
-    v_ptr += batch_offset * v_stride_b + head_offset * v_stride_h + first_row * v_stride_s
+    q_ptr += row_offset(batch, tile_row, head, q_stride_b, q_stride_s, q_stride_h)
+    k_ptr += row_offset(batch, first_row, head, k_stride_b, k_stride_s, k_stride_h)
+    v_ptr += row_offset(batch, first_row, head, v_stride_b, v_stride_s, v_stride_h)
     start, stop, num_tiles, num_left, num_interior = band_tiles(
-        row_start, length, window_left, window_right, BLOCK_M, BLOCK_N
+        query_start, length, window_left, window_right, BLOCK_M, BLOCK_N
     )
     has_padding = count_padding(token_kind_ptr, padding_before_ptr, mask_row, start, stop) > 0
     # padding comes in as zeros, so that acc is finite and a factor of 0 can clear it
     exists = is_token(padding_before_ptr + mask_row, query, length)
-    q = load_rows(q_ptr, rows[:, None] * q_stride_s + offs_d[None, :], exists, HEAD_DIM, BLOCK_D, True)
+    q = load_tile(q_ptr, q_stride_s, exists, HEAD_DIM, BLOCK_D, True)
     qk_scale = softmax_scale * LOG2_E
     lower, upper = query - window_left, tl.minimum(query + window_right, length - 1)  # the band of each query
     batch_head = batch * heads + head
-    seed = 0
-    if DROPOUT:
-        seed = tl.load(seed_ptr)
-    acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    row_sum = tl.zeros([BLOCK_M], tl.float32)
-    row_max = tl.full([BLOCK_M], NO_KEY, tl.float32)
-
-    acc, row_sum, row_max = _attend_globals(
+    seed = tl.load(seed_ptr) if DROPOUT else 0
+    acc, row_sum, row_max = _attend_global_keys(
         acc, row_sum, row_max, q, query, k_ptr, v_ptr, k_stride_s, v_stride_s,
         global_index_ptr + batch * max_globals, tl.load(num_globals_ptr + batch), lower, query + window_right,
         qk_scale, seed, batch_head, last_dropped,
@@ -230,7 +216,7 @@ def _banded_forward_kernel(
     is_local = tl.load(token_kind_ptr + mask_row + query, mask=query < length, other=0) == 1
     acc *= tl.where(is_local, keep_scale / row_sum, 0.0)[:, None]
     store_rows(out_ptr, out_offsets, acc, is_written, HEAD_DIM, BLOCK_D)
-    lse = tl.where(is_local, (row_max + tl.math.log2(row_sum)) * LN_2, float("inf"))
+    lse = tl.where(is_local, log_sum_exp(row_sum, row_max), float("inf"))
     tl.store(lse_ptr + query, lse, mask=is_written)
 
 
@@ -243,16 +229,17 @@ def launch_banded_forward(call: AttentionCall) -> tuple[Tensor, Tensor]:
         descriptor(x, config.block_n) if configs.loads_by_descriptor() else None for x in (k, v)
     )
     grid = (triton.cdiv(mask.max_seqlen, config.block_m), call.heads, mask.batch)
-    _banded_forward_kernel[grid](
+    arguments = {
         **sequence_arguments(mask, q=q, k=k, v=v, out=out),
         **lse_arguments(lse=lse),
         **softmax_arguments(call),
-        k_desc=k_desc,
-        v_desc=v_desc,
-        heads=call.heads,
-        **window_arguments(call),
         **block_arguments(config, q),
-        BLOCK_G=global_block(mask.max_globals),
-        PADDED_BLOCK_N=max(16, config.block_n // 4),
-    )
+        "k_desc": k_desc,
+        "v_desc": v_desc,
+        **window_arguments(call),
+        "heads": call.heads,
+        "BLOCK_G": global_key_block(mask.max_globals),
+        "PADDED_BLOCK_N": max(16, config.block_n // 4),
+    }
+    launch(_banded_forward_kernel, grid, arguments, config)
     return out, lse

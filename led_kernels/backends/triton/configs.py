@@ -1,14 +1,15 @@
 """Tile sizes by kernel, target, element size and head_dim.
 
-No GPU has timed them. A row was chosen from what its compilation shows (``benchmarks/results/static_gpu.csv``), and
-says which of the figures decided; ``python -m benchmarks.tune`` ranks candidates on a real GPU and prints a new table.
+No GPU has timed them. Each row of the table was chosen from what its compilation shows
+(``benchmarks/results/static_gpu.csv``), and its reason says which of the figures decided. ``python -m benchmarks.tune``
+ranks candidates on a real GPU and prints a new table.
 
-Stages: with two, Triton keeps one buffer of each tile, so that copies start at an iteration's end and are waited for at
-the next one's start; three give two buffers. That costs the forward on sm_80 a few instructions (7.0 instead of 6.7 for
-each product that the band needs) and hides the latency of the copies, which one resident block cannot.
+With two stages Triton keeps one buffer of each tile, so that copies start at an iteration's end and are waited for at
+the next one's start; three stages give two buffers. That costs the forward on sm_80 a few instructions (7.0 instead of
+6.7 for each product that the band needs) and hides the latency of the copies, which one resident block cannot.
 
-``LED_KERNELS_TRITON_CONFIG`` overrides it: ``64x64x4x2`` (BLOCK_M x BLOCK_N x warps x stages) for every kernel, or
-``banded_forward=128x64x8x2,banded_dq=64x64x4x2`` for some.
+``LED_KERNELS_TRITON_CONFIG`` overrides the table: ``64x64x4x2`` (BLOCK_M x BLOCK_N x warps x stages) for every kernel,
+or ``banded_forward=128x64x8x2,banded_dq=64x64x4x2`` for some.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ class TileConfig(NamedTuple):
 
 
 class Row(NamedTuple):
-    """``config`` serves elements of up to ``bits`` and head_dims up to ``head_dim``; dropout only if ``dropout``."""
+    """``config`` serves elements of at most ``bits``, head_dims up to ``head_dim``, and dropout only if ``dropout``."""
 
     targets: tuple[str, ...]
     bits: int
@@ -91,6 +92,7 @@ def _is_interpreted() -> bool:
 
 @functools.cache
 def _nearest(backend: str, arch: int | str) -> str:
+    """The newest of ``TARGETS`` that is not newer than the device; ``sm_80`` for older ones."""
     if backend == "hip":
         return "gfx942"
     served = [target for target in TARGETS if target.startswith("sm_") and int(target[3:]) <= int(arch)]
@@ -223,7 +225,7 @@ TABLE: dict[str, tuple[Row, ...]] = {
 
 
 def _parse(override: str) -> dict[str, TileConfig]:
-    """Configurations by kernel, "" for all."""
+    """Reads the override into configurations by kernel; the key "" stands for every kernel that is not named."""
     configs = {}
     for part in override.split(","):
         match = _OVERRIDE.fullmatch(part.strip())

@@ -1,4 +1,7 @@
-"""Arguments that every launcher passes, under the kernels' names. They depend on shapes and dtypes only."""
+"""How the Triton kernels are launched: the arguments that they share, under the kernels' names.
+
+The arguments that are compiled in depend on shapes and dtypes only.
+"""
 
 from __future__ import annotations
 
@@ -13,18 +16,29 @@ from led_kernels.call import AttentionCall
 from led_kernels.mask import LongformerMask
 from led_kernels.philox import dropout_threshold
 
-# Programs that fill a GPU: four for each of the 132 multiprocessors of an H100, roughly.
+# Arguments that differ from call to call. Triton would compile again for each one that is 1 or divisible by 16.
+SIZES = (
+    "mask_stride_b",
+    "lse_stride_b",
+    "lse_stride_h",
+    "heads",
+    "max_globals",
+    "window_left",
+    "window_right",
+    "last_dropped",
+)
+# So many programs fill a GPU: they are roughly four for each of the 132 multiprocessors of an H100.
 MAX_SPLITS = 512
 # Offsets inside a tile are int32: 128 rows, the most that a configuration has, reach less than 2^31 elements at strides
-# below this one. Every contiguous tensor has one: at most 65,535 heads, a grid's limit, of at most 256 elements.
+# below this one. Contiguous tensors stay below: at most 65,535 heads, a grid's limit, have at most 256 elements each.
 WIDE_ROW_STRIDE = 2**24
 
 
 def sequence_arguments(mask: LongformerMask, **tensors: Tensor) -> dict[str, object]:
-    """Pointers and strides of ``[batch, rows, heads, head_dim]`` or ``[rows, heads, head_dim]``, and the mask's.
+    """The arguments for tensors ``[batch, rows, heads, head_dim]`` or ``[rows, heads, head_dim]``, and for the mask.
 
     A tensor whose rows are ``WIDE_ROW_STRIDE`` elements or more apart, a view into a far larger buffer, is read from a
-    contiguous copy. Those that a kernel writes are the launcher's own, contiguous, and never copied.
+    contiguous copy. Tensors that a kernel writes are the launcher's own and contiguous, so that none is copied.
 
     Raises:
         ValueError: for more of what the kernels count over the whole batch than int32 holds.
@@ -50,7 +64,7 @@ def sequence_arguments(mask: LongformerMask, **tensors: Tensor) -> dict[str, obj
 
 
 def lse_arguments(lse: Tensor, **same_layout: Tensor | None) -> dict[str, object]:
-    """Pointers of lse and of tensors laid out as it is, ``[batch, heads, rows]`` or ``[heads, rows]``; its strides."""
+    """The arguments for lse, ``[batch, heads, rows]`` or ``[heads, rows]``, and for tensors of the same layout."""
     return {f"{name}_ptr": x for name, x in {"lse": lse, **same_layout}.items()} | {
         "lse_stride_b": lse.stride(0) if lse.dim() == 3 else 0,
         "lse_stride_h": lse.stride(-2),
@@ -58,7 +72,7 @@ def lse_arguments(lse: Tensor, **same_layout: Tensor | None) -> dict[str, object
 
 
 def softmax_arguments(call: AttentionCall) -> dict[str, object]:
-    """Scale and dropout. Draws up to ``last_dropped`` are dropped, so that dropout_p = 1 fits 32 bits."""
+    """The arguments for scale and dropout. Draws up to ``last_dropped`` are dropped: so dropout_p = 1 fits 32 bits."""
     dropout_p = call.dropout_p
     threshold = dropout_threshold(dropout_p)
     return {
@@ -70,8 +84,8 @@ def softmax_arguments(call: AttentionCall) -> dict[str, object]:
     }
 
 
-def window_arguments(call: AttentionCall) -> dict[str, int]:
-    """Both sides of the band."""
+def window_arguments(call: AttentionCall) -> dict[str, object]:
+    """The arguments for both sides of the band."""
     window_left, window_right = call.banded_window
     return {"window_left": window_left, "window_right": window_right}
 
@@ -86,18 +100,26 @@ def block_arguments(config: TileConfig, q: Tensor) -> dict[str, object]:
         "BLOCK_N": config.block_n,
         "NUM_STAGES": config.num_stages,
         "PRECISION": "tf32" if q.dtype == torch.float32 and _allows_tf32() else "ieee",
-        "num_warps": config.num_warps,
-        **compiler_arguments(),
     }
 
 
-def compiler_arguments() -> dict[str, object]:
-    """Options of Triton's compiler."""
-    # off by default from Triton 3.10: the scale shall fold into the exponential's FMA
+def launch(
+    kernel: triton.JITFunction,
+    grid: tuple[int, ...],
+    arguments: dict[str, object],
+    config: TileConfig | None = None,
+) -> None:
+    """Launches the kernel with those of the arguments that it has parameters for.
+
+    Without a configuration it is compiled for as many warps and registers as Triton chooses.
+    """
+    # Triton leaves fusion out from 3.10 on, but the scale shall fold into the exponential's FMA
     options: dict[str, object] = {"enable_fp_fusion": True}
-    if configs.current_target().startswith("sm_"):
-        options["maxnreg"] = 255  # left alone, ptxas spills a few registers to fit one more block
-    return options
+    if config is not None:
+        options["num_warps"] = config.num_warps
+        if configs.current_target().startswith("sm_"):
+            options["maxnreg"] = 255  # left alone, ptxas spills a few registers to fit one more block
+    kernel[grid](**{name: arguments[name] for name in kernel.arg_names}, **options)
 
 
 def _allows_tf32() -> bool:
@@ -105,7 +127,7 @@ def _allows_tf32() -> bool:
 
 
 def descriptor(x: Tensor, block_rows: int) -> TensorDescriptor:
-    """Loads ``block_rows`` rows of one head of ``[(batch,) rows, heads, head_dim]`` by the tensor memory accelerator.
+    """Describes ``[(batch,) rows, heads, head_dim]`` to the tensor memory accelerator: ``block_rows`` rows of one head.
 
     Raises:
         ValueError: an address or stride is no multiple of 16 bytes.
@@ -120,18 +142,18 @@ def descriptor(x: Tensor, block_rows: int) -> TensorDescriptor:
     return TensorDescriptor.from_tensor(x, [1, block_rows, 1, padded_head_dim(x.shape[-1])])
 
 
-def global_block(max_globals: int) -> int:
-    """Global keys in a tile: few global tokens are the rule, and many shall not take many small products."""
+def global_key_block(max_globals: int) -> int:
+    """The size of a tile of global keys: few of them are the rule, and many shall not take many small products."""
     return 16 if max_globals <= 16 else 64
 
 
 def split_keys(mask: LongformerMask, heads: int, num_tiles: int, block_n: int) -> tuple[int, int]:
-    """How global attention splits the keys of a sequence among programs, for ``num_tiles`` query tiles.
+    """Splits the keys of a sequence among the programs of global attention with ``num_tiles`` query tiles.
 
     Returns:
-        num_splits: as many as give ``MAX_SPLITS`` programs in all, but no more rows of partial results (num_splits *
-            max_globals) than a sequence has; and
-        keys_per_split: a multiple of block_n.
+        num_splits: as many as give ``MAX_SPLITS`` programs in all, but so few that their partial results have no more
+            rows (num_splits * max_globals) than a sequence has.
+        keys_per_split: how many keys each split has, a multiple of block_n; the last one may have fewer.
     """
     key_tiles = max(1, triton.cdiv(mask.max_seqlen, block_n))
     num_programs = max(1, mask.batch * heads * num_tiles)
@@ -141,4 +163,5 @@ def split_keys(mask: LongformerMask, heads: int, num_tiles: int, block_n: int) -
 
 
 def padded_head_dim(head_dim: int) -> int:
+    """head_dim rounded up to a power of two that a dot takes."""
     return max(16, triton.next_power_of_2(head_dim))

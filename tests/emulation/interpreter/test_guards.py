@@ -39,7 +39,7 @@ def test_what_is_written_comes_back(dtype):
     assert torch.equal(out, x)
 
 
-def test_views_keep_their_strides_and_neighbours():
+def test_views_keep_their_strides_and_neighbors():
     memory = torch.arange(60.0)
     target = torch.full((60,), -1.0)
     copy(memory[3:51:4], target[2:38:3])

@@ -74,6 +74,6 @@ def multiply_accumulate(a: list[np.ndarray], b: list[np.ndarray], c: list[np.nda
 
 
 def _unpack(registers: list[np.ndarray]) -> np.ndarray:
-    """[registers, warps, g, k of a half]: the four lanes of a group hold neighbouring k"""
+    """[registers, warps, g, k of a half]: the four lanes of a group hold neighboring k"""
     values = np.stack(registers)
     return values.reshape(len(registers), -1, 8, values.size // len(registers) // (values.shape[1] // 4))
