@@ -1,1 +1,1 @@
-"""Speed and memory of the kernels beside their peers: ``python -m benchmarks SUITE``."""
+"""Speed and memory of the kernels are measured here beside their peers: ``python -m benchmarks SUITE``."""

@@ -1,4 +1,4 @@
-"""``python -m benchmarks [SUITE]``: speed and memory beside the peers, as rows of a CSV, and a summary of them."""
+"""``python -m benchmarks [SUITE]`` measures speed and memory beside the peers, into rows of a CSV, and sums them up."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def _default_out(suite: str | None, smoke: bool) -> Path:
 
 
 def _lists() -> str:
-    """The suites and what else can be run, a line each."""
+    """Returns the suites and what else can be run, a line each."""
     lines = ["suites:", *(f"  {name:14}{about}" for name, about in ABOUT.items())]
     lines += ["", "what else can be run:"]
     lines += [f"  python -m {module:34}{about}" for module, about in OTHERS.items()]

@@ -40,12 +40,12 @@ _OPS = {
 
 
 def candidates() -> list[TileConfig]:
-    """Every combination of block sizes, warps and pipeline stages."""
+    """Returns every combination of block sizes, warps and pipeline stages."""
     return [TileConfig(*values) for values in itertools.product(BLOCKS, BLOCKS, WARPS, STAGES)]
 
 
 def calls(kernel: str, shape: Shape, dropout_p: float) -> Callable[[], object]:
-    """The backend's op that launches ``kernel``, on random inputs of one layer."""
+    """Returns the backend's op that launches ``kernel``, on random inputs of one layer."""
     from led_kernels.backends import triton as backend
 
     op, device, dtype = _OPS[kernel], shape.device, shape.torch_dtype
@@ -68,7 +68,7 @@ def calls(kernel: str, shape: Shape, dropout_p: float) -> Callable[[], object]:
 
 @contextlib.contextmanager
 def configured(kernel: str, config: TileConfig) -> Iterator[None]:
-    """``kernel`` runs with ``config``, the others as they would."""
+    """Runs ``kernel`` with ``config`` within the context, and other kernels as they would."""
     name = "LED_KERNELS_TRITON_CONFIG"
     before = os.environ.get(name)
     os.environ[name] = f"{kernel}=" + "x".join(str(n) for n in config)
@@ -84,7 +84,7 @@ def configured(kernel: str, config: TileConfig) -> Iterator[None]:
 def rank(
     kernel: str, shape: Shape, dropout_p: float, measure: Callable[[Callable[[], object]], float]
 ) -> list[tuple[float, TileConfig]]:
-    """Candidates that run, fastest first, with what ``measure`` says of the op (ms)."""
+    """Returns the candidates that run, fastest first, with what ``measure`` says of the op (ms)."""
     from triton.runtime.errors import OutOfResources
 
     run, ranking = calls(kernel, shape, dropout_p), []
@@ -95,7 +95,7 @@ def rank(
 
 
 def format_row(target: str, shape: Shape, dropout_p: float, ranking: list[tuple[float, TileConfig]]) -> str:
-    """The fastest candidate as a row of ``configs.TABLE``, its reason what was measured."""
+    """Formats the fastest candidate as a row of ``configs.TABLE``, its reason what was measured."""
     time, config = ranking[0]
     runner_up = f", {ranking[1][0] / time:.2f} x faster than {tuple(ranking[1][1])}" if ranking[1:] else ""
     reason = f"fastest of {len(ranking)} on {torch.cuda.get_device_name()}{runner_up}"

@@ -1,4 +1,4 @@
-"""Global attention from hidden states, which stands for a backend's kernel where that costs less.
+"""This module computes global attention from hidden states, in place of a backend's kernel where that costs less.
 
 With few global tokens it saves both projections of every token to global keys and values, and two tensors of that size.
 It is a handful of torch matrix products, the same on every device, and has no backend.
@@ -36,7 +36,7 @@ def absorbed_global_attention(
     softmax_scale: float | None = None,
     dropout_p: float = 0.0,
 ) -> Tensor:
-    """:func:`global_attention` from hidden states, without projecting every token to keys and values.
+    """Computes :func:`global_attention` from hidden states, without projecting every token to keys and values.
 
     With keys ``W_k x + b_k`` the scores are ``(W_kᵀ q)·x + const``, and the constant cancels in the softmax; the output
     is ``W_v (Σ p x) + b_v Σ p``. Exact algebra; it pays while ``max_globals * heads < d_model``.
@@ -110,7 +110,10 @@ def absorbed_global_attention(
 
 
 def _sequences(hidden: Tensor, mask: LongformerMask) -> tuple[Tensor, Tensor]:
-    """[batch, max_seqlen, d_model] with zeros in padding rows (a select: 0 · NaN is NaN), and which rows are real"""
+    """Returns hidden as [batch, max_seqlen, d_model], and which rows are real.
+
+    Rows of padding are selected to be 0, as 0 · NaN is NaN.
+    """
     if not mask.is_packed:
         exists = mask.token_kind != 0
         return hidden.masked_fill(~exists[:, :, None], 0), exists

@@ -1,4 +1,4 @@
-"""What the public attention functions do with their arguments: check them, and fill in what was left out."""
+"""These functions check the arguments of the public attention functions, and fill in what was left out."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from led_kernels.mask import LongformerMask
 
 
 def draw_seed(dropout_p: float, device: torch.device) -> Tensor | None:
-    """A seed from torch's generator: int64 ``[1]``; None without dropout.
+    """Draws a seed from torch's generator: int64 ``[1]``; None without dropout.
 
     Raises:
         ValueError: for a probability outside 0 … 1.
@@ -26,14 +26,14 @@ def draw_seed(dropout_p: float, device: torch.device) -> Tensor | None:
 
 
 def softmax_scale_of(softmax_scale: float | None, q: Tensor) -> float:
-    """The scale that was given, by default ``1 / sqrt(head_dim)``."""
+    """Returns the scale that was given, by default ``1 / sqrt(head_dim)``."""
     if softmax_scale is None:
         return 1 / math.sqrt(q.shape[-1])
     return check_number(softmax_scale, "softmax_scale")
 
 
 def window_of(window_size: int | tuple[int, int], max_seqlen: int) -> tuple[int, int]:
-    """The window as ``(left, right)``: -1 (unlimited) and anything wider than a sequence become max_seqlen.
+    """Returns the window as ``(left, right)``: -1 (unlimited) and anything wider than a sequence become max_seqlen.
 
     Raises:
         TypeError, ValueError: for something else than an int or a pair of ints from -1 on.
@@ -51,7 +51,7 @@ def window_of(window_size: int | tuple[int, int], max_seqlen: int) -> tuple[int,
 
 
 def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """Under autocast, attention runs in its dtype, as scaled_dot_product_attention does; fp64 stays."""
+    """Casts to the dtype of autocast where it is enabled, as scaled_dot_product_attention does; fp64 stays."""
     device_type = tensors[0].device.type
     if device_type == "meta" or not torch.is_autocast_enabled(device_type):
         return tensors

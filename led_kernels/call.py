@@ -1,4 +1,4 @@
-"""One call of attention, as every backend takes it."""
+"""Every backend takes a call of attention in the form that is defined here."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from led_kernels.philox import BANDED_STREAM, GLOBAL_STREAM
 
 
 def lse_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype of lse for inputs of ``dtype``: fp32, or fp64 for fp64."""
+    """Returns the dtype of lse for inputs of ``dtype``: fp32, or fp64 for fp64."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 @dataclass(frozen=True, eq=False)
 class AttentionCall:
-    """Inputs and settings of banded or of global attention.
+    """Holds the inputs and settings of banded or of global attention.
 
     A backend computes ``(out, lse)`` from it: ``out`` is like ``q`` and contiguous; ``lse`` is fp32 (fp64 for fp64),
     natural logarithm, of :attr:`lse_shape`, +inf on rows without a result, which are zeros in ``out``.
@@ -47,12 +47,12 @@ class AttentionCall:
 
     @property
     def is_global(self) -> bool:
-        """Whether the queries are the global tokens, which see every key, and not the local ones."""
+        """Tells whether the queries are the global tokens, which see every key, and not the local ones."""
         return self.window is None
 
     @property
     def banded_window(self) -> tuple[int, int]:
-        """The window of a call of banded attention, which has one."""
+        """Returns the window of a call of banded attention, which has one."""
         assert self.window is not None
         return self.window
 
@@ -66,16 +66,16 @@ class AttentionCall:
 
     @property
     def lse_shape(self) -> tuple[int, ...]:
-        """``[batch, heads, rows of q]``, or ``[heads, total_rows]`` for banded attention under a packed mask."""
+        """Returns ``[batch, heads, rows of q]``; for banded attention under a packed mask ``[heads, total_rows]``."""
         *batch, rows, heads, _ = self.q.shape
         return (*batch, heads, rows)
 
     @property
     def philox_stream(self) -> int:
-        """Which of the random streams of :mod:`led_kernels.philox` the dropout draws from."""
+        """Tells which of the random streams of :mod:`led_kernels.philox` the dropout draws from."""
         return GLOBAL_STREAM if self.is_global else BANDED_STREAM
 
     @property
     def names(self) -> tuple[str, str, str]:
-        """What public functions call ``q``, ``k`` and ``v``, for messages."""
+        """Returns what public functions call ``q``, ``k`` and ``v``, for messages."""
         return ("q_global", "k_global", "v_global") if self.is_global else ("q", "k", "v")

@@ -15,7 +15,7 @@ from led_kernels.backends import BACKENDS
 
 
 class BackendUnavailable(RuntimeError):
-    """The named backend cannot run this call; the message says why and what to do."""
+    """Says that the named backend cannot run a call; the message says why and what to do."""
 
 
 def can_run(
@@ -24,7 +24,7 @@ def can_run(
     dtype: torch.dtype | None = None,
     raise_error: bool = False,
 ) -> bool:
-    """Whether ``backend`` runs on this device and dtype (``None``: at all).
+    """Tells whether ``backend`` runs on this device and dtype (``None``: at all).
 
     Raises:
         BackendUnavailable: if it cannot and ``raise_error``; the message says why and what to do.
@@ -41,7 +41,7 @@ def can_run(
 
 
 def choose_backend(device: torch.device, dtype: torch.dtype, backend: str | None = None) -> str:
-    """Name of the backend that serves a call.
+    """Returns the name of the backend that serves a call.
 
     ``backend``, else the environment variable ``LED_KERNELS_BACKEND``, names it and is then never replaced; else the
     device decides: GPU triton, cuda, torch; CPU cpu, torch.
@@ -68,7 +68,7 @@ choose_backend._dynamo_marked_constant = True  # pyrefly: ignore[missing-attribu
 
 
 def missing_kernels(device_type: str) -> str | None:
-    """Why tensors on ``cpu`` or ``cuda`` are left to torch's operations, and what to do; None if kernels serve them."""
+    """Tells why tensors on ``cpu`` or ``cuda`` are left to torch's operations, and what to do; None if they are not."""
     made_for = [backend for backend in BACKENDS.values() if device_type in backend.devices]
     refusals = [backend.refusal(torch.device(device_type), None) for backend in made_for]
     if None in refusals:
@@ -93,7 +93,7 @@ def _warn_of_fallback(device_type: str) -> None:
 
 
 def _hidden_installation() -> Path | None:
-    """A led_kernels with an extension, further down in sys.path than this one."""
+    """Returns a led_kernels with an extension that lies further down in sys.path than this one."""
     here = Path(__file__).parent
     for folder in map(Path, sys.path):
         other = folder / "led_kernels"
@@ -104,5 +104,5 @@ def _hidden_installation() -> Path | None:
 
 
 def backend_module(backend: str) -> ModuleType:
-    """The module that holds a backend's ``forward`` and ``backward``."""
+    """Returns the module that holds a backend's ``forward`` and ``backward``."""
     return BACKENDS[backend].load()

@@ -1,4 +1,4 @@
-"""The rows of the global tokens: out of a tensor with a row for every token, and back into one."""
+"""These functions gather the rows of the global tokens from a tensor with a row for every token, and put them back."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from led_kernels.mask import LongformerMask
 
 
 def gather_global_rows(x: Tensor, mask: LongformerMask) -> Tensor:
-    """Rows of the global tokens: ``[batch, seqlen, ...]`` or ``[total_rows, ...]`` -> ``[batch, max_globals, ...]``.
+    """Gathers rows of globals: ``[batch, seqlen, ...]`` or ``[total_rows, ...]`` -> ``[batch, max_globals, ...]``.
 
     Unused slots repeat a row of the same batch entry.
     """
@@ -21,7 +21,7 @@ def gather_global_rows(x: Tensor, mask: LongformerMask) -> Tensor:
 
 
 def add_global_rows(out: Tensor, out_global: Tensor, mask: LongformerMask) -> Tensor:
-    """Merge ``[batch, max_globals, ...]`` into ``[batch, seqlen, ...]`` or ``[total_rows, ...]`` by addition.
+    """Merges ``[batch, max_globals, ...]`` into ``[batch, seqlen, ...]`` or ``[total_rows, ...]`` by addition.
 
     Exact, since each of the two holds zeros where the other holds a result. In place when no gradient is recorded.
     """
@@ -37,5 +37,5 @@ def add_global_rows(out: Tensor, out_global: Tensor, mask: LongformerMask) -> Te
 
 
 def packed_rows(position: Tensor, mask: LongformerMask, total_rows: int) -> Tensor:
-    """Rows of a packed tensor at positions ``[batch, any]`` in their sequences."""
+    """Returns the rows of a packed tensor at positions ``[batch, any]`` in their sequences."""
     return (mask.seq_start[:, None] + position).clamp(max=max(total_rows - 1, 0))

@@ -1,4 +1,4 @@
-"""The custom operators: schemas, fake functions and autograd.
+"""The custom operators are defined here: schemas, fake functions and autograd.
 
 torch.library takes flat tensors, numbers and the backend's name, so an :class:`AttentionCall` is taken apart here and
 put together again inside of an operator. Public functions have validated their arguments for people; here, where a
@@ -52,7 +52,7 @@ def attend(call: AttentionCall, backend: str) -> tuple[Tensor, Tensor]:
 
 
 def _flatten(call: AttentionCall) -> tuple:
-    """All of a call, in the order of the operators' schemas."""
+    """Returns all of a call, in the order of the operators' schemas."""
     window = () if call.window is None else call.window
     return (
         call.q, call.k, call.v, *call.mask.tensors(), call.seed, call.mask.max_seqlen, *window,
@@ -61,7 +61,7 @@ def _flatten(call: AttentionCall) -> tuple:
 
 
 def _unflatten(q: Tensor, k: Tensor, v: Tensor, *rest) -> AttentionCall:
-    """The call that :func:`_flatten` took apart."""
+    """Returns the call that :func:`_flatten` took apart."""
     seed, max_seqlen, *window, softmax_scale, dropout_p = rest[_NUM_MASK_TENSORS:]
     mask = LongformerMask.from_tensors(MaskTensors(*rest[:_NUM_MASK_TENSORS]), max_seqlen)
     return AttentionCall(q, k, v, mask, tuple(window) or None, softmax_scale, dropout_p, seed)
@@ -150,7 +150,7 @@ def _refuse_forward_mode(ctx, *tangents):
 
 
 def _transformable(forward_op: Callable, backward_op: Callable) -> Callable:
-    """``forward_op`` with its gradients, also under torch.func, which takes none from an operator's registration, and
+    """Gives ``forward_op`` its gradients also under torch.func, which takes none from an operator's registration, and
     under forward-mode differentiation, which takes such an operator for a constant."""
 
     class AttentionBackward(torch.autograd.Function):

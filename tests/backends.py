@@ -25,7 +25,7 @@ DTYPES = {
 
 
 def has_extension() -> bool:
-    """Whether ``led_kernels._C`` was built, also where its import fails; imports nothing."""
+    """Tells whether ``led_kernels._C`` was built, also where its import fails; imports nothing."""
     if "led_kernels._C" in sys.modules:
         return True
     package = importlib.util.find_spec("led_kernels")
@@ -36,7 +36,7 @@ needs_extension = pytest.mark.skipif(not has_extension(), reason="the extension 
 
 
 def has_cuda_kernels() -> bool:
-    """Whether the extension was built with the CUDA kernels."""
+    """Tells whether the extension was built with the CUDA kernels."""
     if not has_extension():
         return False
     from led_kernels import _C
@@ -45,7 +45,7 @@ def has_cuda_kernels() -> bool:
 
 
 def reason_against(backend: str, device: str, dtype: torch.dtype | None = None) -> str | None:
-    """Why a backend was not made for this device or dtype; None where it has to run."""
+    """Tells why a backend was not made for this device or dtype; None where it has to run."""
     if dtype is not None and dtype not in DTYPES[backend]:
         return f"{backend} does not compute in {dtype}"
     if backend in ("reference", "torch"):

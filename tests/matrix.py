@@ -60,12 +60,12 @@ NOTHING = "–"  # in the cell of tests that are not run
 
 
 class Failure(Exception):
-    """A step of an entry failed."""
+    """Says that a step of an entry failed."""
 
 
 @dataclass
 class Entry:
-    """An environment and what runs in it. ``python`` None: over the packages of this environment."""
+    """Describes an environment and what runs in it. ``python`` None: over the packages of this environment."""
 
     python: str | None
     torch: str | None
@@ -106,7 +106,7 @@ class Entry:
         return self
 
     def attempt(self, what: str, function: Callable[..., str], *arguments) -> str | None:
-        """What the function returns; None if it failed, which is noted."""
+        """Returns what the function returns; None if it failed, which is noted."""
         try:
             return function(*arguments)
         except Failure as failure:
@@ -126,7 +126,7 @@ class Entry:
         return versions
 
     def install_over_this(self) -> None:
-        """Only what pip has to install for this release lies in it, and hides what this environment has of it."""
+        """Installs only what pip has to for this release, which hides what this environment has of it."""
         self.execute(sys.executable, "-m", "venv", "--clear", "--without-pip", str(self.venv))
         (site,) = self.venv.glob("lib/python*/site-packages")
         (site / "below.pth").write_text(sysconfig.get_path("purelib") + "\n", encoding="utf-8")
@@ -135,7 +135,7 @@ class Entry:
         )
 
     def install_alone(self) -> None:
-        """With a copy of the sources, in which the extension is built for this Python."""
+        """Installs a copy of the sources, in which the extension is built for this Python."""
         if not (self.venv / "made").exists():
             self.execute(find_python(self.python), "-m", "venv", "--clear", str(self.venv))
             self.call("-m", "pip", "install", "--quiet", requirement("torch", self.torch))
@@ -173,7 +173,7 @@ class Entry:
         return "passed"
 
     def call(self, *arguments: str, **settings: str) -> str:
-        """What the environment's Python prints."""
+        """Returns what the environment's Python prints."""
         return self.execute(str(self.venv / "bin" / "python"), *arguments, **settings)
 
     def execute(self, *command: str, **settings: str) -> str:
@@ -215,7 +215,7 @@ def find_python(release: str) -> str:
 
 
 def counts(report: Path) -> str:
-    """Of a JUnit file: what passed, failed and was skipped."""
+    """Counts in a JUnit file: what passed, failed and was skipped."""
     suite = ElementTree.parse(report).getroot().find("testsuite")
     tests, failures, errors, skipped = (
         int(suite.get(name)) for name in ("tests", "failures", "errors", "skipped")
@@ -230,14 +230,14 @@ def as_row(cells: dict[str, str]) -> str:
 
 
 def kind(row: str) -> tuple[list[list[int]], list[bool]]:
-    """Of a row of the table: its releases, without the patch releases that it ran on, and which tests ran."""
+    """Returns of a row of the table: its releases, without the patch releases that it ran on, and which tests ran."""
     cells = [cell.strip() for cell in row.split("|")[1:-1]]
     releases = [[int(number) for number in cell.split(".")[:2]] for cell in cells[: len(RELEASES)]]
     return releases, [cell != NOTHING for cell in cells]
 
 
 def update(text: str, rows: Sequence[str]) -> str:
-    """The README with these rows in its table, in order; rows of other releases, or of other tests, stay."""
+    """Returns the README with these rows in its table, in order; rows of other releases, or of other tests, stay."""
     before, rest = text.split(f"{BEGIN}\n")
     table, after = rest.split(END)
     ran = [kind(row) for row in rows]

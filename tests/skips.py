@@ -49,7 +49,7 @@ class Line:
         return _fits(self.test, test) and _fits(self.reason, reason)
 
     def applies(self) -> bool:
-        """Whether every skip of this line must occur here; conditions are joined by commas."""
+        """Tells whether every skip of this line must occur here; conditions are joined by commas."""
         return all(_holds(name.strip()) for name in self.condition.split(","))
 
 
@@ -93,7 +93,7 @@ def read_list(path: Path = LIST) -> list[Line]:
 
 
 def faults(lines: list[Line], skips: list[tuple[str, str]], part: bool = False) -> list[str]:
-    """What differs between the list and the skips, one sentence each."""
+    """Returns what differs between the list and the skips, one sentence each."""
     here = [line for line in lines if line.applies()]
     unlisted = [s for s in skips if not any(line.covers(*s) for line in here)]
     found = [f"not on the list: {test} | {reason}" for test, reason in dict.fromkeys(unlisted)]

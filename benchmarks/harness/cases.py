@@ -1,4 +1,4 @@
-"""What a suite is made of: cases, and groups of cases that are timed together.
+"""A suite is made of these: cases, and groups of cases that are timed together.
 
 A provider is one implementation of one piece of work. All cases of a group run interleaved, with the group's
 own ``torch.mm``, so that a ratio within a group compares like with like even when the machine's clock drifts.
@@ -21,7 +21,7 @@ Call = Callable[[], dict[str, Tensor]]
 
 @dataclass(frozen=True)
 class Case:
-    """One provider doing one piece of work.
+    """Holds one provider doing one piece of work.
 
     Attributes:
         prepare: does everything that is not to be timed and returns the call that is; the call's result is named
@@ -51,7 +51,7 @@ class Case:
 
 @dataclass(frozen=True)
 class MemoryCase:
-    """One provider whose peak memory is measured, in a process of its own.
+    """Holds one provider whose peak memory is measured, in a process of its own.
 
     ``prepare`` builds it and returns two calls: the first has a short input and brings thread pools and the libraries'
     own workspaces into being, the second is measured. It is found by its name in the other process, so that it is a
@@ -68,7 +68,7 @@ class MemoryCase:
 
 @dataclass(frozen=True)
 class Group:
-    """Cases of one shape, timed interleaved, and those whose peak memory is measured after them."""
+    """Holds cases of one shape, timed interleaved, and those whose peak memory is measured after them."""
 
     name: str
     shape: Shape

@@ -1,4 +1,4 @@
-"""Figures: ratios within one run, and what they were to reach."""
+"""Figures are ratios within one run, and what they were to reach."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from benchmarks.harness.table import Row
 
 @dataclass(frozen=True)
 class Figure:
-    """``seen`` must be at least ``reach``, or at most where ``is_limit``; None where the run has not seen it."""
+    """Says that ``seen`` is at least ``reach``, or at most if ``is_limit``; None where the run has not seen it."""
 
     name: str
     seqlen: int
@@ -33,13 +33,13 @@ class Figure:
 
 
 class Run:
-    """The rows of one CSV, found by what they measure."""
+    """Holds the rows of one CSV, found by what they measure."""
 
     def __init__(self, rows: list[Row]) -> None:
         self.rows = rows
 
     def groups(self, suite: str) -> list[str]:
-        """Names of a suite's groups, ``SUITE_SEQLEN``, in the order of the rows."""
+        """Returns the names of a suite's groups, ``SUITE_SEQLEN``, in the order of the rows."""
         return list(dict.fromkeys(row.group for row in self.rows if row.group.startswith(f"{suite}_")))
 
     def row(self, group: str, what: str, provider: str, direction: str = FORWARD) -> Row | None:
@@ -47,7 +47,7 @@ class Run:
         return next((r for r in self.rows if (r.group, r.what, r.provider, r.direction) == key), None)
 
     def rate(self, group: str) -> Row | None:
-        """The row of ``torch.mm`` that ran interleaved with the group's others."""
+        """Returns the row of ``torch.mm`` that ran interleaved with the group's others."""
         return self.row(group, "mm", "torch.mm")
 
 
@@ -56,7 +56,7 @@ def seqlen_of(group: str) -> int:
 
 
 def efficiency(row: Row | None, mm: Row | None) -> float | None:
-    """FLOP per second as a fraction of ``torch.mm``'s."""
+    """Returns FLOP per second as a fraction of ``torch.mm``'s."""
     if row is None or mm is None:
         return None
     return (row.flop / row.median_ms) / (mm.flop / mm.median_ms)

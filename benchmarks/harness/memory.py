@@ -1,4 +1,4 @@
-"""Peak memory of one call above what is held before it, each provider in a process of its own.
+"""Peak memory of one call is measured here above what is held before it, each provider in a process of its own.
 
 The process builds the provider and calls it once on a short input (thread pools and the libraries' own workspaces come
 into being); the figure is the peak of the real call above that. malloc is told to return every freed block of 64 KiB or
@@ -22,7 +22,7 @@ MALLOC = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
 
 
 def measure(case: MemoryCase, shape: Shape, threads: int) -> float:
-    """MiB, from a fresh process."""
+    """Measures MiB in a fresh process."""
     context = multiprocessing.get_context("spawn")
     # the new process reads malloc's settings when it starts, which is at the submission
     with mock.patch.dict(os.environ, MALLOC), ProcessPoolExecutor(1, mp_context=context) as pool:

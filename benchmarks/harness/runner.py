@@ -1,4 +1,4 @@
-"""The runner: times every provider beside its peers and writes one row per case to a CSV.
+"""The runner times every provider beside its peers and writes one row per case to a CSV.
 
 Within a group the providers take turns, one call each per round, and a row holds the median over rounds. A
 provider whose rounds would take more than half a minute gets fewer of them, at least three; its row says how
@@ -71,7 +71,7 @@ def run(
 
 
 def unnamed_fallback(device_type: str) -> str | None:
-    """Why what is timed as led_kernels would be torch's operations; None where kernels run or a backend was named."""
+    """Tells why torch's operations would be timed as led_kernels; None where kernels run or a backend was named."""
     return None if os.environ.get("LED_KERNELS_BACKEND") else missing_kernels(device_type)
 
 
@@ -124,7 +124,7 @@ def measure_memory(
 
 
 def _gate(group: Group) -> tuple[dict[Case, Call], dict[Case, float], dict[Case, str]]:
-    """The calls of the cases that run here, each made once and found right, how far off it was, and the others."""
+    """Returns the calls that run here, each made once and found right, how far off each was, and the other cases."""
     calls, errors, left_out = {}, {}, {}
     for case in tqdm(group.cases, desc=f"{group.name}, checking", disable=None):
         reason = case.refusal()
@@ -153,7 +153,7 @@ def _time(call: Call) -> float:
 
 
 def _time_on_gpu(call: Call) -> float:
-    """Between two events on the stream.
+    """Returns the time between two events on the stream.
 
     The writes before them empty the L2 cache, and take the GPU long enough that the host has queued a call of a few
     kernels before the first of them starts: what is timed is the GPU, unless the host needs more than a millisecond.
@@ -175,7 +175,7 @@ def _buffer_beyond_cache() -> torch.Tensor:
 
 
 def _is_turn(turn: int, wanted: int, repeats: int) -> bool:
-    """The first round is everybody's; later ones are spread evenly."""
+    """Tells whose turn it is: the first round is everybody's, later ones are spread evenly."""
     return turn == 0 or turn * wanted // repeats > (turn - 1) * wanted // repeats
 
 
@@ -208,7 +208,7 @@ def _row(
 
 
 def _narrow(group: Group, words: list[str]) -> Group:
-    """The cases whose name holds all the words, and the yardsticks of a group that has any, for ratios."""
+    """Returns the cases whose name holds all the words, and the yardsticks of a group that has any, for ratios."""
 
     def is_named(name: str) -> bool:
         return all(word in f"{group.name}, {name}" for word in words)

@@ -1,4 +1,4 @@
-"""Sizes of a measurement, and the operations and bytes that its attention cannot do without."""
+"""The sizes of a measurement stand here, with the operations and bytes that its attention cannot do without."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 
 @dataclass(frozen=True)
 class Shape:
-    """Sizes of one attention layer and of the encoder built from it (batch 1, no padding), its dtype and device.
+    """Holds the sizes, dtype and device of one attention layer and of the encoder built from it (batch 1, no padding).
 
     ``window`` is one-sided and inclusive: a query sees ``2 * window + 1`` keys and every token of
     ``global_index``.
@@ -38,7 +38,7 @@ SMOKE = Shape(seqlen=256, heads=2, head_dim=16, window=32, layers=2, ffn_dim=64)
 
 
 def attention_pairs(shape: Shape) -> int:
-    """(query, allowed key) pairs of the local queries in one head: the band, cut, and global keys."""
+    """Counts (query, allowed key) pairs of the local queries in one head: the band, cut, and global keys."""
     query = torch.arange(shape.seqlen)
     pairs = (query + shape.window).clamp(max=shape.seqlen - 1) - (query - shape.window).clamp(min=0) + 1
     for position in shape.global_index:
@@ -48,10 +48,10 @@ def attention_pairs(shape: Shape) -> int:
 
 
 def attention_flop(shape: Shape) -> int:
-    """Of the forward: ``q·k`` and ``p·v`` are ``2 * head_dim`` operations each per pair."""
+    """Counts the forward's operations: ``q·k`` and ``p·v`` are ``2 * head_dim`` operations each per pair."""
     return 4 * shape.head_dim * shape.heads * attention_pairs(shape)
 
 
 def attention_bytes(shape: Shape) -> int:
-    """Size of one of q, k, v, out."""
+    """Returns the size of one of q, k, v, out."""
     return shape.torch_dtype.itemsize * shape.seqlen * shape.d_model

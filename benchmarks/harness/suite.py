@@ -1,4 +1,4 @@
-"""A suite: what ``python -m benchmarks SUITE`` times, and what its rows are read for."""
+"""A suite is what ``python -m benchmarks SUITE`` times, and what its rows are read for."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from benchmarks.harness.table import RESULTS
 
 @dataclass(frozen=True)
 class Suite:
-    """Groups of cases, whose names begin with the suite's.
+    """Holds groups of cases, whose names begin with the suite's.
 
     Attributes:
         about: one line for the list of suites.
@@ -30,5 +30,5 @@ class Suite:
 
     @property
     def out(self) -> Path:
-        """The CSV of a run."""
+        """Returns the CSV of a run."""
         return RESULTS / f"{self.name}.csv"

@@ -1,4 +1,4 @@
-"""Tables of dataclass rows in CSV files, and the row of a timed case with what it ran on.
+"""Tables of dataclass rows are kept in CSV files here, and so is the row of a timed case with what it ran on.
 
 The plots, the summary and the README read nothing else.
 """
@@ -22,7 +22,7 @@ RowType = TypeVar("RowType")
 
 @dataclass(frozen=True)
 class Row:
-    """``group`` ran interleaved. Times are of one call; 0 is "not measured". ``error`` is from the gate."""
+    """Holds a case, whose ``group`` ran interleaved. Times are of a call; 0: not measured. ``error`` is the gate's."""
 
     group: str
     what: str
@@ -51,7 +51,7 @@ class Row:
 
 
 def environment(threads: int) -> dict[str, str | int]:
-    """The columns that say what a run ran on."""
+    """Returns the columns that say what a run ran on."""
     return {
         "threads": threads,
         "isa": instruction_set(),
@@ -62,7 +62,7 @@ def environment(threads: int) -> dict[str, str | int]:
 
 
 def read(path: Path, row_type: type[RowType] = Row) -> list[RowType]:
-    """The rows of a file; fields are of type str, int, float or bool, or None where the cell is empty.
+    """Reads the rows of a file; fields are of type str, int, float or bool, or None where the cell is empty.
 
     A field whose column is missing has its default.
     """
@@ -80,14 +80,14 @@ def read(path: Path, row_type: type[RowType] = Row) -> list[RowType]:
 
 
 def write(path: Path, rows: Sequence[object]) -> None:
-    """A new file of rows of one dataclass, of which there is at least one."""
+    """Writes a new file of rows of one dataclass, of which there is at least one."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", newline="") as file:
         _write(file, rows, with_header=True)
 
 
 def append(path: Path, row: object) -> None:
-    """One more row, in a new file under its header."""
+    """Appends a row, in a new file under its header."""
     is_new = not path.exists()
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a", newline="") as file:
@@ -110,7 +110,7 @@ def _parse(kind: str, text: str) -> object:
 
 
 def cpu_model() -> str:
-    """Model name of the processor, as lscpu prints it."""
+    """Returns the model name of the processor, as lscpu prints it."""
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
         for line in cpuinfo.read_text().splitlines():
@@ -120,7 +120,7 @@ def cpu_model() -> str:
 
 
 def instruction_set() -> str:
-    """What the compiled kernels use, or else what torch does."""
+    """Returns what the compiled kernels use, or else what torch does."""
     try:
         from led_kernels.backends import cpu
     except ImportError:

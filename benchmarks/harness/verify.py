@@ -1,4 +1,4 @@
-"""The gate: no time is taken of a provider whose result is wrong."""
+"""The gate lets no time be taken of a provider whose result is wrong."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ TOLERANCES = {torch.float32: TOLERANCE, torch.float16: 1e-2, torch.bfloat16: 4e-
 
 
 class GateError(Exception):
-    """A provider's result differs from the truth."""
+    """Says that a provider's result differs from the truth."""
 
 
 def check(name: str, result: dict[str, Tensor], truth: dict[str, Tensor]) -> float:
-    """Largest difference of ``result`` from ``truth``, relative to each tensor's largest value.
+    """Returns the largest difference of ``result`` from ``truth``, relative to each tensor's largest value.
 
     Rows that are NaN in the truth are nobody's to define and not compared.
 

@@ -1,1 +1,1 @@
-"""What is made of the rows: figures, pictures, and the report of a GPU."""
+"""Figures, pictures and the report of a GPU are made of the rows here."""

@@ -1,4 +1,4 @@
-"""What other programs check for the report of a GPU: the tests on the GPU, and compute-sanitizer on a few."""
+"""Other programs check these for the report of a GPU: the tests on the GPU, and compute-sanitizer on a few."""
 
 from __future__ import annotations
 
@@ -42,19 +42,19 @@ _MOST_LINES = 200
 
 @dataclass(frozen=True)
 class Outcome:
-    """Whether a check passed, and what the report says about it."""
+    """Tells whether a check passed, and what the report says about it."""
 
     is_good: bool
     text: str
 
 
 def sanitized_tests(backend: str) -> tuple[str, ...]:
-    """The command of the short selection for one backend's kernels."""
+    """Returns the command of the short selection for one backend's kernels."""
     return *PYTEST, *SELECTION, "-k", backend, SANITIZED
 
 
 def sanitizer_command(tool: str, backend: str) -> tuple[str, ...] | None:
-    """One of compute-sanitizer's tools on :func:`sanitized_tests`, or None where it is not installed."""
+    """Returns the command of compute-sanitizer's tool on :func:`sanitized_tests`, None where it is not installed."""
     roots = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda"]
     places = [os.environ.get("PATH", ""), *(os.path.join(root, "bin") for root in roots if root)]
     program = shutil.which("compute-sanitizer", path=os.pathsep.join(places))
@@ -62,7 +62,7 @@ def sanitizer_command(tool: str, backend: str) -> tuple[str, ...] | None:
 
 
 def run_sanitizer(tool: str, command: Sequence[str], limit: float) -> Outcome:
-    """The tests must pass and the tool find nothing; torch allocates each tensor by itself, so that bounds show."""
+    """Runs a tool, which must find nothing, on tests, which must pass; torch allocates each tensor by itself for it."""
     outcome, lines = run_pytest(command, limit, tool, {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"})
     summary = [line for line in lines if "ERROR SUMMARY" in line or "RACECHECK SUMMARY" in line]
     is_clean = bool(summary) and all(re.search(r"SUMMARY: 0 (errors|hazards)", line) for line in summary)

@@ -1,4 +1,4 @@
-"""``python -m benchmarks.report.gpu_report``: build, tests, compute-sanitizer and timings of one GPU, in ten minutes.
+"""``python -m benchmarks.report.gpu_report`` builds, tests, sanitizes and times on one GPU, in ten minutes.
 
 Writes one Markdown and one CSV report. Both grow as the steps are done, under names that end in ``.partial`` until the
 run is complete: an interrupted one keeps what it has. A provider is timed after its results were found right
@@ -40,7 +40,7 @@ TESTS_SHARE, TOOL_SHARE = 0.35, 0.08
 
 
 class Report:
-    """The two files: ``path`` and the same with the suffix ``.csv``, until :meth:`finish` with ``.partial`` behind."""
+    """Writes ``path`` and the same with the suffix ``.csv``, until :meth:`finish` with ``.partial`` behind."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -61,7 +61,7 @@ class Report:
 
 @dataclass(frozen=True)
 class Step:
-    """One part of the report.
+    """Is one part of the report.
 
     Attributes:
         plan: lines that say what it does, for the dry run.
@@ -92,7 +92,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def steps(groups: list[Group]) -> list[Step]:
-    """Everything in its order; ``groups`` are what is timed."""
+    """Returns everything in its order; ``groups`` are what is timed."""
     tools = [_sanitizer_step(tool, backend) for backend in gpu_attention.BACKENDS for tool in TOOLS]
     return [
         Step("Build", (_text(_INFO),), _build),
@@ -103,7 +103,7 @@ def steps(groups: list[Group]) -> list[Step]:
 
 
 def describe(planned: list[Step]) -> str:
-    """What would run and what would be left out, and why."""
+    """Returns what would run and what would be left out, and why."""
     here = (
         "" if torch.cuda.is_available() else "torch sees no GPU here: on a machine with one this would run.\n"
     )
@@ -115,7 +115,7 @@ def describe(planned: list[Step]) -> str:
 
 
 def write_report(planned: list[Step], report: Report, seconds: float) -> int:
-    """Runs the steps; the exit status is 0 when all that ran was good, 1 when not, 130 when interrupted."""
+    """Runs the steps and returns the exit status: 0 when all that ran was good, 1 when not, 130 when interrupted."""
     end, is_good = time.monotonic() + seconds, True
     try:
         for number, step in enumerate(planned, 1):
@@ -177,7 +177,7 @@ def _add(report: Report, title: str, outcome: Outcome) -> bool:
 
 
 def _timings(groups: list[Group], report: Report, limit: float) -> bool:
-    """A table for each group as it is done; a wrong result or an error of ours ends them."""
+    """Writes a table for each group as it is done; a wrong result or an error of ours ends them."""
     report.add("Timings", _HOW_TIMED)
     end = time.monotonic() + limit
     environment = {
@@ -207,7 +207,7 @@ the exact band. The error is the largest difference from the fp64 truth, relativ
 
 
 def rows_as_markdown(rows: list[table.Row]) -> str:
-    """A table of one group's rows; times relative to the fastest of ours in the same work and direction."""
+    """Returns a table of one group's rows; times relative to the fastest of ours in the same work and direction."""
     ours: dict[tuple[str, str], float] = {}
     for row in rows:
         if row.provider.startswith("led_kernels"):

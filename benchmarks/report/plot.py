@@ -1,4 +1,4 @@
-"""``python -m benchmarks.report.plot``: the README's pictures, from the CSV of a run; the pattern's from the mask."""
+"""``python -m benchmarks.report.plot`` draws the README's pictures from the CSV of a run, the pattern from a mask."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ STYLE = {
 
 
 def plot_pattern(path: Path) -> None:
-    """Who sees whom, for 24 tokens of which two are global and the last four padding."""
+    """Draws who sees whom, for 24 tokens of which two are global and the last four padding."""
     seqlen, window = 24, 4
     mask = LongformerMask.from_lengths([seqlen - 4], seqlen, [0, 9])
     kind = mask.token_kind[0]
@@ -79,7 +79,7 @@ def plot_pattern(path: Path) -> None:
 
 
 def plot_efficiency(run: Run, path: Path) -> None:
-    """FLOP per second of the banded attention as a fraction of ``torch.mm``'s in the same run."""
+    """Draws FLOP per second of the banded attention as a fraction of ``torch.mm``'s in the same run."""
     figure, panels = plt.subplots(1, 2, figsize=(9, 2.6), sharex=True, layout="constrained")
     for axes, direction in zip(panels, (FORWARD, FORWARD_BACKWARD), strict=True):
         bars = []
@@ -94,7 +94,7 @@ def plot_efficiency(run: Run, path: Path) -> None:
 
 
 def plot_speedup(run: Run, path: Path) -> None:
-    """How many times as long the peers take as the compiled kernels."""
+    """Draws how many times as long the peers take as the compiled kernels."""
     peers = (
         ("banded", TORCH),
         ("banded", FLEX),
@@ -117,7 +117,7 @@ def plot_speedup(run: Run, path: Path) -> None:
 
 
 def plot_encoder(run: Run, path: Path) -> None:
-    """Time and peak memory of a whole encoder beside transformers'."""
+    """Draws time and peak memory of a whole encoder beside transformers'."""
     figure, panels = plt.subplots(1, 2, figsize=(9, 2.2), layout="constrained")
     for axes, what, column in zip(panels, ("encoder", "memory"), ("median_ms", "peak_mib"), strict=True):
         bars = []
@@ -142,7 +142,7 @@ def _label(row: table.Row) -> str:
 
 
 def _bars(axes: Axes, bars: list[tuple[str, float, str]], *ours: str, unit: str = "") -> None:
-    """Horizontal bars ``(label, value, provider)``, first on top, ours in color, with their values."""
+    """Draws horizontal bars ``(label, value, provider)``, first on top, ours in color, with their values."""
     labels, values, providers = zip(*bars, strict=True) if bars else ((), (), ())
     drawn = axes.barh(labels, values, color=[OURS if provider in ours else PEER for provider in providers])
     axes.bar_label(drawn, [f"{value:.{2 if value < 10 else 0}f}{unit}" for value in values], padding=3)

@@ -1,4 +1,4 @@
-"""``python -m benchmarks.report.summary``: what was to be reached and what runs saw, computed from their CSVs alone.
+"""``python -m benchmarks.report.summary`` tells what was to be reached and what runs saw, from their CSVs alone.
 
 ``--update-readme`` writes the tables between the README's ``<!-- figures -->`` marks.
 """
@@ -20,14 +20,14 @@ BEGIN, END = "<!-- figures -->", "<!-- /figures -->"
 
 
 def figures(rows: list[Row]) -> list[Figure]:
-    """Every figure for which the CSV holds the rows."""
+    """Returns every figure for which the CSV holds the rows."""
     run = Run(rows)
     found = (figure for suite in SUITES.values() for figure in suite.figures(run))
     return [figure for figure in found if figure.seen is not None]
 
 
 def markdown(rows: list[Row]) -> str:
-    """The table, and a line that says what it was measured on."""
+    """Returns the table, and a line that says what it was measured on."""
     header = ("figure", "tokens", "to reach", "seen", "met")
     lines = [header, ("---",) * len(header), *(figure.cells() for figure in figures(rows))]
     first = rows[0]
@@ -43,18 +43,18 @@ def markdown(rows: list[Row]) -> str:
 
 
 def floors(rows: list[Row]) -> str:
-    """Times beside what the machine can do at best, where the CSV holds rows that tell; or nothing."""
+    """Returns times beside what the machine can do at best, where the CSV holds rows that tell; or nothing."""
     run = Run(rows)
     return "\n\n".join("\n".join(lines) for suite in SUITES.values() if (lines := suite.floors(run)))
 
 
 def report(rows: list[Row]) -> str:
-    """All that there is to say of one run."""
+    """Returns all that there is to say of one run."""
     return "\n\n".join(filter(None, [floors(rows), markdown(rows)]))
 
 
 def command(rows: list[Row]) -> str:
-    """What one types for such a run."""
+    """Returns what one types for such a run."""
     suites = list(dict.fromkeys(row.group.split("_")[0] for row in rows))
     named = "" if suites == [suite.name for suite in TOGETHER] else f" {suites[0]}"
     rounds = max(row.repeats for row in rows)
@@ -63,13 +63,13 @@ def command(rows: list[Row]) -> str:
 
 
 def readme_block(paths: Sequence[Path]) -> str:
-    """The README's tables, each with the command that made it."""
+    """Returns the README's tables, each with the command that made it."""
     runs = [table.read(path) for path in paths]
     return "\n\n".join(f"{markdown(rows)}\n\nMade by `{command(rows)}`." for rows in runs)
 
 
 def update_readme(text: str, block: str) -> str:
-    """``text`` with ``block`` between its marks.
+    """Returns ``text`` with ``block`` between its marks.
 
     Raises:
         ValueError: when the marks are not there.

@@ -1,1 +1,1 @@
-"""What is read from compiled kernels, on machines without a GPU."""
+"""Figures are read from compiled kernels here, on machines without a GPU."""

@@ -1,4 +1,4 @@
-"""What LLVM made of a kernel for an AMD GPU, read from its assembly text and the metadata at its end."""
+"""This module reads what LLVM made of a kernel for an AMD GPU, from its assembly text and the metadata at its end."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Resources:
-    """Vector registers per thread, spills of them, bytes of scratch memory per thread, and matrix instructions.
+    """Holds vector registers per thread, spills of them, bytes of scratch memory per thread, and matrix instructions.
 
     Scalar registers spill to lanes of vector registers, which costs no memory and is not counted.
     """

@@ -1,4 +1,4 @@
-"""Which calls of the Triton backend are compiled, and the launches that they make.
+"""These calls of the Triton backend are compiled, and these functions find the launches that they make.
 
 Every case is one call of the backend at the reference shape: 16,384 tokens, window 512, two heads, one global token or
 so many that other configurations serve them.
@@ -31,7 +31,7 @@ MANY_GLOBALS = 200
 
 @dataclass(frozen=True)
 class Case:
-    """One call of the backend, compiled for one target.
+    """Describes a call of the backend, compiled for one target.
 
     Attributes:
         dtype: ``bfloat16``, ``float16``, ``float32`` or ``tf32``, which is float32 with tf32 products allowed.
@@ -60,7 +60,7 @@ class Case:
 
 
 def short_list() -> list[Case]:
-    """What every run of the tests compiles."""
+    """Returns what every run of the tests compiles."""
     cases = [
         Case(op, target, head_dim=head_dim)
         for target in ("sm_80", "sm_90")
@@ -78,7 +78,7 @@ def short_list() -> list[Case]:
 
 
 def everything() -> list[Case]:
-    """Every configuration that is shipped, on every target, and fp16, whose configurations are bf16's, once."""
+    """Returns every configuration that is shipped, on every target, and fp16, whose configurations are bf16's, once."""
     variants = [
         (dtype, head_dim, dropout)
         for dtype in ("bfloat16", "float32", "tf32")
@@ -98,7 +98,7 @@ def everything() -> list[Case]:
 
 
 def launches(case: Case) -> list[Launch]:
-    """What the call launches, each compilation once.
+    """Returns what the call launches, each compilation once.
 
     Raises:
         triton.runtime.errors.OutOfResources: a launch needs more shared memory than the target has.
@@ -126,7 +126,7 @@ def launches(case: Case) -> list[Launch]:
 
 @contextlib.contextmanager
 def _settings(case: Case) -> Iterator[None]:
-    """What a user sets for tf32 products and for tensor descriptors."""
+    """Sets what a user sets for tf32 products and for tensor descriptors."""
     matmul = torch.backends.cuda.matmul
     precision = matmul.fp32_precision
     matmul.fp32_precision = "tf32" if case.dtype == "tf32" else "ieee"

@@ -1,4 +1,4 @@
-"""Basic blocks, dominators and natural loops of assembly text that was parsed into instructions."""
+"""This module finds basic blocks, dominators and natural loops of assembly that was parsed into instructions."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Protocol
 
 
 class Instruction(Protocol):
-    """What a flow graph knows of an instruction of any language.
+    """Holds what a flow graph knows of an instruction of any language.
 
     Attributes:
         name: the opcode without modifiers.
@@ -34,7 +34,7 @@ END = "<end>"
 
 @dataclass
 class Block:
-    """Instructions that are executed together.
+    """Holds instructions that are executed together.
 
     Attributes:
         successors: indices of blocks, the one that follows in the text first.
@@ -48,7 +48,7 @@ class Block:
 
 
 class FlowGraph:
-    """The blocks of one function that can be reached from its first, in the order of the text.
+    """Holds the blocks of one function that can be reached from its first, in the order of the text.
 
     Args:
         lines: labels (str) and instructions, as they follow each other.
@@ -67,12 +67,12 @@ class FlowGraph:
 
     @cached_property
     def dominators(self) -> list[set[int]]:
-        """For each block those that every path to it passes, itself included."""
+        """Returns for each block those that every path to it passes, itself included."""
         return _dominators(self.predecessors, 0)
 
     @cached_property
     def post_dominators(self) -> list[set[int]]:
-        """For each block those that every path from it passes, itself and the function's end included.
+        """Returns for each block those that every path from it passes, itself and the function's end included.
 
         The end is the number of blocks. A block that never comes there has all of them.
         """
@@ -82,7 +82,7 @@ class FlowGraph:
 
     @cached_property
     def natural_loops(self) -> dict[int, frozenset[int]]:
-        """Header -> blocks of the loop, in the order of the text; loops with the same header are one."""
+        """Returns header -> blocks of the loop, in the order of the text; loops with the same header are one."""
         loops: dict[int, set[int]] = {}
         for tail, block in enumerate(self.blocks):
             for header in block.successors:
@@ -97,7 +97,7 @@ class FlowGraph:
         return {header: frozenset(loops[header]) for header in sorted(loops)}
 
     def innermost_loops(self, wanted: Callable[[Instruction], bool]) -> dict[int, frozenset[int]]:
-        """Natural loops that hold a wanted instruction outside of the wanted loops within them.
+        """Returns natural loops that hold a wanted instruction outside of the wanted loops within them.
 
         Loops without one, such as a spin on a barrier, count as part of what is around them.
         """
@@ -110,7 +110,7 @@ class FlowGraph:
         }
 
     def without_inner_loops(self, header: int) -> frozenset[int]:
-        """The blocks of a natural loop's iterations that enter none of the loops within it; empty if all do."""
+        """Returns the blocks of a natural loop's iterations that enter none of the loops within it; none if all do."""
         body = self.natural_loops[header]
         inner = frozenset().union(*(loop for loop in self.natural_loops.values() if loop < body))
         if header in inner:
@@ -121,7 +121,7 @@ class FlowGraph:
         return frozenset(begun & _closure(tails, lambda i: rest.intersection(self.predecessors[i])))
 
     def opcodes(self) -> Counter[str]:
-        """Instructions of the whole function by opcode without modifiers."""
+        """Counts instructions of the whole function by opcode without modifiers."""
         return Counter(instruction.name for block in self.blocks for instruction in block.instructions)
 
     def instructions(self, blocks: frozenset[int]) -> list[Instruction]:
@@ -129,7 +129,7 @@ class FlowGraph:
 
 
 def _dominators(predecessors: list[list[int]], root: int) -> list[set[int]]:
-    """For each node those that every path from the root to it passes, itself included."""
+    """Returns for each node those that every path from the root to it passes, itself included."""
     everything = set(range(len(predecessors)))
     dominators = [{root} if i == root else set(everything) for i in everything]
     from_root = sorted(everything - {root}, key=lambda i: abs(i - root))

@@ -1,4 +1,4 @@
-"""What nvcc made of the kernels in csrc/cuda, read from the machine code of the built extension: a row per kernel."""
+"""This module reads what nvcc made of each kernel in csrc/cuda from the machine code of the built extension."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _TRAP = ("sm_75", "BFloat16")  # the host refuses that dtype there
 
 @dataclass(frozen=True)
 class Row:
-    """Figures of one kernel for one target; an empty one is not defined for it.
+    """Holds the figures of one kernel for one target; an empty one is not defined for it.
 
     Loops are those of one warp, and HMMAs are counted in products of shape m16n8k16, two instructions each on sm_75.
 
@@ -68,7 +68,7 @@ class Row:
 
     @property
     def key(self) -> tuple[str, str, str, int, bool, int, int, int]:
-        """What it is the figures of."""
+        """Says what the figures are of."""
         tile = (self.rows, self.columns, self.warps)
         return (self.kernel, self.target, self.element, self.head_dim, self.dropout, *tile)
 
@@ -88,20 +88,20 @@ class Row:
 
     @property
     def tile_hmma(self) -> int:
-        """HMMAs that one warp needs for a tile."""
+        """Counts the HMMAs that one warp needs for a tile."""
         macs = sass.PRODUCTS[f"_{self.kernel}_kernel"] * self.rows * self.columns * self.head_dim
         return macs // self.warps // sass.HMMA_MACS
 
 
 def rows_of_cubin(cubin: bytes) -> list[Row]:
-    """A row for each of its kernels that is an instance for tiles and exists on the target."""
+    """Returns a row for each of its kernels that is an instance for tiles and exists on the target."""
     text = sass.disassemble(cubin)
     nvcc = re.search(rb"Cuda compilation tools, release ([\d.]+)", cubin)
     return rows_of(text, sass.resources_by_function(cubin), nvcc[1].decode() if nvcc else "unknown")
 
 
 def rows_of(text: str, resources: dict[str, sass.Resources], nvcc: str) -> list[Row]:
-    """The same from nvdisasm's and cuobjdump's text.
+    """Returns these rows from nvdisasm's and cuobjdump's text.
 
     Without the kernels that only add up what splits left, and without the bfloat16 kernels of sm_75, which are a trap.
     """
@@ -151,7 +151,7 @@ def _row(instance: re.Match[str], target: str, function: str, resources: sass.Re
 
 
 def _loop_figures(graph: FlowGraph, dropout: bool) -> dict[str, int | float | None]:
-    """Those of the interior loop and of the masked one; none if these are not the kernel's loops."""
+    """Returns the figures of the interior loop and of the masked one; none if these are not the kernel's loops."""
     loops = sass.loops(graph)
     straight = [_without_inner_loops(graph, loop) for loop in loops]
     kinds = sass.kinds([body or loop for body, loop in zip(straight, loops, strict=True)], dropout)
@@ -169,7 +169,7 @@ def _loop_figures(graph: FlowGraph, dropout: bool) -> dict[str, int | float | No
 
 
 def _without_inner_loops(graph: FlowGraph, loop: sass.Loop) -> sass.Loop | None:
-    """The iteration that enters no loop within; None where each has to."""
+    """Returns the iteration that enters no loop within; None where each has to."""
     body = sass.Loop(loop.header, tuple(graph.instructions(graph.without_inner_loops(loop.header))))
     return body if body.tensor_macs == loop.tensor_macs else None
 

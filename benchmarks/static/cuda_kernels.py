@@ -1,4 +1,4 @@
-"""``python -m benchmarks.static.cuda_kernels``: what nvcc made of the CUDA kernels, with no GPU.
+"""``python -m benchmarks.static.cuda_kernels`` shows what nvcc made of the CUDA kernels, with no GPU.
 
 Reads the machine code of the built extension, for every architecture in it, and writes a table of registers, stack,
 shared memory and loops; :class:`benchmarks.static.cuda_figures.Row` explains the columns. None is a measured time.
@@ -64,7 +64,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def violations(row: Row) -> list[str]:
-    """What no kernel may do, whatever the committed table says."""
+    """Returns what no kernel may do and one does, whatever the committed table says."""
     found = []
     if row.shared > row.shared_limit:
         found.append(f"{row}: {row.shared} B of shared memory, the target has {row.shared_limit}")
@@ -87,7 +87,7 @@ def violations(row: Row) -> list[str]:
 
 
 def differences(rows: Iterable[Row], committed: Iterable[Row]) -> list[str]:
-    """Every figure that is not the committed one, and kernels that are on one side only."""
+    """Returns every figure that is not the committed one, and kernels that are on one side only."""
     now, before = ({row.key: row for row in side} for side in (rows, committed))
     found = [f"{row}: not in the table" for key, row in now.items() if key not in before]
     found += [f"{row}: in the table, not in the extension" for key, row in before.items() if key not in now]

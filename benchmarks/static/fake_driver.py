@@ -30,7 +30,7 @@ from benchmarks.static.gpus import GPUS, TARGETS
 
 @dataclass(frozen=True)
 class Launch:
-    """One launch that was compiled.
+    """Holds a launch that was compiled.
 
     Attributes:
         name: the kernel's function name.
@@ -53,7 +53,7 @@ class Launch:
 
     @property
     def parameters(self) -> dict[str, tuple[str, Any]]:
-        """Triton type (``*bf16``, ``i32``, ``fp32`` ...) and value of the arguments that the compiled function takes,
+        """Returns Triton type (``*bf16``, ``i32``, ``fp32``) and value of the arguments of the compiled function,
         in order. After them it takes the pointers to global and profiling scratch memory.
         """
         signature = self.kernel.src.signature
@@ -68,7 +68,7 @@ class Launch:
 def captured_launches(
     target: str, on_launch: Callable[[Launch], None] | None = None
 ) -> Iterator[list[Launch]]:
-    """Within the context, launches are compiled for ``target`` and appended to the list it gives.
+    """Compiles launches within the context for ``target`` and appended to the list it gives.
 
     Args:
         target: ``sm_80`` ... ``gfx942``, one of :data:`benchmarks.static.gpus.TARGETS`.
@@ -95,7 +95,7 @@ def captured_launches(
 
 @contextlib.contextmanager
 def compilation_keys(target: str) -> Iterator[dict[str, set[str]]]:
-    """Within the context nothing is compiled: it gives, by the kernel's module and name, the compilations that
+    """Compiles nothing within the context: it gives, by the kernel's module and name, the compilations that
     its launches would need.
 
     Raises:
@@ -137,7 +137,7 @@ def _faked(fake: _FakeDriver, run: Callable) -> Iterator[None]:
 
 
 def gpu_target(target: str) -> GPUTarget:
-    """Triton's name of the target."""
+    """Returns Triton's name of the target."""
     if target not in TARGETS:
         raise ValueError(f"Unknown target {target!r}; known: {', '.join(TARGETS)}.")
     if target.startswith("gfx"):
@@ -146,7 +146,7 @@ def gpu_target(target: str) -> GPUTarget:
 
 
 class _FakeDriver:
-    """What Triton's compiler and ``JITFunction.run`` ask of a driver."""
+    """Answers what Triton's compiler and ``JITFunction.run`` ask of a driver."""
 
     def __init__(self, target: str, device: object = None) -> None:
         self.name = target

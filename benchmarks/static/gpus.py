@@ -1,4 +1,4 @@
-"""What the targets allow.
+"""The limits of the targets stand here.
 
 The limits are those of the CUDA programming guide's table of compute capabilities and AMD's CDNA 3 ISA manual.
 """
@@ -13,7 +13,7 @@ WARP = 32
 
 @dataclass(frozen=True)
 class Gpu:
-    """One product of a compile target; memory in bytes.
+    """Describes one product of a compile target; memory in bytes.
 
     Attributes:
         shared_per_block: the most that one block may ask for.
@@ -31,7 +31,7 @@ class Gpu:
     shared_reserved: int = 1024
 
     def resident_blocks(self, registers: int, shared: int, num_warps: int) -> int:
-        """Blocks that a multiprocessor holds at once.
+        """Counts the blocks that a multiprocessor holds at once.
 
         Args:
             registers: per thread; a warp takes them in units of 256.
@@ -59,7 +59,7 @@ GPUS = {
     "sm_120": Gpu("RTX PRO 6000", 188, 99 * _KIB, 100 * _KIB, 48, 24),
     "gfx942": Gpu("MI300X", 304, 64 * _KIB, 64 * _KIB, 32, 16, registers=131072, warp_size=64),
 }
-"""By compile target."""
+"""The GPU of each compile target."""
 
 TARGETS = tuple(target for target in GPUS if target != "sm_75")
-"""Those of the Triton kernels."""
+"""The targets of the Triton kernels."""

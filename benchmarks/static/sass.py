@@ -1,4 +1,4 @@
-"""What ptxas made of a kernel: registers, stack, and the instructions of its loops.
+"""This module reads what ptxas made of a kernel: registers, stack, and the instructions of its loops.
 
 Read with ``cuobjdump`` and ``nvdisasm``, which Triton's wheel brings. Loops are the innermost ones that hold
 tensor-core instructions, and numbers are those of one warp and one iteration *of the machine code*: where ptxas
@@ -50,7 +50,7 @@ _ENDS = frozenset({"EXIT", "RET", "KILL"})
 
 @dataclass(frozen=True)
 class Instruction:
-    """One instruction.
+    """Holds one instruction.
 
     Attributes:
         opcode: with its modifiers, without predicate and operands: ``HMMA.16816.F32.BF16``.
@@ -66,13 +66,13 @@ class Instruction:
 
     @property
     def name(self) -> str:
-        """The opcode without modifiers."""
+        """Returns the opcode without modifiers."""
         return self.opcode.split(".")[0]
 
 
 @dataclass(frozen=True)
 class Resources:
-    """Registers per thread; bytes of stack and of local memory per thread, of static shared memory per block."""
+    """Holds registers per thread; bytes of stack and of local memory per thread, of static shared memory per block."""
 
     registers: int
     stack: int
@@ -82,7 +82,7 @@ class Resources:
 
 @dataclass(frozen=True)
 class Loop:
-    """One iteration of an innermost loop that uses tensor cores, for one warp."""
+    """Describes one iteration of an innermost loop that uses tensor cores, for one warp."""
 
     header: int
     instructions: tuple[Instruction, ...]
@@ -97,7 +97,7 @@ class Loop:
 
     @property
     def tensor_macs(self) -> int:
-        """Multiply-adds of this warp's share; 0 where the machine code does not say (tcgen05)."""
+        """Counts the multiply-adds of this warp's share; 0 where the machine code does not say (tcgen05)."""
         return sum(map(tensor_macs, self.instructions))
 
     @property
@@ -110,11 +110,11 @@ class Loop:
 
     @property
     def mask_per_score(self) -> float:
-        """Mask instructions for each score, of which every one has its exponential: about 0 in an interior loop."""
+        """Returns the mask instructions for each score, which has one exponential: about 0 in an interior loop."""
         return self.mask_instructions / max(1, self.exponentials)
 
     def hmmas(self, launch: Launch) -> float:
-        """This warp's products that the attention needs, in HMMAs of shape m16n8k16, whatever the target's shape.
+        """Counts the products that the attention needs of this warp, in HMMAs of shape m16n8k16 on any target.
 
         Of the products in the loop that is a whole number of tiles; what remains, such as a row sum taken by a product
         with ones, is overhead as any other instruction. Loops over other tiles, and other kernels, count all.
@@ -123,19 +123,19 @@ class Loop:
         return (tiles * tile_macs(launch) if tiles else self.tensor_macs) / HMMA_MACS
 
     def tiles(self, launch: Launch) -> int:
-        """How many tiles of BLOCK_M x BLOCK_N an iteration multiplies completely; 0 for loops over other tiles."""
+        """Counts the tiles, BLOCK_M x BLOCK_N, that an iteration multiplies completely; 0 for loops over others."""
         return self.tensor_macs // tile_macs(launch) if launch.name in PRODUCTS else 0
 
 
 def tile_macs(launch: Launch) -> int:
-    """One warp's multiply-adds for the products of a tile, of a kernel in :data:`PRODUCTS`."""
+    """Counts one warp's multiply-adds for the products of a tile, of a kernel in :data:`PRODUCTS`."""
     tile = math.prod(launch.constexprs[name] for name in ("BLOCK_M", "BLOCK_N", "BLOCK_D"))
     products = PRODUCTS[launch.name] + 2 * launch.constexprs.get("WRITE_DKDV", False)
     return tile * products // launch.kernel.metadata.num_warps
 
 
 def cubins(library: Path) -> list[bytes]:
-    """Of every object and architecture that was linked into an executable or a library.
+    """Extracts the machine code of every object and architecture that was linked into an executable or a library.
 
     Raises:
         ValueError: cuobjdump finds none, and says why.
@@ -151,7 +151,7 @@ def cubins(library: Path) -> list[bytes]:
 
 
 def resources(cubin: bytes) -> Resources:
-    """Of the only function."""
+    """Returns the resources of the only function."""
     (used,) = resources_by_function(cubin).values()
     return used
 
@@ -161,7 +161,7 @@ def resources_by_function(cubin: bytes) -> dict[str, Resources]:
 
 
 def parse_resources(text: str) -> dict[str, Resources]:
-    """From what cuobjdump prints, by function."""
+    """Returns resources by function, from what cuobjdump prints."""
     functions = {}
     for name, figures in re.findall(r"^ *Function (.*):\n(.*)", text, re.MULTILINE):
         found = {name: int(value) for name, value in re.findall(r"\b(REG|STACK|LOCAL|SHARED):(\d+)", figures)}
@@ -174,13 +174,13 @@ def disassemble(cubin: bytes) -> str:
 
 
 def functions(sass: str) -> dict[str, str]:
-    """The text of each function, by name."""
+    """Returns the text of each function, by name."""
     parts = re.split(r"^\s*\.section\s+\.text\.([^\s,]+),.*", sass, flags=re.MULTILINE)
     return dict(zip(parts[1::2], parts[2::2], strict=True))
 
 
 def flow_graph(sass: str) -> FlowGraph:
-    """Of the first function in the text, which is the kernel."""
+    """Returns the flow graph of the first function in the text, which is the kernel."""
     lines: list[str | Instruction] = []
     for line in sass.splitlines():
         if label := _LABEL.match(line):
@@ -191,13 +191,13 @@ def flow_graph(sass: str) -> FlowGraph:
 
 
 def loops(graph: FlowGraph) -> list[Loop]:
-    """In the order of the text."""
+    """Returns the loops in the order of the text."""
     found = graph.innermost_loops(is_tensor)
     return [Loop(header, tuple(graph.instructions(blocks))) for header, blocks in found.items()]
 
 
 def kinds(loops: list[Loop], dropout: bool = False) -> list[str]:
-    """``interior`` or ``masked`` for each loop.
+    """Names each loop ``interior`` or ``masked``.
 
     Interior is a loop with less than one mask instruction for two scores. Dropout selects every score once more, in
     every loop: there the loop with the fewest sets the level.
@@ -207,12 +207,12 @@ def kinds(loops: list[Loop], dropout: bool = False) -> list[str]:
 
 
 def tensor_opcodes(graph: FlowGraph) -> Counter[str]:
-    """Tensor-core instructions of the whole kernel, by opcode without modifiers."""
+    """Counts the tensor-core instructions of the whole kernel, by opcode without modifiers."""
     return Counter(i.name for block in graph.blocks for i in block.instructions if is_tensor(i))
 
 
 def is_mask(instruction: Instruction) -> bool:
-    """What masks are made of: compares, and selects between a value and -inf or 0."""
+    """Tells whether masks are made of it: compares, and selects between a value and -inf or 0."""
     if instruction.name in ("FSEL", "SEL"):
         return "INF" in instruction.operands or "RZ" in instruction.operands
     return instruction.name in COMPARES
@@ -223,7 +223,7 @@ def is_tensor(instruction: Instruction) -> bool:
 
 
 def tensor_macs(instruction: Instruction) -> int:
-    """Multiply-adds of one warp: of the instruction, or for HGMMA of its quarter of the warpgroup's."""
+    """Counts the multiply-adds of one warp: of the instruction, or for HGMMA of its quarter of the warpgroup's."""
     if instruction.name == "HMMA":  # HMMA.16816: m16n8k16, HMMA.1688: m16n8k8, HMMA.1684: m16n8k4
         return 16 * 8 * int(instruction.opcode.split(".")[1].removeprefix("168"))
     if instruction.name == "HGMMA":  # HGMMA.64x128x16
@@ -233,7 +233,7 @@ def tensor_macs(instruction: Instruction) -> int:
 
 
 def print_loops(launch: Launch) -> None:
-    """A table of a captured launch's loops, for whoever tunes the kernel."""
+    """Prints a table of a captured launch's loops, for whoever tunes the kernel."""
     cubin = launch.kernel.asm["cubin"]
     used, metadata, graph = resources(cubin), launch.kernel.metadata, flow_graph(disassemble(cubin))
     print(

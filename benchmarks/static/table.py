@@ -1,4 +1,4 @@
-"""The table of static figures, a row per compiled kernel: what it must keep to, and when it is worse than before."""
+"""The table of static figures has a row per compiled kernel; this module knows its limits, and what got worse."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ RELATIVE = 0.02
 
 @dataclass(frozen=True)
 class Row:
-    """Figures of one compiled kernel; an empty one is not defined for it.
+    """Holds the figures of one compiled kernel; an empty one is not defined for it.
 
     Attributes:
         config: tile sizes and other constants that were compiled in.
@@ -63,13 +63,13 @@ class Row:
 
     @property
     def key(self) -> tuple[str, str, str, str, int, bool, bool, int]:
-        """What it is the figures of. Kernels of two calls may have the same name."""
+        """Says what the figures are of. Kernels of two calls may have the same name."""
         variant = (self.dropout, self.tma, self.num_globals)
         return (self.op, self.kernel, self.target, self.dtype, self.head_dim, *variant)
 
     @property
     def query_rows(self) -> int | None:
-        """Queries of a tile of the banded forward, which reads the keys and values of its band once for them all."""
+        """Counts the queries of a tile of the banded forward, which reads keys and values once for all of them."""
         found = re.search(r"\bBLOCK_M=(\d+)", self.config)
         return int(found[1]) if found and self.op == "banded_forward" else None
 
@@ -81,7 +81,7 @@ class Row:
 
 
 def violations(row: Row) -> list[str]:
-    """What no kernel may do, whatever the committed table says."""
+    """Returns what no kernel may do and one does, whatever the committed table says."""
     found = []
     if row.stack:
         found.append(f"{row}: {row.stack} B of stack")
@@ -95,7 +95,7 @@ def violations(row: Row) -> list[str]:
 
 
 def worse(row: Row, committed: Row) -> list[str]:
-    """What got worse, each with both figures."""
+    """Returns what got worse, each with both figures."""
     found = []
 
     def compare(name: str, allowed: float, sign: int = 1) -> None:
@@ -120,14 +120,14 @@ def worse(row: Row, committed: Row) -> list[str]:
 
 
 class Keyed(Protocol):
-    """A row that is known by a key."""
+    """Is a row that is known by a key."""
 
     @property
     def key(self) -> tuple: ...
 
 
 def write_sorted(path: Path, rows: Iterable[Keyed]) -> None:
-    """A new file of the rows, in the order of their keys."""
+    """Writes a new file of the rows, in the order of their keys."""
     write(path, sorted(rows, key=lambda row: row.key))
 
 

@@ -1,4 +1,4 @@
-"""The figures of one compiled launch, read from its machine code."""
+"""This module reads the figures of one compiled launch from its machine code."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from benchmarks.static.table import Row
 
 
 def rows_of(case: Case) -> list[Row]:
-    """One row for each kernel that the case compiles."""
+    """Returns a row for each kernel that the case compiles."""
     return [row_of(case, launch) for launch in launches(case)]
 
 
@@ -83,7 +83,7 @@ def _loop_figures(case: Case, launch: Launch, loops: list[sass.Loop]) -> dict[st
 
 
 def _products(launch: Launch, loops: list[sass.Loop], kinds: list[str], wanted: str) -> list[sass.Loop]:
-    """Those of a kind that multiply whole tiles, or else those over other tiles, such as those of the global keys."""
+    """Returns the loops of a kind that multiply whole tiles, or else those over other tiles, such as global keys."""
     found = [loop for kind, loop in zip(kinds, loops, strict=True) if kind == wanted and loop.tensor_macs]
     return [loop for loop in found if loop.tiles(launch)] or found
 
@@ -93,5 +93,5 @@ def _per_hmma(launch: Launch, loop: sass.Loop) -> float:
 
 
 def _listed(opcodes: Counter[str]) -> str:
-    """``HGMMA 32 HMMA 8``"""
+    """Lists counts, as in ``HGMMA 32 HMMA 8``."""
     return " ".join(f"{name} {count}" for name, count in sorted(opcodes.items()))

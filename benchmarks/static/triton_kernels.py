@@ -1,4 +1,4 @@
-"""``python -m benchmarks.static.triton_kernels``: what the compilers made of the Triton kernels, with no GPU.
+"""``python -m benchmarks.static.triton_kernels`` shows what compilers made of the Triton kernels, with no GPU.
 
 Compiles the real launchers for every target (:mod:`benchmarks.static.fake_driver`) and reads registers, stack, loops
 and tensor-core instructions from the machine code. The table holds no measured time: its columns are explained by
@@ -60,7 +60,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def compile_rows(cases: Sequence[Case], jobs: int) -> tuple[list[Row], list[str]]:
-    """The rows of all cases, compiled in ``jobs`` processes, and what could not be compiled."""
+    """Returns the rows of all cases, compiled in ``jobs`` processes, and what could not be compiled."""
     rows, failed = [], []
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(jobs, mp_context=context, initializer=_start_worker) as pool:
@@ -74,7 +74,7 @@ def compile_rows(cases: Sequence[Case], jobs: int) -> tuple[list[Row], list[str]
 
 
 def compare(rows: Sequence[Row], committed: Sequence[Row]) -> list[str]:
-    """Figures that are worse than the committed ones, and rows that are not committed.
+    """Returns figures that are worse than the committed ones, and rows that are not committed.
 
     Figures of another Triton are not comparable: then that is the only thing said.
     """

@@ -1,1 +1,1 @@
-"""What is measured: each module is a suite of cases with their providers."""
+"""Each module here is a suite of what is measured: cases with their providers."""

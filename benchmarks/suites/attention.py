@@ -1,4 +1,4 @@
-"""One attention layer, from projected q, k, v, beside its peers and the machine's own rates."""
+"""This suite measures one attention layer, from projected q, k, v, beside its peers and the machine's own rates."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def groups(smoke: bool = False) -> list[Group]:
 
 
 def attention_cases(shape: Shape, providers: dict[str, dict[str, Provider]]) -> tuple[Case, ...]:
-    """Each direction of each provider of ``banded`` and ``core``."""
+    """Returns each direction of each provider of ``banded`` and ``core``."""
     flop, tensor = attention_flop(shape), attention_bytes(shape)
     # forward: q, k, v in, out back; with the backward also q, k, v, out, d_out in, dq, dk, dv back
     work = {
@@ -81,7 +81,7 @@ def figures(run: Run) -> Iterator[Figure]:
 
 
 def floors(run: Run) -> list[str]:
-    """For every row: what its operations need at mm's rate, its bytes at copy's, and its time."""
+    """Returns for every row what its operations need at mm's rate, its bytes at copy's, and its time."""
     lines = []
     for row in run.rows:
         mm, copy = run.rate(row.group), run.row(row.group, "copy", "torch.copy")

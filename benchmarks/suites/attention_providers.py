@@ -1,4 +1,4 @@
-"""The providers of one attention layer, from projected q, k, v.
+"""These providers compute one attention layer, from projected q, k, v.
 
 ``banded`` is the attention of the local tokens (band and global keys), ``core`` adds the global tokens'
 own attention over everything: all that transformers' ``LEDEncoderSelfAttention`` does between its
@@ -27,7 +27,7 @@ Attend = Callable[..., Tensor]
 
 @dataclass(frozen=True)
 class Provider:
-    """``build`` prepares what may be once per shape (a mask, a compilation) and returns the attention."""
+    """Names who computes: ``build`` prepares what it may once per shape (a mask, a compilation), and returns a call."""
 
     build: Callable[[Inputs], Attend]
     has_backward: bool = True
@@ -35,7 +35,7 @@ class Provider:
 
 
 def forward(provider: Provider, inputs: Inputs, leaves: tuple[str, ...]) -> Callable[[], dict[str, Tensor]]:
-    """The forward pass alone, nothing recorded for a backward."""
+    """Runs the forward pass alone, with nothing recorded for a backward."""
     attend, tensors = provider.build(inputs), [inputs.tensors[name] for name in leaves]
 
     @torch.no_grad()
@@ -48,7 +48,7 @@ def forward(provider: Provider, inputs: Inputs, leaves: tuple[str, ...]) -> Call
 def forward_backward(
     provider: Provider, inputs: Inputs, leaves: tuple[str, ...]
 ) -> Callable[[], dict[str, Tensor]]:
-    """Forward and, through autograd, the gradients of all leaves."""
+    """Runs the forward and, through autograd, computes the gradients of all leaves."""
     attend, d_out = provider.build(inputs), inputs.d_out
     if leaves == LEAVES["banded"]:  # peers compute the global tokens' rows as if local: they are not to count
         d_out = d_out.clone()
@@ -66,7 +66,7 @@ def forward_backward(
 def led_kernels_provider(
     function: Callable[..., Tensor], backend: str, device: str = "cpu", dtype: torch.dtype = torch.float32
 ) -> Provider:
-    """One of the public functions on a named backend."""
+    """Returns a provider that is one of the public functions on a named backend."""
 
     def build(inputs: Inputs) -> Attend:
         return functools.partial(function, mask=inputs.mask, window_size=inputs.shape.window, backend=backend)
@@ -82,7 +82,7 @@ def led_kernels_provider(
 
 
 def allowed_pairs(shape: Shape) -> Callable[..., Tensor]:
-    """Band and global keys as flex_attention's ``mask_mod`` (batch, head, query, key).
+    """Returns band and global keys as flex_attention's ``mask_mod`` (batch, head, query, key).
 
     A comparison with the global positions: a lookup in a table of flags was slower. The global tokens' own
     rows are allowed what local ones are, and not looked at.
@@ -99,7 +99,7 @@ def allowed_pairs(shape: Shape) -> Callable[..., Tensor]:
 
 
 def _build_flex(inputs: Inputs) -> Attend:
-    """``torch.compile(flex_attention)`` with the block mask made beforehand, on its own contiguous layout."""
+    """Compiles ``flex_attention`` with the block mask made beforehand, on its own contiguous layout."""
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
     seqlen = inputs.shape.seqlen
@@ -133,7 +133,7 @@ class _Given(nn.Module):
 
 
 def build_transformers(inputs: Inputs) -> Attend:
-    """The stock ``LEDEncoderSelfAttention.forward`` itself, its six projections replaced by given tensors.
+    """Builds on the stock ``LEDEncoderSelfAttention.forward`` itself, its six projections replaced by given tensors.
 
     So everything else runs as released (chunked scores, masks, softmax, chunked products with v, global
     tokens). Extra to it is one copy of q, under 1 % of its time.

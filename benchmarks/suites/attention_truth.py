@@ -1,4 +1,4 @@
-"""The inputs of one attention layer, and what must come out of it: the definition in fp64.
+"""The inputs of one attention layer are made here, and what must come out of it: the definition in fp64.
 
 It is computed row by row over exactly the keys that a row may see, at the shape that is timed, and shares no code with
 any provider.
@@ -21,7 +21,7 @@ BLOCK = 256  # queries at a time
 
 @dataclass(frozen=True)
 class Inputs:
-    """The leaves and ``d_out``, each ``[1, seqlen, heads, head_dim]``."""
+    """Holds the leaves and ``d_out``, each ``[1, seqlen, heads, head_dim]``."""
 
     shape: Shape
     tensors: dict[str, Tensor]
@@ -31,7 +31,7 @@ class Inputs:
 
 @functools.lru_cache(maxsize=1)
 def make_inputs(shape: Shape) -> Inputs:
-    """The same random numbers for every provider."""
+    """Makes the same random numbers for every provider."""
     generator = torch.Generator().manual_seed(0)
     size = (1, shape.seqlen, shape.heads, shape.head_dim)
     tensors = {
@@ -44,14 +44,14 @@ def make_inputs(shape: Shape) -> Inputs:
 
 @functools.lru_cache(maxsize=2)
 def truth_of(what: str, shape: Shape) -> dict[str, Tensor]:
-    """out and the gradients of the leaves, of ``banded`` or ``core``."""
+    """Computes out and the gradients of the leaves, of ``banded`` or ``core``."""
     inputs = make_inputs(shape)
     truth = _banded(inputs)
     return _with_global_rows(inputs, truth) if what == "core" else truth
 
 
 def _banded(inputs: Inputs) -> dict[str, Tensor]:
-    """out, dq, dk, dv of the local rows; a global row's out is NaN here, which is to say undefined."""
+    """Computes out, dq, dk, dv of the local rows; a global row's out is NaN here, which is to say undefined."""
     shape = inputs.shape
     rows = torch.tensor([i for i in range(shape.seqlen) if i not in shape.global_index], device=shape.device)
     global_index = torch.tensor(shape.global_index, dtype=torch.int64, device=shape.device)
@@ -70,7 +70,7 @@ def _banded(inputs: Inputs) -> dict[str, Tensor]:
 
 
 def _with_global_rows(inputs: Inputs, truth: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The same with the global rows' own attention over every token, and its gradients."""
+    """Computes the same with the global rows' own attention over every token, and its gradients."""
     leaves = ("q_global", "k_global", "v_global")
     rows = torch.tensor(inputs.shape.global_index, dtype=torch.int64, device=inputs.shape.device)
     key = torch.arange(inputs.shape.seqlen, device=inputs.shape.device)
@@ -92,7 +92,7 @@ def _attend(
     key: Tensor,
     allowed: Tensor,
 ) -> None:
-    """softmax(q kᵀ / √head_dim where allowed) v for some rows, into ``truth``; its gradients add up there."""
+    """Puts softmax(q kᵀ / √head_dim where allowed) v for some rows into ``truth``; its gradients add up there."""
     q, k, v = (
         inputs.tensors[name][0, at].double().requires_grad_()
         for name, at in zip(leaves, (rows, key, key), strict=True)

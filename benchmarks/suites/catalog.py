@@ -1,4 +1,4 @@
-"""The suites that are timed, and the CSVs that hold their published runs."""
+"""Here are the suites that are timed, and the CSVs that hold their published runs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The encoders under ``torch.compile(fullgraph=True)``, beside eager.
+"""This suite measures the encoders under ``torch.compile(fullgraph=True)``, beside eager.
 
 They are compiled for lengths of any size, on a first document of another length.
 """

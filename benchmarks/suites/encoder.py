@@ -1,4 +1,4 @@
-"""An encoder of led-base's shape, its time and peak memory: stock transformers, the same with the drop-in, led_model.
+"""This suite measures time and memory of led-base's encoder: transformers, the same with the drop-in, led_model.
 
 All hold the same seeded random weights; the vocabulary and the decoder are cut down, since neither is
 measured. A timed call starts at token ids and masks, so that each pays for what it makes of its masks once
@@ -38,7 +38,7 @@ def groups(smoke: bool = False) -> list[Group]:
 
 
 def encoder_case(provider: str, build: Callable[[Shape], Encode]) -> Case:
-    """The forward, compared with stock transformers in fp64."""
+    """Returns the case of a forward, compared with stock transformers in fp64."""
     return Case("encoder", provider, FORWARD, functools.partial(_prepare, build), truth)
 
 
@@ -65,7 +65,7 @@ def _prepare_memory(
 
 
 def make_arguments(shape: Shape) -> tuple[Tensor, Tensor, Tensor]:
-    """input_ids, attention_mask (no padding) and global_attention_mask, each ``[1, seqlen]``."""
+    """Makes input_ids, attention_mask (no padding) and global_attention_mask, each ``[1, seqlen]``."""
     ids = torch.randint(4, VOCAB_SIZE, (1, shape.seqlen), generator=torch.Generator().manual_seed(0))
     global_attention_mask = torch.zeros_like(ids)
     global_attention_mask[:, list(shape.global_index)] = 1
@@ -73,7 +73,7 @@ def make_arguments(shape: Shape) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def stock_model(shape: Shape, **settings: int) -> nn.Module:
-    """transformers' LED with seeded weights, wide enough (std 0.05) that attention is far from uniform.
+    """Builds transformers' LED with seeded weights, wide enough (std 0.05) that attention is far from uniform.
 
     ``settings`` replace those of the config that concern the vocabulary and the decoder.
     """
@@ -98,7 +98,7 @@ def stock_model(shape: Shape, **settings: int) -> nn.Module:
 
 
 def own_model(stock: nn.Module) -> nn.Module:
-    """led_model's with the weights of transformers'."""
+    """Builds led_model's LED with the weights of transformers'."""
     from led_model import LEDForConditionalGeneration
 
     with tempfile.TemporaryDirectory() as directory:
@@ -107,7 +107,7 @@ def own_model(stock: nn.Module) -> nn.Module:
 
 
 def encode_with(model: nn.Module) -> Encode:
-    """The encoder of a transformers model, stock or patched."""
+    """Returns a call of the encoder of a transformers model, stock or patched."""
     encoder = model.get_encoder()
 
     @torch.no_grad()
@@ -144,7 +144,7 @@ PROVIDERS: dict[str, Callable[[Shape], Encode]] = {
 
 
 def shortest(shape: Shape) -> Shape:
-    """One whole window: the fewest tokens that stock transformers takes without padding them."""
+    """Returns one whole window: the fewest tokens that stock transformers takes without padding them."""
     return replace(shape, seqlen=2 * shape.window)
 
 

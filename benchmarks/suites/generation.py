@@ -1,4 +1,4 @@
-"""Writing 128 tokens about a document, led_model beside transformers.
+"""This suite measures how 128 tokens are written about a document, by led_model and by transformers.
 
 The encoder's output is given, so that a case is what the decoder does: projecting it to cross-attention's keys and
 values once, and then a step for each token. Peak memory is that of the whole, encoder included. The models are of
@@ -45,8 +45,11 @@ def groups(smoke: bool = False) -> list[Group]:
 
 
 def step_bytes(shape: Shape) -> int:
-    """What a step reads at least: the decoder's weights but for cross-attention's key and value projections, the head,
-    and every layer's keys and values of the document."""
+    """Counts what a step reads at least.
+
+    These are the decoder's weights but for cross-attention's key and value projections, the head, and every layer's
+    keys and values of the document.
+    """
     d_model = shape.d_model
     weights = 6 * d_model**2 + 2 * d_model * shape.ffn_dim  # q, k, v, out, and cross-attention's q, out
     keys_values = 2 * shape.seqlen * d_model
@@ -55,7 +58,7 @@ def step_bytes(shape: Shape) -> int:
 
 @functools.lru_cache(maxsize=2)
 def tokens_of(search: str, shape: Shape) -> dict[str, Tensor]:
-    """What transformers writes."""
+    """Returns the tokens that transformers writes."""
     return _prepare(stock_model, search, shape)()
 
 
@@ -160,7 +163,7 @@ def figures(run: Run) -> Iterator[Figure]:
 
 
 def floors(run: Run) -> list[str]:
-    """For every decoding step: what its bytes need when they are only read, and its time."""
+    """Returns for every decoding step what its bytes need when they are only read, and its time."""
     reading = {row.group: row.median_ms for row in run.rows if row.what == "read"}
     steps = [row for row in run.rows if row.what == "step"]
     lines = [f"{row.direction:12}{reading[row.group]:10.2f}{row.median_ms:10.2f}" for row in steps]

@@ -1,4 +1,4 @@
-"""What ``benchmarks.report.gpu_report`` times: the GPU kernels beside their peers, all on the shape's device.
+"""``benchmarks.report.gpu_report`` times these: the GPU kernels beside their peers, all on the shape's device.
 
 ``banded`` and ``core`` are those of ``benchmarks.suites.attention``. The groups ``window_…`` are the band alone,
 without global tokens, which is all that flash-attn's window does.
@@ -39,7 +39,7 @@ SHAPE = Shape(dtype="bfloat16", device="cuda")
 def groups(
     backends: Sequence[str] = BACKENDS, shape: Shape | None = None, seqlens: Sequence[int] = SEQLENS
 ) -> list[Group]:
-    """For each length a group with global tokens and one without.
+    """Returns for each length a group with global tokens and one without.
 
     Args:
         backends: of led_kernels.
@@ -78,7 +78,7 @@ def _shape_of_this_gpu() -> Shape:
 
 
 def _build_flex(inputs: Inputs) -> Attend:
-    """``torch.compile(flex_attention)`` on views of the tensors, with the block mask made beforehand."""
+    """Compiles ``flex_attention`` on views of the tensors, with the block mask made beforehand."""
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
     seqlen, device = inputs.shape.seqlen, inputs.shape.device
@@ -88,7 +88,7 @@ def _build_flex(inputs: Inputs) -> Attend:
 
 
 def _build_dense(inputs: Inputs) -> Attend:
-    """``scaled_dot_product_attention`` under the whole mask, ``[seqlen, seqlen]``."""
+    """Builds ``scaled_dot_product_attention`` under the whole mask, ``[seqlen, seqlen]``."""
     position = torch.arange(inputs.shape.seqlen, device=inputs.shape.device)
     allowed = allowed_pairs(inputs.shape)(0, 0, position[:, None], position)
     dense = functools.partial(torch.nn.functional.scaled_dot_product_attention, attn_mask=allowed)
@@ -103,7 +103,7 @@ def _build_flash(inputs: Inputs) -> Attend:
 
 
 def _on_heads_first(attend: Callable[..., Tensor]) -> Attend:
-    """For a function on ``[1, heads, seqlen, head_dim]``."""
+    """Lets a function on ``[1, heads, seqlen, head_dim]`` take ``[1, seqlen, heads, head_dim]``."""
     return lambda *qkv: attend(*(x.transpose(1, 2) for x in qkv)).transpose(1, 2)
 
 

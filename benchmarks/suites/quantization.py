@@ -1,4 +1,4 @@
-"""What smaller weights save and cost: memory, logits and tokens of led_model in fp32, bf16, int8 and NF4.
+"""This suite measures what smaller weights save and cost led_model in fp32, bf16, int8 and NF4.
 
 A model of led-base's shape is compared with itself in fp32, on the same inputs. Its weights are random: no released
 ones are at hand.
@@ -30,7 +30,7 @@ WEIGHTS = {
 
 @dataclass(frozen=True)
 class Row:
-    """``layers_mib`` is the part of ``weights_mib`` in the linear layers, which alone are quantized.
+    """Holds a measurement; ``layers_mib`` of ``weights_mib`` are in the linear layers, which alone are quantized.
 
     ``logit_error`` is ‖logits - fp32's‖ / ‖fp32's‖ and ``top1_agreement`` the share of positions with the same
     likeliest token, both teacher-forced, with ``distinct_tokens`` different ones; ``greedy_agreement`` is the
@@ -57,7 +57,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Inputs:
-    """ids ``[documents, source]``, teacher-forced decoder ids ``[documents, target]``, and tokens to write."""
+    """Holds ids ``[documents, source]``, teacher-forced decoder ids ``[documents, target]``, and tokens to write."""
 
     ids: Tensor
     decoder_ids: Tensor
@@ -71,7 +71,7 @@ class Inputs:
 
 
 def random_led_base(smoke: bool) -> tuple[LEDForConditionalGeneration, Inputs]:
-    """Layers that change their input without drowning it: wider weights make one token the likeliest everywhere."""
+    """Builds layers that change their input without drowning it: wider weights make one token the likeliest."""
     layers, d_model, ffn_dim, vocab_size = (1, 32, 64, 90) if smoke else (6, 768, 3072, 50265)
     config = LEDConfig(
         vocab_size=vocab_size, d_model=d_model, encoder_layers=layers, decoder_layers=layers,
@@ -90,7 +90,7 @@ def random_led_base(smoke: bool) -> tuple[LEDForConditionalGeneration, Inputs]:
 
 
 def measure(model: LEDForConditionalGeneration, inputs: Inputs, **about) -> list[Row]:
-    """One row for each of :data:`WEIGHTS`, all read from one checkpoint."""
+    """Measures a row for each of :data:`WEIGHTS`, all read from one checkpoint."""
     rows, expected = [], None
     with tempfile.TemporaryDirectory() as directory:
         model.save_pretrained(directory)
@@ -121,7 +121,7 @@ def measure(model: LEDForConditionalGeneration, inputs: Inputs, **about) -> list
 
 @torch.no_grad()
 def outputs(model: LEDForConditionalGeneration, inputs: Inputs) -> tuple[Tensor, Tensor]:
-    """fp32 logits ``[documents, target, vocab]`` and the greedy tokens ``[documents, new_tokens]``."""
+    """Returns fp32 logits ``[documents, target, vocab]`` and the greedy tokens ``[documents, new_tokens]``."""
     logits = model(**inputs.encoder, decoder_input_ids=inputs.decoder_ids).logits.float()
     count = inputs.new_tokens
     return logits, model.generate(**inputs.encoder, max_new_tokens=count, min_new_tokens=count)[:, 1:]
@@ -132,7 +132,7 @@ def agreement(ours: Tensor, expected: Tensor) -> float:
 
 
 def mib(module: nn.Module) -> float:
-    """What the parameters and buffers take, with the scales of quantized ones."""
+    """Returns what the parameters and buffers take, with the scales of quantized ones."""
     return sum(map(_bytes, [*module.parameters(), *module.buffers()])) / 2**20
 
 
@@ -145,7 +145,7 @@ def _bytes(tensor: Tensor) -> int:
 
 
 def markdown(rows: list[Row]) -> str:
-    """The README's table and what it was measured on."""
+    """Returns the README's table and what it was measured on."""
     lines = [
         "| weights | MiB | of fp32 | layers of fp32 | logit error | same top-1 | same greedy tokens |",
         "| --- | --- | --- | --- | --- | --- | --- |",
@@ -168,7 +168,7 @@ def markdown(rows: list[Row]) -> str:
 
 
 def run(out: Path, *, smoke: bool, threads: int) -> int:
-    """Measures into a new CSV and prints the README's table; the exit status of a command that does so."""
+    """Measures into a new CSV, prints the README's table and returns the exit status of a command that does so."""
     torch.set_num_threads(threads)
     torch.manual_seed(0)
     about = {

@@ -1,4 +1,4 @@
-"""What the machine and plain PyTorch can do: a large matrix product, a copy, the encoder's linear layers."""
+"""These cases show what the machine can do in plain PyTorch: a matrix product, a copy, the encoder's linear layers."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from benchmarks.harness.shapes import Shape
 
 
 def yardstick_cases(shape: Shape, smoke: bool = False) -> tuple[Case, ...]:
-    """Product of square matrices and copy, in the shape's dtype and on its device, of sizes that keep it busy."""
+    """Returns a product of square matrices and a copy, in the shape's dtype, large enough to keep its device busy."""
     if smoke:
         size, elements = 128, 2**16
     elif shape.device == "cpu":
@@ -37,7 +37,7 @@ def linears_case() -> Case:
 def matrix_product(
     size: int, dtype: torch.dtype = torch.float32, device: str = "cpu"
 ) -> Callable[[], dict[str, Tensor]]:
-    """``torch.mm`` of two ``[size, size]`` matrices: the rate of operations for comparison."""
+    """Returns ``torch.mm`` of two ``[size, size]`` matrices: the rate of operations for comparison."""
     generator = torch.Generator().manual_seed(0)
     a, b = (torch.randn(size, size, generator=generator).to(device, dtype) for _ in range(2))
     return lambda: {"out": torch.mm(a, b)}
@@ -46,14 +46,14 @@ def matrix_product(
 def copy(
     elements: int, dtype: torch.dtype = torch.float32, device: str = "cpu"
 ) -> Callable[[], dict[str, Tensor]]:
-    """Copy between existing buffers, each element read once and written once: the rate of bytes."""
+    """Returns a copy between existing buffers, each element read once and written once: the rate of bytes."""
     source = torch.ones(elements, dtype=dtype, device=device)
     target = torch.zeros_like(source)
     return lambda: {"out": target.copy_(source)}
 
 
 def encoder_linears(shape: Shape) -> Callable[[], dict[str, Tensor]]:
-    """query, key, value, output, fc1, GELU, fc2 of every layer, nothing else: the floor of an encoder's time.
+    """Returns query, key, value, output, fc1, GELU, fc2 of every layer, nothing else: the floor of an encoder's time.
 
     Each module gets an input of its real size; the products are not chained, since only their time counts.
     """

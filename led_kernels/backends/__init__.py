@@ -1,4 +1,4 @@
-"""The registry of backends. Each is a module of this package, which imports no other backend and holds two functions.
+"""Backends are registered here. Each is a module of this package, imports no other backend and holds two functions.
 
 ``forward(call) -> (out, lse)`` and ``backward(call, out, lse, d_out, d_lse) -> (dq, dk, dv)``, where ``call`` is a
 :class:`led_kernels.call.AttentionCall` that was checked, ``d_out`` has any strides and ``d_lse`` may be None. Modules
@@ -22,7 +22,7 @@ _ALL_FLOATS = (*_HALF_AND_SINGLE, torch.float64)
 
 @dataclass(frozen=True)
 class Backend:
-    """What is known of a backend without importing it.
+    """Holds what is known of a backend without importing it.
 
     Attributes:
         name: what ``backend=`` and ``LED_KERNELS_BACKEND`` call it.
@@ -39,7 +39,7 @@ class Backend:
     why_not: Callable[[torch.device | None, torch.dtype | None], str | None]
 
     def refusal(self, device: torch.device | None, dtype: torch.dtype | None) -> str | None:
-        """Why it cannot serve a call on this device in this dtype, and what to do; None if it can."""
+        """Tells why it cannot serve a call on this device in this dtype, and what to do; None if it can."""
         if reason := self.why_not(device, dtype):
             return reason
         if dtype is not None and dtype not in self.dtypes:
@@ -48,7 +48,7 @@ class Backend:
         return None
 
     def load(self) -> ModuleType:
-        """The module with its ``forward`` and ``backward``.
+        """Returns the module with its ``forward`` and ``backward``.
 
         Raises:
             ImportError: when what it needs is not installed.

@@ -1,4 +1,4 @@
-"""Why a backend cannot run here: what each of them needs of this machine, asked without running it."""
+"""These functions tell why a backend cannot run here, by what it needs of this machine, without running it."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from led_kernels.extras import REINSTALL, install_extra
 
 
 def nothing_missing(device: torch.device | None, dtype: torch.dtype | None) -> str | None:
-    """For backends that run everywhere."""
+    """Refuses nothing, for backends that run everywhere."""
     return None
 
 
 def cpu_refusal(device: torch.device | None, dtype: torch.dtype | None) -> str | None:
-    """The CPU kernels need the extension ``led_kernels._C`` and tensors on the CPU."""
+    """Refuses tensors elsewhere than on the CPU, and everything without the extension ``led_kernels._C``."""
     return _device_refusal(device, "cpu") or import_refusal("cpu")
 
 
 def triton_refusal(device: torch.device | None, dtype: torch.dtype | None) -> str | None:
-    """The Triton kernels need a GPU from Ampere or CDNA 3 on, or Triton's interpreter and tensors on the CPU."""
+    """Refuses all but a GPU from Ampere or CDNA 3 on, or Triton's interpreter and tensors on the CPU."""
     if refusal := _missing_triton():
         return refusal
     if os.environ.get("TRITON_INTERPRET") == "1":
@@ -31,7 +31,7 @@ def triton_refusal(device: torch.device | None, dtype: torch.dtype | None) -> st
 
 
 def cuda_refusal(device: torch.device | None, dtype: torch.dtype | None) -> str | None:
-    """The compiled CUDA kernels need an NVIDIA GPU that they were built for, from Turing on."""
+    """Refuses all but an NVIDIA GPU, from Turing on, that the compiled CUDA kernels were built for."""
     if refusal := import_refusal("cuda"):
         return refusal
     if _cuda_module().device_type() == "cpu":  # the kernels compiled for the CPU, by tests
@@ -43,7 +43,7 @@ def cuda_refusal(device: torch.device | None, dtype: torch.dtype | None) -> str 
 
 @functools.cache
 def import_refusal(module: str) -> str | None:
-    """Why a module of this package cannot be imported, in its own words."""
+    """Tells why a module of this package cannot be imported, in its own words."""
     try:
         importlib.import_module(f"led_kernels.backends.{module}")
     except ImportError as error:

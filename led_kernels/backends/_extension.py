@@ -1,4 +1,4 @@
-"""The extension ``led_kernels._C``, and torch tensors as parameters of its kernels. Importing this imports it."""
+"""These functions pass torch tensors to the kernels of the extension ``led_kernels._C``, which this module imports."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from led_kernels.extras import REINSTALL
 
 
 def build_error(name: str) -> str | None:
-    """Why setup.py could not build a part of the extension, if it said so in the file ``name``."""
+    """Tells why setup.py could not build a part of the extension, if it said so in the file ``name``."""
     path = Path(__file__).parents[1] / name
     return path.read_text(encoding="utf-8").strip() if path.exists() else None
 
@@ -32,12 +32,12 @@ except ImportError as error:
 
 @functools.cache
 def element_type(dtype: torch.dtype) -> _C.DType:
-    """A torch dtype as the kernels name it."""
+    """Returns a torch dtype as the kernels name it."""
     return getattr(_C.DType, str(dtype).removeprefix("torch."))
 
 
 def attention_params(call: AttentionCall) -> _C.AttentionParams:
-    """Parameters of a kernel but for its outputs, seed and place of execution."""
+    """Returns the parameters of a kernel but for its outputs, seed and place of execution."""
     q, mask = call.q, call.mask
     params = _C.AttentionParams()
     params.dtype = element_type(q.dtype)
@@ -98,20 +98,21 @@ def run_backward(
 
 
 def memory(x: Tensor) -> tuple[int, int]:
-    """Address of the first element, and how many bytes lie from there on: not x.nbytes, for its storage may have been
-    shrunk since."""
+    """Returns the address of the first element, and how many bytes lie from there on.
+
+    They are counted in the storage, which may have been shrunk since, and not by x.nbytes.
+    """
     return x.data_ptr(), x.untyped_storage().nbytes() - int(x.storage_offset()) * x.itemsize
 
 
 def copied(name: str, x: Tensor) -> Tensor:
-    """A contiguous copy, where torch would not look at how large the storage is."""
+    """Copies a tensor to a contiguous one, as torch does not, for it does not look at how large the storage is."""
     check_storage(name, x)
     return x.clone(memory_format=torch.contiguous_format)
 
 
 def _rows(x: Tensor) -> tuple[int, int, int, int, int]:
-    """Address, strides (batch, row, head) and bytes of ``[batch, rows, heads, head_dim]`` or ``[rows, heads,
-    head_dim]``."""
+    """Returns address, strides (batch, row, head) and bytes of ``[(batch,) rows, heads, head_dim]``."""
     # a dimension of size 1 may have any stride, also one that is not aligned
     strides = [stride if size > 1 else 0 for size, stride in zip(x.shape, x.stride(), strict=True)]
     address, size = memory(x)
@@ -119,7 +120,7 @@ def _rows(x: Tensor) -> tuple[int, int, int, int, int]:
 
 
 def _lse(x: Tensor) -> tuple[int, int, int, int]:
-    """Address, strides (batch, head) and bytes of a contiguous ``[batch, heads, rows]`` or ``[heads, total_rows]``."""
+    """Returns address, strides (batch, head) and bytes of a contiguous ``[(batch,) heads, rows]``."""
     *lead, heads, rows = x.shape  # not x.stride(): where a size is 1, that may be anything
     address, size = memory(x)
     return address, heads * rows if lead else 0, rows, size

@@ -1,4 +1,4 @@
-"""What both GPU backends do around their launches: the device, the limits of a grid, and the sign of the scale."""
+"""Both GPU backends launch through these functions, which see to the device, a grid's limits and the scale's sign."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _MAX_GRID = 65535  # of a grid's second and third dimensions
 def run_forward(
     launch: Callable[[AttentionCall], tuple[Tensor, Tensor]], call: AttentionCall
 ) -> tuple[Tensor, Tensor]:
-    """``launch(call)`` on the device of the call, whose softmax_scale is above 0 for it.
+    """Runs ``launch(call)`` on the device of the call, with a softmax_scale above 0.
 
     Raises:
         ValueError: for more sequences or heads than a grid holds.
@@ -36,7 +36,7 @@ def run_backward(
     d_out: Tensor,
     d_lse: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """``launch(call, out, lse, d_out, d_lse)`` under the same conditions -> dq, dk, dv."""
+    """Runs ``launch(call, out, lse, d_out, d_lse)`` under the same conditions -> dq, dk, dv."""
     check_grid(call)
     call, sign = with_positive_scale(call)
     with torch.cuda.device_of(call.q):
@@ -45,7 +45,7 @@ def run_backward(
 
 
 def with_positive_scale(call: AttentionCall) -> tuple[AttentionCall, float]:
-    """``scale * q`` as ``|scale| * (sign * q)``: the kernels take the row maximum before they scale.
+    """Writes ``scale * q`` as ``|scale| * (sign * q)``, for the kernels take the row maximum before they scale.
 
     Returns:
         The call with the sign in q, and the sign; it is 0 for a scale of 0, whose q becomes 0.

@@ -1,4 +1,4 @@
-"""Memory for what kernels write; those of GPUs leave out the rows of packed tensors that belong to no sequence."""
+"""These functions allocate what kernels write; GPU kernels leave out rows of packed tensors that no sequence has."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from led_kernels.call import AttentionCall, lse_dtype
 
 
 def new_results(call: AttentionCall, has_gaps: bool) -> tuple[Tensor, Tensor]:
-    """out and lse of a call; zeros and +inf if there may be rows of no sequence."""
+    """Allocates out and lse of a call; zeros and +inf if there may be rows of no sequence."""
     q, dtype = call.q, lse_dtype(call.q.dtype)
     if has_gaps:
         out = torch.zeros(q.shape, dtype=q.dtype, device=q.device)
@@ -19,7 +19,7 @@ def new_results(call: AttentionCall, has_gaps: bool) -> tuple[Tensor, Tensor]:
 
 
 def new_gradients(call: AttentionCall, has_gaps: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """dq, dk and dv of a call, contiguous; zeros if there may be rows of no sequence."""
+    """Allocates dq, dk and dv of a call, contiguous; zeros if there may be rows of no sequence."""
     new = torch.zeros if has_gaps else torch.empty
     dq, dk, dv = (new(x.shape, dtype=x.dtype, device=x.device) for x in (call.q, call.k, call.v))
     return dq, dk, dv

@@ -1,4 +1,4 @@
-"""The ``torch`` backend: a block of queries against its slice of the keys and the global keys, any device.
+"""The ``torch`` backend takes blocks of queries with their slice of the keys and the global keys, on any device.
 
 One routine serves both ops: global attention is banded attention of few queries whose band is the sequence.
 Nothing of size ``seqlen * window`` is held: extra memory is a few tensors like q, and one block of scores.
@@ -27,7 +27,7 @@ _BLOCK_SIZES = (256, 128, 64, 32, 16)
 
 
 def forward(call: AttentionCall) -> tuple[Tensor, Tensor]:
-    """Attention by blocks of queries -> out, lse."""
+    """Computes attention by blocks of queries -> out, lse."""
     out, lse = new_results(call, has_gaps=True)
     for part in _parts(call.mask):
         part_out, part_lse = part.rows(out), part.lse(lse)
@@ -48,7 +48,7 @@ def forward(call: AttentionCall) -> tuple[Tensor, Tensor]:
 def backward(
     call: AttentionCall, out: Tensor, lse: Tensor, d_out: Tensor, d_lse: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of :func:`forward` -> dq, dk, dv.
+    """Computes the gradients of :func:`forward` -> dq, dk, dv.
 
     From p = exp(s - lse): dv = pᵀ d_out, ds = p (d_out vᵀ - delta), dq = ds k, dk = dsᵀ q.
     """
@@ -83,7 +83,7 @@ def backward(
 
 @dataclass(frozen=True)
 class _Part:
-    """What is computed at once: a padded batch, or one sequence of a packed one as a batch of 1."""
+    """Describes what is computed at once: a padded batch, or one sequence of a packed one as a batch of 1."""
 
     batch: slice  # its entries of [batch, ...]
     span: slice | None  # its rows of [total_rows, ...]; None when padded
@@ -92,11 +92,11 @@ class _Part:
     num_globals: Tensor  # [batch]
 
     def rows(self, x: Tensor) -> Tensor:
-        """The part of x, as a view [batch, seqlen or max_globals, heads, head_dim]."""
+        """Returns the part of x, as a view [batch, seqlen or max_globals, heads, head_dim]."""
         return x[self.span][None] if x.dim() == 3 else x[self.batch]
 
     def lse(self, x: Tensor) -> Tensor:
-        """The part of x, as a view [batch, heads, seqlen or max_globals]."""
+        """Returns the part of x, as a view [batch, heads, seqlen or max_globals]."""
         return x[:, self.span][None] if x.dim() == 2 else x[self.batch]
 
 
@@ -112,7 +112,7 @@ def _parts(mask: LongformerMask) -> Iterator[_Part]:
 
 @dataclass(frozen=True)
 class _Block:
-    """A block of queries with the keys of its band, and behind them the global keys."""
+    """Holds a block of queries with the keys of its band, and behind them the global keys."""
 
     rows: slice
     band: slice
@@ -133,7 +133,7 @@ class _Block:
 
 
 class _Problem:
-    """Query i sees the keys i - left … i + right and the global keys outside these.
+    """Holds a call whose query i sees the keys i - left … i + right and the global keys outside these.
 
     ``window`` is None for global attention: there the queries are the global tokens, and see every key.
     """
@@ -181,11 +181,11 @@ class _Problem:
             yield _Block(rows, band, self.q[:, :, rows], k, v, ~allowed[:, None], keep, self.call.dropout_p)
 
     def gather_global_keys(self, x: Tensor) -> Tensor:
-        """Rows of the global keys -> [batch, heads, max_globals, head_dim]; an unused slot holds some row."""
+        """Gathers the global keys -> [batch, heads, max_globals, head_dim]; an unused slot holds some row."""
         return x.gather(2, _rows_index(self.global_keys.clamp(min=0), x))
 
     def add_to_global_keys(self, x: Tensor, update: Tensor) -> Tensor:
-        """x plus ``update`` in the rows of the global keys, which differ; unused slots get a row that is cut off."""
+        """Adds ``update`` to x in the rows of the global keys, which differ; unused slots get a row that is cut off."""
         if update.shape[2] == 0:
             return x
         x = torch.nn.functional.pad(x, (0, 0, 0, 1))
@@ -196,7 +196,7 @@ class _Problem:
         return (key >= query - self.left) & (key <= query + self.right)
 
     def _keep(self, rows: slice, key: Tensor) -> Tensor | None:
-        """Which scores dropout keeps, bool [batch, heads, rows, keys]; None without dropout."""
+        """Tells which scores dropout keeps, bool [batch, heads, rows, keys]; None without dropout."""
         call = self.call
         if call.seed is None:
             return None

@@ -1,4 +1,4 @@
-"""The `cpu` backend: the compiled kernels of csrc/cpu on torch tensors; allocates outputs and passes pointers.
+"""The `cpu` backend runs the compiled kernels of csrc/cpu on torch tensors: it allocates outputs and passes pointers.
 
 ``LED_KERNELS_CPU_ISA`` names the instruction set (default: the best that the processor runs). Threads: as many as
 ``torch.get_num_threads()``, on torch's OpenMP pool.
@@ -28,7 +28,7 @@ from led_kernels.call import AttentionCall
 
 
 def _copies_misaligned(function: Callable) -> Callable:
-    """``function``, called again with copies of the tensors whose elements do not lie at multiples of their size."""
+    """Calls ``function`` again with copies of those tensors whose elements do not lie at multiples of their size."""
 
     @functools.wraps(function)
     def run(*args):
@@ -50,7 +50,7 @@ def _aligned(x: Any) -> Any:
 
 @_copies_misaligned
 def forward(call: AttentionCall) -> tuple[Tensor, Tensor]:
-    """Attention by the compiled kernels -> out, lse."""
+    """Computes attention by the compiled kernels -> out, lse."""
     kernel = _C.cpu_global_forward if call.is_global else _C.cpu_banded_forward
     return run_forward(_on_this_processor(kernel), _params(call), call)
 
@@ -59,7 +59,7 @@ def forward(call: AttentionCall) -> tuple[Tensor, Tensor]:
 def backward(
     call: AttentionCall, out: Tensor, lse: Tensor, d_out: Tensor, d_lse: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of :func:`forward` -> dq, dk, dv."""
+    """Computes the gradients of :func:`forward` -> dq, dk, dv."""
     kernel = _C.cpu_global_backward if call.is_global else _C.cpu_banded_backward
     return run_backward(_on_this_processor(kernel), _params(call), call, out, lse, d_out, d_lse)
 
@@ -92,7 +92,7 @@ def write_rows(cache: Tensor, position: Tensor, rows: Tensor) -> None:
 
 @_copies_misaligned
 def few_rows_linear(x: Tensor, weight: Tensor, bias: Tensor | None, gelu: bool) -> Tensor:
-    """``x`` ``[..., in_features]`` by ``weight`` ``[out_features, in_features]`` -> ``[..., out_features]``."""
+    """Multiplies x ``[..., in_features]`` by weight ``[out_features, in_features]`` -> ``[..., out_features]``."""
     out_features, in_features = weight.shape
     _check("x", x, (*x.shape[:-1], in_features), weight)
     if bias is not None:
@@ -119,7 +119,7 @@ def few_rows_linear(x: Tensor, weight: Tensor, bias: Tensor | None, gelu: bool) 
 
 @_copies_misaligned
 def few_rows_add_norm(residual: Tensor, block: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
-    """Layer norm of ``residual + block``, both ``[..., features]`` -> like them."""
+    """Computes the layer norm of ``residual + block``, both ``[..., features]`` -> like them."""
     for name, x, shape in (
         ("block", block, residual.shape),
         ("weight", weight, residual.shape[-1:]),
@@ -146,7 +146,7 @@ def few_rows_add_norm(residual: Tensor, block: Tensor, weight: Tensor, bias: Ten
 
 @_copies_misaligned
 def decode_attention(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None) -> Tensor:
-    """``q`` ``[batch, heads, queries, head_dim]`` over ``k, v`` ``[batch, heads, keys, head_dim]`` -> like ``q``,
+    """Attends ``q`` ``[batch, heads, queries, head_dim]`` to ``k, v`` ``[batch, heads, keys, head_dim]`` -> like ``q``,
     as a view of ``[batch, queries, heads, head_dim]``.
 
     ``visible``: bool ``[batch or 1, 1, queries or 1, keys]``.
@@ -203,7 +203,7 @@ def _contiguous_rows(name: str, x: Tensor) -> Tensor:
 
 
 def _heads(x: Tensor) -> tuple[int, int, int, int, int]:
-    """Address, strides (batch, row, head) and bytes of ``[batch, heads, rows, head_dim]``."""
+    """Returns address, strides (batch, row, head) and bytes of ``[batch, heads, rows, head_dim]``."""
     batch_stride, head_stride, row_stride, _ = x.stride()
     address, size = memory(x)
     return address, batch_stride, row_stride, head_stride, size
@@ -211,7 +211,7 @@ def _heads(x: Tensor) -> tuple[int, int, int, int, int]:
 
 @functools.cache
 def instruction_set() -> str:
-    """Name of the instruction set in use.
+    """Returns the name of the instruction set in use.
 
     Raises:
         ValueError: when ``LED_KERNELS_CPU_ISA`` names one that this build or processor lacks.

@@ -1,4 +1,4 @@
-"""The `cuda` backend: the compiled kernels of csrc/cuda on torch tensors, for NVIDIA GPUs from Turing on.
+"""The `cuda` backend runs the compiled kernels of csrc/cuda on torch tensors, on NVIDIA GPUs from Turing on.
 
 Allocates outputs and workspaces, passes pointers, and puts the kernels on torch's current stream. Nothing waits for
 the device or depends on values that lie there, so that a CUDA graph can capture it.
@@ -25,7 +25,7 @@ if not hasattr(_C, "cuda_banded_forward"):
 
 
 def forward(call: AttentionCall) -> tuple[Tensor, Tensor]:
-    """Attention by the compiled kernels -> out, lse."""
+    """Computes attention by the compiled kernels -> out, lse."""
 
     def launch(call: AttentionCall) -> tuple[Tensor, Tensor]:
         return _extension.run_forward(_kernel("forward", call), _params(call), call, call.mask.is_packed)
@@ -36,7 +36,7 @@ def forward(call: AttentionCall) -> tuple[Tensor, Tensor]:
 def backward(
     call: AttentionCall, out: Tensor, lse: Tensor, d_out: Tensor, d_lse: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of :func:`forward` -> dq, dk, dv."""
+    """Computes the gradients of :func:`forward` -> dq, dk, dv."""
 
     def launch(
         call: AttentionCall, out: Tensor, lse: Tensor, d_out: Tensor, d_lse: Tensor | None
@@ -48,19 +48,19 @@ def backward(
 
 
 def architectures() -> tuple[list[int], int]:
-    """Compute capabilities (80 is 8.0) that this build holds machine code for, and the one of its PTX, 0 for none."""
+    """Returns the compute capabilities (80 is 8.0) of this build's machine code, and that of its PTX, 0 for none."""
     return _C.cuda_architectures()
 
 
 def describe_build() -> str:
-    """:func:`architectures` in words."""
+    """Says :func:`architectures` in words."""
     compiled, ptx = architectures()
     names = ", ".join(f"sm_{a}" for a in compiled)
     return f"{names}, and as PTX of sm_{ptx} for later ones" if ptx else names
 
 
 def device_type() -> str:
-    """Where the kernels run: ``cuda``; ``cpu`` where tests execute them."""
+    """Tells where the kernels run: ``cuda``; ``cpu`` where tests execute them."""
     return _C.cuda_device_type()
 
 

@@ -1,4 +1,4 @@
-"""The obvious dense oracle: O(seqlen²) memory, any floating dtype, one line of code per rule of the semantics.
+"""This is the obvious dense oracle: O(seqlen²) memory, any floating dtype, one line of code per rule of the semantics.
 
 Source: Beltagy et al., "Longformer: The Long-Document Transformer", 2020, and transformers' LEDEncoderSelfAttention.
 """
@@ -16,14 +16,14 @@ from led_kernels.philox import keep_mask
 
 
 def forward(call: AttentionCall) -> tuple[Tensor, Tensor]:
-    """Attention -> out, lse."""
+    """Computes attention -> out, lse."""
     return _global_forward(call) if call.is_global else _banded_forward(call)
 
 
 def backward(
     call: AttentionCall, out: Tensor, lse: Tensor, d_out: Tensor, d_lse: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of :func:`forward` by autograd, from the inputs alone -> dq, dk, dv."""
+    """Computes the gradients of :func:`forward` by autograd, from the inputs alone -> dq, dk, dv."""
     outputs, vjp = torch.func.vjp(
         lambda q, k, v: forward(replace(call, q=q, k=k, v=v)), call.q, call.k, call.v
     )[:2]
@@ -31,7 +31,7 @@ def backward(
 
 
 def _banded_forward(call: AttentionCall) -> tuple[Tensor, Tensor]:
-    """The rows of local tokens, over the keys of their window and of global tokens."""
+    """Computes the rows of local tokens, over the keys of their window and of global tokens."""
     mask = call.mask
     q, k, v = (_to_padded(x, mask) for x in (call.q, call.k, call.v))  # [batch, seqlen, heads, head_dim]
     kind = _kinds(mask)  # [batch, seqlen]
@@ -48,7 +48,7 @@ def _banded_forward(call: AttentionCall) -> tuple[Tensor, Tensor]:
 
 
 def _global_forward(call: AttentionCall) -> tuple[Tensor, Tensor]:
-    """The rows of global tokens, ``[batch, max_globals, ...]``, over every key."""
+    """Computes the rows of global tokens, ``[batch, max_globals, ...]``, over every key."""
     mask = call.mask
     k, v = _to_padded(call.k, mask), _to_padded(call.v, mask)
     slot = torch.arange(mask.max_globals, device=k.device)
@@ -69,7 +69,7 @@ def _attend(
     query: Tensor,
     key: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """softmax(scale · q kᵀ where allowed) v -> out [batch, rows, heads, head_dim], lse [batch, heads, rows].
+    """Computes softmax(scale · q kᵀ where allowed) v -> out [batch, rows, heads, head_dim], lse [batch, heads, rows].
 
     ``allowed`` is [batch, rows, keys]; ``is_row``, [batch, rows], says which rows have a result; ``query`` and ``key``
     are the positions that dropout draws for.
@@ -91,14 +91,14 @@ def _attend(
 
 
 def _rows(mask: LongformerMask) -> tuple[Tensor, Tensor]:
-    """Row in the packed tensor of every (sequence, position) and whether it exists, both [batch, max_seqlen]."""
+    """Returns the packed row of each (sequence, position), and whether it exists, both [batch, max_seqlen]."""
     position = torch.arange(mask.max_seqlen, device=mask.device)
     exists = position < mask.seq_len[:, None]
     return torch.where(exists, mask.seq_start[:, None] + position, 0).long(), exists
 
 
 def _kinds(mask: LongformerMask) -> Tensor:
-    """token_kind as [batch, max_seqlen]"""
+    """Returns token_kind as [batch, max_seqlen]."""
     if not mask.is_packed:
         return mask.token_kind
     rows, exists = _rows(mask)
@@ -106,7 +106,7 @@ def _kinds(mask: LongformerMask) -> Tensor:
 
 
 def _to_padded(x: Tensor, mask: LongformerMask) -> Tensor:
-    """[batch, max_seqlen, heads, head_dim], zeros where there is padding (a select: 0 · NaN would be NaN)."""
+    """Returns [batch, max_seqlen, heads, head_dim], where padding is selected to be 0 (0 · NaN would be NaN)."""
     padded = x[_rows(mask)[0]] if mask.is_packed else x
     return padded.masked_fill((_kinds(mask) == PADDING)[:, :, None, None], 0)
 
@@ -119,7 +119,7 @@ def _from_padded(x: Tensor, mask: LongformerMask, like: Tensor) -> Tensor:
 
 
 def _lse_from_padded(lse: Tensor, mask: LongformerMask, q: Tensor) -> Tensor:
-    """[batch, heads, seqlen] -> [heads, total_rows] when packed"""
+    """Takes lse [batch, heads, seqlen] to [heads, total_rows] when the mask is packed."""
     if not mask.is_packed:
         return lse
     rows, exists = _rows(mask)

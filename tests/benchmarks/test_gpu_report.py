@@ -41,7 +41,7 @@ def window_groups() -> list[Group]:
 
 
 def row(**values: object) -> table.Row:
-    """Made up, for the writer."""
+    """Makes up a row, for the writer."""
     made_up = dict(
         group="g", what="banded", direction="forward", seqlen=1, heads=1, head_dim=1, window=1, num_globals=0
     )
@@ -90,7 +90,7 @@ def test_dry_run_lists_every_step_and_case(
 
 @pytest.fixture
 def sanitizer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A program of its name, in a CUDA toolkit."""
+    """Puts a program of compute-sanitizer's name into a CUDA toolkit."""
     program = tmp_path / "bin" / "compute-sanitizer"
     program.parent.mkdir()
     program.write_text("")

@@ -23,7 +23,7 @@ TEST_COMMAND = (
 
 @pytest.fixture
 def names(tmp_path: Path) -> dict[str, object]:
-    """What the README takes as given: a model of transformers, a directory that holds it, and documents."""
+    """Returns what the README takes as given: a model of transformers, a directory that holds it, and documents."""
     torch.manual_seed(0)
     letters = [
         *["<s>", "<pad>", "</s>", "<unk>", "<mask>"],

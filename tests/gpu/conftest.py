@@ -14,7 +14,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 @pytest.fixture
 def backend(request: pytest.FixtureRequest) -> str:
-    """One that was made for this GPU, and for the test's ``dtype`` if it has one."""
+    """Names a backend that was made for this GPU, and for the test's ``dtype`` if it has one."""
     dtype = request.node.callspec.params.get("dtype")
     if reason := reason_against(request.param, "cuda", dtype):
         pytest.skip(reason)

@@ -16,7 +16,7 @@ BATCH, SEQLEN, HEADS, HEAD_DIM, MAX_GLOBALS = 2, 700, 4, 64, 3
 
 
 def inputs(seed: int, device: str = "cuda") -> list[Tensor]:
-    """q, k, v, q_global, k_global, v_global in fp16, which every GPU takes; attention_mask, global_attention_mask."""
+    """Makes q, k, v, q_global, k_global, v_global in fp16, which every GPU takes, and both attention masks."""
     generator = torch.Generator().manual_seed(seed)
     qkv = torch.randn(6, BATCH, SEQLEN, HEADS, HEAD_DIM, generator=generator).half()
     lengths = torch.randint(SEQLEN // 2, SEQLEN, (BATCH, 1), generator=generator)
@@ -27,21 +27,21 @@ def inputs(seed: int, device: str = "cuda") -> list[Tensor]:
 
 
 def attend(*tensors: Tensor, backend: str, dropout_p: float = 0.0) -> Tensor:
-    """A mask of fixed capacity, made of the last two, and the attention."""
+    """Makes a mask of fixed capacity from the last two, and runs the attention."""
     *qkv, attention_mask, global_attention_mask = tensors
     mask = LongformerMask.from_padding(attention_mask, global_attention_mask, max_globals=MAX_GLOBALS)
     return longformer_attention(*qkv, mask, window_size=(100, 64), dropout_p=dropout_p, backend=backend)
 
 
 def run(tensors: list[Tensor], function: Callable[..., Tensor] = attend, **settings) -> list[Tensor]:
-    """out, and the gradients of q … v_global."""
+    """Returns out, and the gradients of q … v_global."""
     leaves = [x.detach().requires_grad_() for x in tensors[:6]]
     out = function(*leaves, *tensors[6:], **settings)
     return [out.detach(), *torch.autograd.grad(out, leaves, torch.ones_like(out))]
 
 
 def assert_same(actual: list[Tensor], expected: list[Tensor]) -> None:
-    """Bit for bit: the kernels are deterministic."""
+    """Compares bit for bit: the kernels are deterministic."""
     for x, y in zip(actual, expected, strict=True):
         assert not y.isnan().any()
         assert torch.equal(x, y)
@@ -57,7 +57,7 @@ def test_compile_without_graph_breaks(mode, backend):
 
 
 def capture(static: list[Tensor], **settings) -> tuple[torch.cuda.CUDAGraph, list[Tensor]]:
-    """A graph of forward and backward on ``static``, and the tensors that its replay writes."""
+    """Captures a graph of forward and backward on ``static``, and the tensors that its replay writes."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):

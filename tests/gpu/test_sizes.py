@@ -23,7 +23,7 @@ def require_memory(gib: float) -> None:
 
 
 def check_shape(what: str, shape: Shape, backend: str) -> None:
-    """out and all gradients; the truth is computed row by row, plain PyTorch is the dense reference in the dtype."""
+    """Checks out and all gradients; the truth is computed row by row, plain PyTorch is the dense reference."""
 
     def results(backend: str) -> dict[str, torch.Tensor]:
         provider = providers.led_kernels_provider(FUNCTIONS[what], backend, shape.device, shape.torch_dtype)

@@ -31,8 +31,10 @@ BACKENDS = ["reference", *backends_on("cpu")]
 
 
 def hostile(rng: random.Random, x: Tensor, shrinks: bool = False) -> Tensor:
-    """A tensor that is like ``x`` but for one thing; with ``shrinks``, for kernels, also for its memory, at which
-    torch's own operations do not look."""
+    """Returns a tensor that is like ``x`` but for one thing.
+
+    With ``shrinks``, for kernels, that may be its memory, at which torch's own operations do not look.
+    """
     dim = rng.randrange(max(1, x.dim()))
     changes: list[Callable[[], Tensor]] = [
         lambda: x.to(rng.choice(DTYPES)),
@@ -60,7 +62,7 @@ def hostile(rng: random.Random, x: Tensor, shrinks: bool = False) -> Tensor:
 
 
 def shrunken(rng: random.Random, x: Tensor) -> Tensor:
-    """A copy of ``x`` most of whose memory was given back."""
+    """Returns a copy of ``x`` most of whose memory was given back."""
     copy = x.clone()
     copy.untyped_storage().resize_(rng.choice([0, 1, max(0, copy.nbytes - 1)]))
     return copy
@@ -75,7 +77,7 @@ def misaligned(x: Tensor) -> Tensor:
 
 
 def edit_in_place(rng: random.Random, mask: LongformerMask, shrinks: bool) -> None:
-    """After it was checked."""
+    """Edits a mask in place, after it was checked."""
     x = rng.choice(mask.tensors())
     if shrinks and rng.random() < 0.3:
         x.untyped_storage().resize_(0)
@@ -84,7 +86,7 @@ def edit_in_place(rng: random.Random, mask: LongformerMask, shrinks: bool) -> No
 
 
 def mask_of(rng: random.Random) -> LongformerMask:
-    """Built by a constructor whose arguments are now and then out of bounds."""
+    """Builds a mask by a constructor whose arguments are now and then out of bounds."""
     batch, seqlen = rng.randint(1, 3), rng.choice([1, 2, 9, 40])
     number = (lambda n: rng.choice(NUMBERS)) if rng.random() < 0.4 else (lambda n: n)
     most = rng.choice([None, None, 0, 1, 2, 5])
@@ -155,7 +157,7 @@ def public_call(rng: random.Random) -> None:
 
 
 def operator_call(rng: random.Random) -> None:
-    """Flat arguments, as a traced graph passes them, one or two of which are changed."""
+    """Returns flat arguments, as a traced graph passes them, one or two of which are changed."""
     mask = LongformerMask.from_padding(torch.tensor([[2, 1, 1, 0], [1, 2, 2, 1]]))
     banded, backward = rng.random() < 0.5, rng.random() < 0.5
     tokens = (2, 4, 2, 8)
@@ -273,7 +275,7 @@ def memory(x: Tensor) -> tuple[int, int]:
 
 
 def spoilt(rng: random.Random, value: object) -> object:
-    """Another number, or a tuple with another: of an address only nothing or less memory than there is."""
+    """Returns another number, or a tuple with another: of an address only nothing or less memory than there is."""
     if not isinstance(value, tuple):
         return rng.choice(NUMBERS)
     parts, place = list(value), rng.randrange(len(value))
@@ -316,7 +318,7 @@ def call(seed: str) -> int:
 
 
 def run(seed: str) -> tuple[str, str | None]:
-    """How it ended, and what is wrong with that."""
+    """Tells how it ended, and what is wrong with that."""
     ended = in_process(lambda: call(seed))
     fault = ended.fault
     if fault is None and (ended.status or "Sanitizer" in ended.err or "runtime error:" in ended.err):

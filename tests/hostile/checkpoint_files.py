@@ -50,7 +50,7 @@ def _large_files() -> Iterator[Case]:
 
 
 def _no_files() -> Iterator[Case]:
-    """What is there but is no file would be missed only by its settings."""
+    """Puts there what is no file, which would be missed only by its settings."""
     for name in (*SETTINGS, *TOKENIZER, "added_tokens.json", "model.safetensors"):
         for how, make in {
             "dangling": lambda path: path.symlink_to("nowhere"),

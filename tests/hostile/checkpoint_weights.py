@@ -71,7 +71,7 @@ def _overflow() -> Iterator[Case]:
 
 
 def _edit_all(part: str, change: Callable[[torch.Tensor], torch.Tensor], directory: Path) -> None:
-    """Of all tensors in whose name ``part`` is."""
+    """Edits all tensors in whose name ``part`` is."""
     tensors = load_file(directory / "model.safetensors")
     tensors |= {name: change(tensor) for name, tensor in tensors.items() if part in name}
     save_file(tensors, directory / "model.safetensors")
@@ -102,7 +102,7 @@ def _large_legacy(directory: Path) -> None:
 
 
 def _shards(twice: bool, directory: Path) -> None:
-    """Two of them, with a tensor in both, or none of a tensor that the index has."""
+    """Writes two shards, with a tensor in both, or in neither though the index has it."""
     tensors = load_file(directory / "model.safetensors")
     names = sorted(tensors)
     (directory / "model.safetensors").unlink()
@@ -135,7 +135,7 @@ def _long_header(directory: Path) -> None:
 
 
 def _many_entries(count: int, directory: Path) -> None:
-    """A directory of a zip archive that says one small entry again and again."""
+    """Writes a directory of a zip archive that says one small entry again and again."""
     pickle({"x": torch.ones(1)}, directory)
     path = directory / "pytorch_model.bin"
     with zipfile.ZipFile(path) as archive:

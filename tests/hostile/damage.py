@@ -1,4 +1,4 @@
-"""What can be done to a checkpoint, and how ``led`` must then end."""
+"""This module knows what can be done to a checkpoint, and how ``led`` must then end."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Damage = Callable[[Path], object]
 
 @dataclass(frozen=True)
 class Case:
-    """``damage`` to a copy of the checkpoint ``model``, on which ``led`` is then called with ``command``.
+    """Does ``damage`` to a copy of the checkpoint ``model``, on which ``led`` is then called with ``command``.
 
     ``status`` is how that must end, -1: with any; what ``led`` writes has ``says`` in it.
     """

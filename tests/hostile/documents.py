@@ -40,7 +40,7 @@ Prepare = Callable[[], object]  # in the directory of the case
 
 @dataclass(frozen=True)
 class Case:
-    """``led`` with ``arguments``, after ``files`` were written and ``prepare`` was called where it runs.
+    """Runs ``led`` with ``arguments``, after ``files`` were written and ``prepare`` was called where it runs.
 
     ``inside`` is called in its process. ``status`` -1: any that a sentence goes with.
     """
@@ -70,7 +70,7 @@ def _name(call: Prepare) -> str:
 
 
 def make_checkpoints(scratch: Path) -> None:
-    """Small models with a tokenizer of single characters: ``model``, ``classifier`` and ``qa``."""
+    """Makes small models with a tokenizer of single characters: ``model``, ``classifier`` and ``qa``."""
     characters = ["<s>", "<pad>", "</s>", "<unk>", "<mask>", *_bytes_as_characters()]
     for name, model_class in (
         ("model", LEDForConditionalGeneration),
@@ -85,7 +85,7 @@ def make_checkpoints(scratch: Path) -> None:
 
 
 def _bytes_as_characters() -> list[str]:
-    """The character for each byte in GPT-2's alphabet."""
+    """Returns the character for each byte in GPT-2's alphabet."""
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [byte for byte in range(256) if byte not in printable]
     return [*map(chr, printable), *(chr(256 + index) for index in range(len(others)))]
@@ -304,7 +304,7 @@ def _arguments() -> Iterator[Case]:
 
 
 def _large() -> None:
-    """As large as a text may be, most of it in one byte a character, and one of four, which makes all of them such."""
+    """Makes as large a text as may be, of one byte a character but for one of four, which makes all of them such."""
     Path("big.txt").write_bytes("😀".encode() + b"w " * (2**24 - 2))
 
 
@@ -384,7 +384,7 @@ def _broken_stdout() -> None:
 
 
 def _endless_pipe() -> None:
-    """Whose writer goes on until its reader is gone."""
+    """Makes a pipe whose writer goes on until its reader is gone."""
     os.mkfifo("pipe")
     if os.fork() == 0:
         try:
@@ -430,7 +430,7 @@ def _read_only() -> None:
 
 
 def _contents() -> dict[str, bytes]:
-    """Of every regular file of some size, by name."""
+    """Returns by name the contents of every regular file of some size."""
     found = {}
     for path in Path(".").rglob("*"):
         status = path.lstat()
@@ -440,7 +440,7 @@ def _contents() -> dict[str, bytes]:
 
 
 def run(case: Case, scratch: Path) -> tuple[str, str | None]:
-    """How it ended, and what is wrong with that."""
+    """Tells how it ended, and what is wrong with that."""
     directory = scratch / "case"
     directory.mkdir()
     before = Path.cwd()

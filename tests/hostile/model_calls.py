@@ -39,7 +39,7 @@ def model_of(model_class: type) -> Any:
 
 
 def model_call(rng: random.Random, hostile: Callable[[random.Random, Tensor], Tensor]) -> None:
-    """One of the public calls, of which one to three arguments are changed."""
+    """Makes one of the public calls, of which one to three arguments are changed."""
     inputs: dict[str, Any] = random_inputs(
         rng.randrange(9), seqlen=rng.choice([3, 16, 37]), target=rng.choice([1, 4])
     )

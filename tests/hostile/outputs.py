@@ -35,7 +35,7 @@ def _run() -> int:
 
 
 def _lines() -> int:
-    """Complete ones that the output holds."""
+    """Returns the complete lines that the output holds."""
     return _OUTPUT.read_bytes().count(b"\n") if _OUTPUT.exists() else 0
 
 
@@ -46,7 +46,7 @@ def _fault_of_end(ended: Ended, status: int, says: str = "") -> str | None:
 
 
 def _fault_of_output(expected: bytes | None = None) -> str | None:
-    """Whether a last run finds all documents done, each once, in the order and words of a run without interruption."""
+    """Tells what is wrong, unless a last run finds all documents done once, as a run without interruption does."""
     if fault := _fault_of_end(in_process(_run), 0):
         return fault
     ids = [json.loads(line)["id"] for line in _OUTPUT.read_bytes().splitlines()]
@@ -65,7 +65,7 @@ def _whole() -> bytes:
 
 
 def _kills(number: int) -> str | None:
-    """``number`` runs on one output, each ended by kill -9 when it has made another result or two."""
+    """Makes ``number`` runs on one output, each ended by kill -9 when it has made another result or two."""
     expected, draw = _whole(), random.Random(number)
     kills = 0
     while kills < number and _lines() < _DOCUMENTS:
@@ -82,8 +82,10 @@ def _kills(number: int) -> str | None:
 
 
 def _cuts(number: int) -> str | None:
-    """``number`` outputs of which the end is missing, as a crash or a full disk leaves them, taken up again: a hundred
-    by each process."""
+    """Takes up ``number`` outputs of which the end is missing, as a crash or a full disk leaves them.
+
+    Each process takes up a hundred.
+    """
     texts = {f"d{n}": f"text ☕ {n}" for n in range(40)}
     documents = [Document(name, "docs.jsonl", text, 9, has_own_id=True) for name, text in texts.items()]
 
@@ -111,7 +113,7 @@ def _cuts(number: int) -> str | None:
 
 
 def _commands_on_cuts(number: int) -> str | None:
-    """As :func:`_cuts`, by the command itself."""
+    """Does as :func:`_cuts`, by the command itself."""
     whole = _whole()
     for cut in range(number):
         _OUTPUT.write_bytes(whole[: (2 * cut + 1) * len(whole) // (2 * number)])
@@ -133,7 +135,7 @@ def _writers(number: int) -> str | None:
 
 
 def _full_disk(size: int) -> str | None:
-    """An output that may have ``size`` bytes and no more, until there is room again."""
+    """Makes an output that may have ``size`` bytes and no more, until there is room again."""
     expected = _whole()
 
     def without_room() -> int:
@@ -146,7 +148,7 @@ def _full_disk(size: int) -> str | None:
 
 
 def _meddled(change: Callable[[], object], says: str, is_kept: bool) -> str | None:
-    """A run during which somebody does something to the output. ``is_kept``: what is there then is not touched."""
+    """Makes a run during which somebody meddles with the output. ``is_kept``: what is there then is not touched."""
     process = Process(_run)
     deadline = time.monotonic() + 30
     while _lines() < 3 and time.monotonic() < deadline:

@@ -31,7 +31,7 @@ Trial = tuple[str, Callable[[], tuple[str, str | None]]]
 
 @dataclass(frozen=True)
 class Ended:
-    """How a case came to its end. ``status`` is what Python exits with, or minus a signal; ``mebibytes`` of memory
+    """Says how a case came to its end. ``status`` is what Python exits with, or minus a signal; ``mebibytes`` of memory
     come on top of what was in use before."""
 
     status: int
@@ -42,7 +42,7 @@ class Ended:
 
     @property
     def fault(self) -> str | None:
-        """What no case may do; ``None``: nothing of that."""
+        """Returns what no case may do; ``None``: nothing of that."""
         if "Traceback (most recent call last)" in self.err or "Exception ignored" in self.err:
             return f"a traceback: {self.err[-1500:]}"
         if self.seconds > SECONDS or self.mebibytes > MEBIBYTES:

@@ -1,4 +1,4 @@
-"""What the kernels of more than one backend are tried with, beside ``led_kernels.testing``'s cases."""
+"""The kernels of more than one backend are tried with these, beside ``led_kernels.testing``'s cases."""
 
 from __future__ import annotations
 
@@ -29,17 +29,17 @@ GLOBALS = {
 
 
 def in_turns(values: Iterable, *others: Iterable) -> list[tuple]:
-    """Each of the values with one of each of the others, which take turns."""
+    """Returns each of the values with one of each of the others, which take turns."""
     turns = [itertools.islice(itertools.cycle(other), i, None) for i, other in enumerate(others)]
     return list(zip(values, *turns, strict=False))
 
 
 def at_seqlen(base: AttentionCase, seqlen: int, **changes) -> AttentionCase:
-    """``base`` with three global tokens in the first sequence and one in the second."""
+    """Returns ``base`` with three global tokens in the first sequence and one in the second."""
     globals_per_row = ((0, seqlen // 2, seqlen - 1), (seqlen // 3,))
     return replace(base, seqlen=seqlen, globals_per_row=globals_per_row, **changes)
 
 
 def name_of(value: object) -> str:
-    """Of a test's parameter."""
+    """Names a test's parameter."""
     return str(value).removeprefix("torch.").replace(" ", "")

@@ -21,7 +21,7 @@ X = torch.randn(1, 6, 2, 4, generator=torch.Generator().manual_seed(0))
 
 
 def attend(**changes) -> None:
-    """Both functions with some arguments changed."""
+    """Calls both functions with some arguments changed."""
     q = changes.pop("q", X)
     banded_attention(q, X, X, MASK, window_size=2, **changes)
 

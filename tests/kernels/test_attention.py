@@ -55,7 +55,7 @@ BASE = AttentionCase(globals_per_row=MIXED)
 
 
 def at_seqlen(seqlen: int, **changes) -> AttentionCase:
-    """Global tokens at the first, a middle and the last position, so far as they differ."""
+    """Puts global tokens at the first, a middle and the last position, so far as they differ."""
     return replace(
         BASE, seqlen=seqlen, globals_per_row=((0, seqlen // 2, seqlen - 1), (seqlen // 3,)), **changes
     )

@@ -22,7 +22,7 @@ def shrunken(x: Tensor) -> Tensor:
 
 
 def misaligned(x: Tensor) -> Tensor:
-    """The same numbers an odd number of bytes behind the start of their memory."""
+    """Returns the same numbers an odd number of bytes behind the start of their memory."""
     memory = bytearray(x.nbytes + 1)
     memory[1:] = x.contiguous().flatten().view(torch.uint8).numpy().tobytes()
     return torch.frombuffer(memory, dtype=x.dtype, offset=1).view(x.shape)
@@ -111,7 +111,7 @@ def test_few_rows_of_tensors_at_odd_addresses():
 
 
 def operators(backend: str, mask: LongformerMask, rows: int) -> dict[str, Tensor]:
-    """What has a row per row of the packed tensors, from the operators, which look at no values."""
+    """Returns what has a row per row of the packed tensors, from the operators, which look at no values."""
     q, k, v, d_out = torch.randn(4, rows, 2, 8).unbind()
     fields = (*mask.tensors(), None, mask.max_seqlen)
     with poisoned_memory():

@@ -23,7 +23,7 @@ def backend(request) -> str:
 
 
 def call(backend: str, op: str = "banded", **changes):
-    """One of the four operators as a traced graph calls it, with some arguments changed."""
+    """Calls one of the four operators as a traced graph calls it, with some arguments changed."""
     mask = LongformerMask.from_padding(torch.tensor([[2, 1, 1, 1, 0], [1, 2, 2, 1, 1]]))
     tokens, slots = (2, 5, 2, 4), (2, 2, 2, 4)
     rows, lse = (tokens, (2, 2, 5)) if op.startswith("banded") else (slots, (2, 2, 2))

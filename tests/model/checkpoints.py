@@ -1,4 +1,4 @@
-"""What tests of checkpoints do to their files, and ask of their weights."""
+"""Tests of checkpoints do this to their files, and ask this of their weights."""
 
 from __future__ import annotations
 

@@ -26,7 +26,7 @@ def records(path: str | Path = "out.jsonl") -> list[dict]:
 
 
 def inputs(directory: Path, text: str, pair: str | None = None, num_globals: int = 1) -> dict:
-    """What the model shall see of a text whose special tokens are text; of a pair, the first part is global."""
+    """Returns what the model shall see of a text whose special tokens are text; of a pair, the first part is global."""
     tokenizer = LEDTokenizer.from_pretrained(directory)
     batch = tokenizer(text, pair, split_special_tokens=True, return_tensors="pt")
     if pair is not None:

@@ -10,7 +10,7 @@ VOCAB_SIZE = 40
 
 
 def small_config(seed: int = 0, **overrides) -> dict:
-    """Keyword arguments for either LEDConfig."""
+    """Returns keyword arguments for either LEDConfig."""
     draw = random.Random(seed)
     heads, decoder_heads = draw.choice([(1, 2), (2, 3), (3, 2), (4, 1)])
     config = {
@@ -50,7 +50,7 @@ def randomize(model: torch.nn.Module, seed: int) -> None:
 
 
 def random_inputs(seed: int, batch: int = 3, seqlen: int = 37, target: int = 9) -> dict[str, torch.Tensor]:
-    """Ids, an attention mask with right padding, left padding and holes, and globals that differ per row."""
+    """Returns ids, an attention mask with right padding, left padding and holes, and globals that differ per row."""
     generator = torch.Generator().manual_seed(seed)
 
     def integers(*shape: int) -> torch.Tensor:

@@ -23,7 +23,7 @@ pytestmark = needs_extension
 
 @pytest.fixture
 def captured(monkeypatch):
-    """Whether each generation's step was captured."""
+    """Tells whether each generation's step was captured."""
     made = []
     capture = CapturedCalls.capture
 

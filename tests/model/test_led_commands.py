@@ -33,7 +33,7 @@ COMMANDS = {
 
 
 def cut(directory: Path, texts: Sequence[str]) -> list[str]:
-    """The texts, after making sure that one fits the model and two do not."""
+    """Returns the texts, after making sure that one fits the model and two do not."""
     for pair in pairwise(texts):
         lengths = [inputs(directory, text)["input_ids"].shape[1] for text in (pair[0], "".join(pair))]
         assert lengths[0] <= LIMIT < lengths[1]

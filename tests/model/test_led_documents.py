@@ -134,7 +134,7 @@ MADE_BY = {"command": "summarize", "model": "./led", "model's fingerprint": "12a
 
 
 def line_of(text: str, name: str = "a.txt", **others) -> bytes:
-    """A record as it is written."""
+    """Returns a record as it is written."""
     record = {"led": "summarize", "id": name, "source": name, "summary": "ü\n☕"}
     record |= {"document": document(name, name, text).key, "made_by": MADE_BY} | others
     return json.dumps(record, ensure_ascii=False).encode() + b"\n"

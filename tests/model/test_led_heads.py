@@ -34,7 +34,7 @@ def head_pair(tmp_path):
 
 
 def stock_classifier(transformers, config):
-    """transformers' own class where it still has one (before 5), else its parts put together likewise."""
+    """Returns transformers' own class where it still has one (before 5), else its parts put together likewise."""
     if hasattr(transformers, "LEDForSequenceClassification"):
         return transformers.LEDForSequenceClassification(config)
     from transformers.models.led import modeling_led
@@ -67,7 +67,7 @@ def stock_classifier(transformers, config):
 
 
 def text_inputs(seed: int, seqlen: int = 37, eos: int = 2) -> dict[str, torch.Tensor]:
-    """Random texts with ``eos`` end tokens a row, the last not at the end; the decoder reads them too."""
+    """Makes random texts with ``eos`` end tokens a row, the last not at the end; the decoder reads them too."""
     inputs = random_inputs(seed, seqlen=seqlen)
     del inputs["decoder_input_ids"]
     for row, ids in enumerate(inputs["input_ids"]):

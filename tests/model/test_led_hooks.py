@@ -16,7 +16,7 @@ def model(small_model):
 
 
 def seen_by(run, register) -> dict[str, list[tuple[torch.Tensor, torch.Tensor]]]:
-    """By module, every output that a hook saw: kept as it was handed over, and copied at that time."""
+    """Returns by module every output that a hook saw: kept as it was handed over, and copied at that time."""
     seen: dict[str, list] = {}
 
     def hook(module, inputs, output):

@@ -42,7 +42,7 @@ def part_files(tmp_path, monkeypatch):
 
 
 def separated(directory: Path, num_globals: int) -> dict[str, torch.Tensor]:
-    """What a PRIMERA model reads: the parts' own ids, in which nothing is special, with 300 between them."""
+    """Returns what a PRIMERA model reads: the parts' own ids, in which nothing is special, with 300 between them."""
     tokenizer = LEDTokenizer.from_pretrained(directory)
     ids = [tokenizer.cls_token_id]
     for part in PARTS:

@@ -23,7 +23,7 @@ ASK = {"output_attentions": True, "output_hidden_states": True}
 
 
 def assert_same_outputs(expected, output: Seq2SeqOutput, inputs: dict[str, torch.Tensor]) -> None:
-    """Every field of transformers' output but its cache, in number, shape and value."""
+    """Compares every field of transformers' output but its cache, in number, shape and value."""
     names = [name for name in expected if name not in ("past_key_values", "cache")]
     ours = {name for name, value in vars(output).items() if value is not None}
     assert ours == set(names)
@@ -38,7 +38,7 @@ def assert_same_outputs(expected, output: Seq2SeqOutput, inputs: dict[str, torch
 
 
 def own_globals(weights: torch.Tensor, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
-    """Without rows of padding to the window, and with zeros in the columns past a row's own global tokens:
+    """Leaves out rows of padding to the window, and puts zeros in the columns past a row's own global tokens:
     transformers leaves both."""
     counts = (inputs["attention_mask"] * inputs["global_attention_mask"]).sum(1)
     unused = torch.arange(weights.shape[-1]) >= counts[:, None]

@@ -50,13 +50,13 @@ def saved(directory: Path, model_class: type = LEDForConditionalGeneration) -> P
 
 
 def effective_weight(linear: nn.Linear) -> Tensor:
-    """``[out, in]`` of whatever the layer multiplies by."""
+    """Returns ``[out, in]`` of whatever the layer multiplies by."""
     with torch.no_grad():
         return (linear(torch.eye(linear.in_features)) - linear.bias).T
 
 
 def with_effective_weights(directory: Path, quantized: nn.Module) -> nn.Module:
-    """A plain model whose weights are what those of ``quantized`` mean."""
+    """Returns a plain model whose weights are what those of ``quantized`` mean."""
     plain = type(quantized).from_pretrained(directory)
     for name, linear in quantizable_linears(quantized).items():
         plain.get_submodule(name).weight.data.copy_(effective_weight(linear))

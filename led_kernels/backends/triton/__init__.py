@@ -1,4 +1,4 @@
-"""The `triton` backend: fused kernels for NVIDIA GPUs from Ampere on and for AMD's CDNA 3.
+"""The `triton` backend runs fused kernels on NVIDIA GPUs from Ampere on and on AMD's CDNA 3.
 
 No GPU has run them yet: what stands behind them is Triton's interpreter (``tests/emulation/interpreter``),
 ahead-of-time compilation, mostly for sm_80 and sm_90 (``tests/emulation/aot``), and the execution of the sm_80 PTX
@@ -28,13 +28,13 @@ except ImportError as error:
 
 
 def forward(call: AttentionCall) -> tuple[Tensor, Tensor]:
-    """Attention by the Triton kernels -> out, lse."""
+    """Computes attention by the Triton kernels -> out, lse."""
     return _gpu.run_forward(launch_global_forward if call.is_global else launch_banded_forward, call)
 
 
 def backward(
     call: AttentionCall, out: Tensor, lse: Tensor, d_out: Tensor, d_lse: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of :func:`forward` -> dq, dk, dv."""
+    """Computes the gradients of :func:`forward` -> dq, dk, dv."""
     launch = launch_global_backward if call.is_global else launch_banded_backward
     return _gpu.run_backward(launch, call, out, lse, d_out, d_lse)

@@ -1,4 +1,4 @@
-"""Banded attention, backward: dq by query tiles, dk and dv by key tiles, and those of the global keys in two stages.
+"""Banded attention's backward goes by query tiles for dq, by key tiles for dk and dv, by two stages for global keys.
 
 Probabilities are recomputed from lse, which is +inf on rows without a result, so that those have probabilities of 0.
 Tiles are interior or masked ones as in the forward; where the tiles of a program hold padding, all are masked. The dq
@@ -430,7 +430,7 @@ def _sum_splits_kernel(
 def launch_banded_backward(
     call: AttentionCall, out: Tensor, lse: Tensor, d_out: Tensor, d_lse: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of banded attention -> dq, dk, dv; softmax_scale is above 0."""
+    """Computes the gradients of banded attention -> dq, dk, dv; softmax_scale is above 0."""
     q, k, v, mask = call.q, call.k, call.v, call.mask
     d_out = d_out if d_out.stride(-1) == 1 else d_out.contiguous()
     lse = lse.contiguous()

@@ -1,4 +1,4 @@
-"""Banded attention, forward: one program per query tile, head and sequence.
+"""The forward of banded attention runs one program per query tile, head and sequence.
 
 A program attends first to the global keys, gathered through ``global_index``; it skips those inside a query's band,
 because the band's tiles hold them. Of these only the tiles that a band edge or the sequence's end crosses are masked
@@ -221,7 +221,7 @@ def _banded_forward_kernel(
 
 
 def launch_banded_forward(call: AttentionCall) -> tuple[Tensor, Tensor]:
-    """Banded attention -> out, lse; softmax_scale is above 0."""
+    """Computes banded attention -> out, lse; softmax_scale is above 0."""
     q, k, v, mask = call.q, call.k, call.v, call.mask
     out, lse = new_results(call, mask.is_packed)
     config = configs.choose("banded_forward", q.dtype, call.head_dim, call.dropout_p)

@@ -1,4 +1,4 @@
-"""Tile sizes by kernel, target, element size and head_dim.
+"""Tile sizes are chosen here by kernel, target, element size and head_dim.
 
 No GPU has timed them. Each row of the table was chosen from what its compilation shows
 (``benchmarks/results/static_gpu.csv``), and its reason says which of the figures decided. ``python -m benchmarks.tune``
@@ -31,7 +31,7 @@ class TileConfig(NamedTuple):
 
 
 class Row(NamedTuple):
-    """``config`` serves elements of at most ``bits``, head_dims up to ``head_dim``, and dropout only if ``dropout``."""
+    """Says what ``config`` serves: elements up to ``bits``, head_dims up to ``head_dim``, dropout if ``dropout``."""
 
     targets: tuple[str, ...]
     bits: int
@@ -62,7 +62,7 @@ _OVERRIDE = re.compile(r"(?:(\w+)=)?(\d+)x(\d+)x(\d+)x(\d+)")
 
 
 def choose(kernel: str, dtype: torch.dtype, head_dim: int, dropout_p: float = 0.0) -> TileConfig:
-    """The configuration of one of ``KERNELS`` on the current device.
+    """Returns the configuration of one of ``KERNELS`` on the current device.
 
     Raises:
         ValueError: ``LED_KERNELS_TRITON_CONFIG`` cannot be read.
@@ -72,14 +72,14 @@ def choose(kernel: str, dtype: torch.dtype, head_dim: int, dropout_p: float = 0.
 
 
 def loads_by_descriptor() -> bool:
-    """Whether interior tiles come through tensor descriptors: ``LED_KERNELS_TRITON_TMA=1``, on sm_90 and later."""
+    """Tells whether interior tiles come by tensor descriptors: ``LED_KERNELS_TRITON_TMA=1``, on sm_90 and later."""
     if os.environ.get("LED_KERNELS_TRITON_TMA") != "1":
         return False
     return _is_interpreted() or current_target() in ("sm_90", "sm_100", "sm_120")
 
 
 def current_target() -> str:
-    """The member of ``TARGETS`` whose configurations serve the current device."""
+    """Returns the member of ``TARGETS`` whose configurations serve the current device."""
     if _is_interpreted():
         return "sm_80"
     target = triton.runtime.driver.active.get_current_target()
@@ -92,7 +92,7 @@ def _is_interpreted() -> bool:
 
 @functools.cache
 def _nearest(backend: str, arch: int | str) -> str:
-    """The newest of ``TARGETS`` that is not newer than the device; ``sm_80`` for older ones."""
+    """Returns the newest of ``TARGETS`` that is not newer than the device; ``sm_80`` for older ones."""
     if backend == "hip":
         return "gfx942"
     served = [target for target in TARGETS if target.startswith("sm_") and int(target[3:]) <= int(arch)]

@@ -1,4 +1,4 @@
-"""Which probabilities dropout keeps: :mod:`led_kernels.philox` for a tile of queries and keys."""
+"""These functions tell which probabilities of a tile dropout keeps, as :mod:`led_kernels.philox` does."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ GLOBAL_STREAM = tl.constexpr(philox.GLOBAL_STREAM)
 def keep_of_tile(
     seed, query, key_start, batch_head, stream, last_dropped, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr
 ):
-    """Which probabilities of queries ``[BLOCK_M]`` and the keys from ``key_start`` (a multiple of 4) dropout keeps.
+    """Tells which probabilities of queries ``[BLOCK_M]`` and keys from ``key_start`` (a multiple of 4) dropout keeps.
 
     One Philox draw serves four neighboring keys, so a quarter of the tile is drawn and its lanes interleaved.
     """
@@ -33,7 +33,7 @@ def keep_of_tile(
 def keep_of_global_keys(
     seed, query, key, batch_head, stream, last_dropped, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr
 ):
-    """Which probabilities of queries ``[BLOCK_M]`` and keys ``[BLOCK_N]`` at any positions dropout keeps."""
+    """Tells which probabilities of queries ``[BLOCK_M]`` and keys ``[BLOCK_N]`` at any positions dropout keeps."""
     zeros = tl.zeros([BLOCK_M, BLOCK_N], tl.int32)
     lane_0, lane_1, lane_2, lane_3 = tl.philox(
         seed, (key // 4)[None, :] + zeros, query[:, None] + zeros, batch_head + zeros, zeros + stream

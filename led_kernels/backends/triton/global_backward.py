@@ -1,4 +1,4 @@
-"""Global attention, backward: dq of the few global tokens, dk and dv of every key.
+"""The backward of global attention computes dq of the few global tokens, and dk and dv of every key.
 
 One program per split of the keys, query tile, head and sequence walks over its keys and leaves its partial dq, which a
 second kernel sums over the splits. Where all global tokens fit one query tile, as they nearly always do, the same
@@ -80,7 +80,7 @@ def _differentiate_global_tile(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     IS_MASKED: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """:func:`differentiate_tile` of global queries and neighboring keys, in the dtypes of the next products."""
+    """Runs :func:`differentiate_tile` on global queries and neighboring keys, in the dtypes of the next products."""
     visible = None
     if IS_MASKED:
         visible = key_exists[None, :]
@@ -295,7 +295,7 @@ def _sum_splits_kernel(
 def launch_global_backward(
     call: AttentionCall, out: Tensor, lse: Tensor, d_out: Tensor, d_lse: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of global attention -> dq, zeros in unused slots, and dk, dv; softmax_scale is above 0."""
+    """Computes the gradients of global attention -> dq, zeros in unused slots, and dk, dv; softmax_scale is above 0."""
     q, mask = call.q, call.mask
     batch, max_globals, heads, head_dim = q.shape
     dq, dk, dv = new_gradients(call, mask.is_packed)

@@ -1,4 +1,4 @@
-"""Global attention, forward: few queries, the global tokens, against every key of their sequence.
+"""The forward of global attention takes few queries, the global tokens, with every key of their sequence.
 
 The keys are split, so that one global token fills a GPU: one program per split, query tile, head and sequence leaves
 its normalized partial out and its partial lse, which a second kernel merges. Both are fp32, and only slots that hold a
@@ -169,7 +169,7 @@ def _merge_splits_kernel(
 
 
 def launch_global_forward(call: AttentionCall) -> tuple[Tensor, Tensor]:
-    """Global attention -> out, lse; softmax_scale is above 0."""
+    """Computes global attention -> out, lse; softmax_scale is above 0."""
     q, mask = call.q, call.mask
     batch, max_globals, heads, head_dim = q.shape
     kernel = "global_forward" if max_globals <= 16 else "global_forward_many"

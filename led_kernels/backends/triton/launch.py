@@ -1,4 +1,4 @@
-"""How the Triton kernels are launched: the arguments that they share, under the kernels' names.
+"""Triton kernels are launched from here, and the arguments that they share get the kernels' names for them.
 
 The arguments that are compiled in depend on shapes and dtypes only.
 """
@@ -35,7 +35,7 @@ WIDE_ROW_STRIDE = 2**24
 
 
 def sequence_arguments(mask: LongformerMask, **tensors: Tensor) -> dict[str, object]:
-    """The arguments for tensors ``[batch, rows, heads, head_dim]`` or ``[rows, heads, head_dim]``, and for the mask.
+    """Returns the arguments for tensors ``[(batch,) rows, heads, head_dim]`` and for the mask.
 
     A tensor whose rows are ``WIDE_ROW_STRIDE`` elements or more apart, a view into a far larger buffer, is read from a
     contiguous copy. Tensors that a kernel writes are the launcher's own and contiguous, so that none is copied.
@@ -64,7 +64,7 @@ def sequence_arguments(mask: LongformerMask, **tensors: Tensor) -> dict[str, obj
 
 
 def lse_arguments(lse: Tensor, **same_layout: Tensor | None) -> dict[str, object]:
-    """The arguments for lse, ``[batch, heads, rows]`` or ``[heads, rows]``, and for tensors of the same layout."""
+    """Returns the arguments for lse, ``[(batch,) heads, rows]``, and for tensors of the same layout."""
     return {f"{name}_ptr": x for name, x in {"lse": lse, **same_layout}.items()} | {
         "lse_stride_b": lse.stride(0) if lse.dim() == 3 else 0,
         "lse_stride_h": lse.stride(-2),
@@ -72,7 +72,7 @@ def lse_arguments(lse: Tensor, **same_layout: Tensor | None) -> dict[str, object
 
 
 def softmax_arguments(call: AttentionCall) -> dict[str, object]:
-    """The arguments for scale and dropout. Draws up to ``last_dropped`` are dropped: so dropout_p = 1 fits 32 bits."""
+    """Returns the arguments for scale and dropout: draws up to ``last_dropped`` are dropped, so dropout_p = 1 fits."""
     dropout_p = call.dropout_p
     threshold = dropout_threshold(dropout_p)
     return {
@@ -85,13 +85,13 @@ def softmax_arguments(call: AttentionCall) -> dict[str, object]:
 
 
 def window_arguments(call: AttentionCall) -> dict[str, object]:
-    """The arguments for both sides of the band."""
+    """Returns the arguments for both sides of the band."""
     window_left, window_right = call.banded_window
     return {"window_left": window_left, "window_right": window_right}
 
 
 def block_arguments(config: TileConfig, q: Tensor) -> dict[str, object]:
-    """Tile sizes, and how fp32 products are computed: exactly, or in tf32 where torch's matmul is allowed to."""
+    """Returns the arguments for tile sizes and for fp32 products: exact, or in tf32 where torch's matmul may use it."""
     head_dim = q.shape[-1]
     return {
         "HEAD_DIM": head_dim,
@@ -143,7 +143,7 @@ def descriptor(x: Tensor, block_rows: int) -> TensorDescriptor:
 
 
 def global_key_block(max_globals: int) -> int:
-    """The size of a tile of global keys: few of them are the rule, and many shall not take many small products."""
+    """Returns the size of a tile of global keys: small, as few are the rule, but many shall not take many products."""
     return 16 if max_globals <= 16 else 64
 
 
@@ -163,5 +163,5 @@ def split_keys(mask: LongformerMask, heads: int, num_tiles: int, block_n: int) -
 
 
 def padded_head_dim(head_dim: int) -> int:
-    """head_dim rounded up to a power of two that a dot takes."""
+    """Rounds head_dim up to a power of two that a dot takes."""
     return max(16, triton.next_power_of_2(head_dim))

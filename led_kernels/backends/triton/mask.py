@@ -1,4 +1,4 @@
-"""What kernels read of a ``LongformerMask``: where a sequence lies, which tiles its band needs, what is padding.
+"""Kernels read a ``LongformerMask`` by these functions: where a sequence lies, what its band needs, what is padding.
 
 Positions are relative to their sequence and int32.
 """
@@ -53,19 +53,19 @@ def band_tiles(tile_start, length, before, after, BLOCK: tl.constexpr, NEIGHBOR_
 
 @triton.jit
 def full_tiles(num_positions, BLOCK: tl.constexpr):
-    """``num_positions // BLOCK`` for a number that is not negative: a shift, which a signed division is not."""
+    """Computes ``num_positions // BLOCK`` of a number that is not negative: a shift, which signed division is not."""
     return (num_positions.to(tl.uint32) // BLOCK).to(tl.int32)
 
 
 @triton.jit
 def tile_around_gap(i, gap_at, gap):
-    """The i-th tile of those that are left when the ``gap`` tiles from tile ``gap_at`` on are passed over."""
+    """Returns the i-th tile of those that are left when the ``gap`` tiles from tile ``gap_at`` on are passed over."""
     return tl.where(i < gap_at, i, i + gap)
 
 
 @triton.jit
 def is_between(position, lower, upper):
-    """``lower <= position <= upper`` as ``[len(lower), len(position)]``; upper is at least lower - 1.
+    """Computes ``lower <= position <= upper`` as ``[len(lower), len(position)]``; upper is at least lower - 1.
 
     One unsigned comparison decides both.
     """
@@ -74,7 +74,7 @@ def is_between(position, lower, upper):
 
 @triton.jit
 def band_mask(key, exists, lower, upper, HAS_PADDING: tl.constexpr):
-    """Which keys of a masked tile each query sees, ``[queries, keys]``.
+    """Tells which keys of a masked tile each query sees, ``[queries, keys]``.
 
     Args:
         lower, upper: the band of each query, which ends with the sequence.
@@ -88,7 +88,7 @@ def band_mask(key, exists, lower, upper, HAS_PADDING: tl.constexpr):
 
 @triton.jit
 def key_exists(padding_before_ptr, key, length, HAS_PADDING: tl.constexpr):
-    """Which keys lie before ``length`` and, with ``HAS_PADDING``, are not padding."""
+    """Tells which keys lie before ``length`` and, with ``HAS_PADDING``, are not padding."""
     exists = key < length
     if HAS_PADDING:
         exists = is_token(padding_before_ptr, key, length)
@@ -97,7 +97,7 @@ def key_exists(padding_before_ptr, key, length, HAS_PADDING: tl.constexpr):
 
 @triton.jit
 def is_token(padding_before_ptr, position, length):
-    """Which positions of the sequence whose ``padding_before`` starts at the pointer exist and are not padding.
+    """Tells which positions of the sequence whose ``padding_before`` starts at the pointer exist and are not padding.
 
     ``token_kind`` says the same, but loads of one byte that decide about an operand of a dot make Triton lay the
     operand out for elements of one byte, which ldmatrix cannot load.
@@ -109,7 +109,7 @@ def is_token(padding_before_ptr, position, length):
 
 @triton.jit
 def count_padding(token_kind_ptr, padding_before_ptr, mask_row, start, stop):
-    """How many of the positions ``start … stop - 1`` (at least one) are padding."""
+    """Counts how many of the positions ``start … stop - 1`` (at least one) are padding."""
     last = mask_row + stop - 1
     before = tl.load(padding_before_ptr + last) - tl.load(padding_before_ptr + mask_row + start)
     return before + (tl.load(token_kind_ptr + last) == 0).to(tl.int32)
@@ -117,7 +117,7 @@ def count_padding(token_kind_ptr, padding_before_ptr, mask_row, start, stop):
 
 @triton.jit
 def has_global_token(global_index_ptr, num_globals, start, stop):
-    """Whether one of the sequence's global tokens, whose positions ascend, lies at ``start … stop - 1``."""
+    """Tells whether one of the sequence's global tokens, whose positions ascend, lies at ``start … stop - 1``."""
     low, high = num_globals * 0, num_globals
     while low < high:  # ends with low at the first slot whose position is not before start
         middle = (low + high) // 2
@@ -129,5 +129,5 @@ def has_global_token(global_index_ptr, num_globals, start, stop):
 
 @triton.jit
 def load_global_positions(global_index_ptr, slot, num_globals):
-    """The positions of the global tokens in the slots; 0 for slots that hold none."""
+    """Loads the positions of the global tokens in the slots; 0 for slots that hold none."""
     return tl.load(global_index_ptr + slot, mask=slot < num_globals, other=0)

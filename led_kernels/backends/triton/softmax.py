@@ -1,4 +1,4 @@
-"""The softmax of a tile of queries over tiles of keys, and the gradients of its scores.
+"""These functions compute the softmax of a tile of queries over tiles of keys, and the gradients of its scores.
 
 Scores are kept in units of log2, so that the exponential is one ``ex2`` and the scale folds into one FMA.
 """
@@ -16,7 +16,7 @@ NO_KEY = tl.constexpr(-3.0e38)
 
 @triton.jit
 def empty_softmax(BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr):
-    """The running acc ``[BLOCK_M, BLOCK_D]``, row_sum and row_max ``[BLOCK_M]`` of queries that have seen no key."""
+    """Returns acc ``[BLOCK_M, BLOCK_D]``, row_sum and row_max ``[BLOCK_M]`` of queries that have seen no key."""
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     row_sum = tl.zeros([BLOCK_M], tl.float32)
     row_max = tl.full([BLOCK_M], NO_KEY, tl.float32)
@@ -25,7 +25,7 @@ def empty_softmax(BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr):
 
 @triton.jit
 def online_softmax_update(scores, acc, row_sum, row_max, qk_scale):
-    """One step of the online softmax over the keys of ``scores``, which are -inf where a key is not visible.
+    """Takes one step of the online softmax over the keys of ``scores``, which are -inf where a key is not visible.
 
     Source: Milakov and Gimelshein, "Online normalizer calculation for softmax", 2018.
 
@@ -53,7 +53,7 @@ def attend_tile(acc, row_sum, row_max, scores, v, keep, qk_scale, PRECISION: tl.
 
 @triton.jit
 def log_sum_exp(row_sum, row_max):
-    """The lse of queries whose running softmax has seen all keys; -inf where none was visible."""
+    """Returns the lse of queries whose running softmax has seen all keys; -inf where none was visible."""
     return (row_max + tl.math.log2(row_sum)) * LN_2
 
 

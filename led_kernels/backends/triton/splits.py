@@ -1,4 +1,4 @@
-"""How the partial results of several splits become one: each split has left one fp32 row of head_dim."""
+"""These functions make one result of those of several splits, each of which has left one fp32 row of head_dim."""
 
 from __future__ import annotations
 

@@ -56,7 +56,7 @@ def two_loops_kernel(
 def launch_two_loops(
     num_masked: int, num_interior: list[int], num_warps: int = 8, mask_all: bool = False
 ) -> None:
-    """One program for each entry of ``num_interior``."""
+    """Launches one program for each entry of ``num_interior``."""
     q, out = (torch.zeros(len(num_interior) * BLOCK_M, HEAD_DIM, dtype=torch.bfloat16) for _ in range(2))
     k, v = (
         torch.zeros((num_masked + max(num_interior)) * BLOCK_N, HEAD_DIM, dtype=torch.bfloat16)

@@ -32,19 +32,19 @@ _RUNTIME = tuple(SHIM / name for name in ("execution.cpp", "fiber.cpp", "host_pr
 
 
 class BuildError(RuntimeError):
-    """What the compiler printed."""
+    """Says what the compiler printed."""
 
 
 @dataclass(frozen=True)
 class Unit:
-    """One object: a source, its macros, and how hard to optimize it."""
+    """Describes one object: a source, its macros, and how hard to optimize it."""
 
     source: Path
     macros: tuple[str, ...] = ()
     optimize: str = "-O1"
 
     def command(self) -> list[str]:
-        """Without the source and the output."""
+        """Returns the command without the source and the output."""
         flags = ["-std=c++17", "-fPIC", "-fvisibility=hidden", "-fno-gnu-unique", self.optimize]
         flags += _sanitizer_flags()
         includes = [SHIM, pybind11.get_include(), sysconfig.get_path("include")]
@@ -52,7 +52,7 @@ class Unit:
         return [_COMPILER, *flags, *(f"-I{x}" for x in includes), *(f"-D{x}" for x in macros), "-x", "c++"]
 
     def key(self) -> str:
-        """Of the command and of every file of this project that the source includes."""
+        """Hashes the command and every file of this project that the source includes."""
         digest = hashlib.sha256(repr((self.command(), _compiler_version())).encode())
         for file in _with_headers(self.source):
             digest.update(file.name.encode() + b"\0" + file.read_bytes())
@@ -64,7 +64,7 @@ class Unit:
 
 
 def module_units(csrc: Path = ROOT / "csrc", head_dims: Sequence[int] = HEAD_DIMS) -> list[Unit]:
-    """Everything that the module is linked of."""
+    """Returns everything that the module is linked of."""
     cuda = csrc / "cuda"
     architectures = ("LED_CUDA_ARCHS=75,80,90", "LED_CUDA_PTX=90")
     return [
@@ -86,7 +86,7 @@ def build_module(units: Sequence[Unit] | None = None) -> Path:
 
 
 def build_toys() -> Path:
-    """The library of ``toys.cu``."""
+    """Builds the library of ``toys.cu``."""
     return _link(
         [Unit(FOLDER / "toys.cu"), *(Unit(source, optimize="-O3") for source in _RUNTIME)], "toys.so"
     )
@@ -100,7 +100,7 @@ def _link(units: Sequence[Unit], name: str) -> Path:
 
 
 def _made(output: Path, command: list[str]) -> Path:
-    """The file that the command writes, unless it is there already."""
+    """Makes the file that the command writes, unless it is there already."""
     if output.exists():
         return output
     output.parent.mkdir(parents=True, exist_ok=True)
@@ -124,7 +124,7 @@ def _compiler_version() -> str:
 
 
 def _with_headers(source: Path) -> list[Path]:
-    """The source and what it includes of its own tree and of the shim, directly or not."""
+    """Returns the source and what it includes of its own tree and of the shim, directly or not."""
     found, queue = {}, [source]
     while queue:
         file = queue.pop()

@@ -13,7 +13,7 @@ HEAD_DIM = 64  # of the object that a mutation changes
 
 @dataclass(frozen=True)
 class Mutation:
-    """In ``csrc/cuda/<file>``, whose text holds ``before`` once, as the kernel ``kernel`` sees it."""
+    """Changes ``csrc/cuda/<file>``, whose text holds ``before`` once, as the kernel ``kernel`` sees it."""
 
     name: str
     kernel: str  # banded_forward, ...

@@ -23,7 +23,7 @@ def random(*shape: int) -> np.ndarray:
 
 
 def aligned(x: np.ndarray) -> np.ndarray:
-    """A copy whose address is a multiple of 16."""
+    """Returns a copy whose address is a multiple of 16."""
     buffer = np.empty(x.nbytes + 16, np.uint8)
     start = -buffer.ctypes.data % 16
     copy = buffer[start : start + x.nbytes].view(x.dtype).reshape(x.shape)
@@ -32,7 +32,7 @@ def aligned(x: np.ndarray) -> np.ndarray:
 
 
 def sixteen_bit(x: np.ndarray, dtype: torch.dtype) -> np.ndarray:
-    """Rounded, as bit patterns."""
+    """Returns rounded numbers as bit patterns."""
     return torch.from_numpy(x).to(dtype).view(torch.int16).numpy().view(np.uint16)
 
 

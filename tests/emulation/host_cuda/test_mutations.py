@@ -13,7 +13,7 @@ from tests.emulation.host_cuda.verdicts import judge
 
 @pytest.fixture(scope="module")
 def verdicts(tmp_path_factory) -> dict[str, str | None]:
-    """By mutation: the schedule under which the attention tests fail, and why."""
+    """Returns by mutation: the schedule under which the attention tests fail, and why."""
     folder = tmp_path_factory.mktemp("mutations")
     with ThreadPoolExecutor(2) as pool:
         files = list(pool.map(lambda mutation: mutation.build(folder), MUTATIONS))

@@ -1,4 +1,4 @@
-"""What the attention tests say of modules with planted faults: ``python -m tests.emulation.host_cuda.verdicts``.
+"""The attention tests judge modules with planted faults: ``python -m tests.emulation.host_cuda.verdicts``.
 
 Reads a JSON list of [file of a module, op, dtype] and writes a JSON list: the first schedule under which the tests
 fail, and why; null where they pass under all. A module that crashes or hangs takes only its own process along.
@@ -39,7 +39,7 @@ _CASES = (
 
 
 def judge(modules: list[tuple[str, str, str]]) -> list[str | None]:
-    """In a process of its own, since modules of one name cannot live in one."""
+    """Judges in a process of its own, since modules of one name cannot live in one."""
     command = [sys.executable, "-m", __name__]
     result = subprocess.run(
         command, input=json.dumps(modules), stdout=subprocess.PIPE, text=True, check=True, cwd=ROOT

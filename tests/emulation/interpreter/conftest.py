@@ -40,7 +40,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def _backend(item: pytest.Item) -> str | None:
-    """Of a test that runs on every backend."""
+    """Names the backend of a test that runs on every one."""
     parameters = getattr(item, "callspec", None) and item.callspec.params
     return parameters["target"].backend if parameters and "target" in parameters else None
 

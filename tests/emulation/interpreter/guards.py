@@ -59,7 +59,7 @@ class GuardedTensor:
         self.stop = self.start + (extent * original.itemsize if original.numel() else 0)
 
     def contains(self, address: int) -> bool:
-        """Whether an address lies in the tensor or its guards."""
+        """Tells whether an address lies in the tensor or its guards."""
         start = self._buffer.data_ptr()
         return start <= address < start + self._buffer.nbytes
 
@@ -77,14 +77,14 @@ class GuardedTensor:
             )
 
     def copy_back(self) -> None:
-        """What the kernel wrote; tensors that it only read are left alone, so that views of one memory may be given."""
+        """Copies what the kernel wrote; tensors that it only read stay, so that views of one memory may be given."""
         if not torch.equal(self._original, self._elements):
             self._original.copy_(self._elements)
 
 
 @contextmanager
 def guarded_launches() -> Iterator[list[InterpretedFunction]]:
-    """Within the context, launches are guarded; gives the list of the kernels launched.
+    """Guards launches within the context; gives the list of the kernels launched.
 
     Raises:
         triton.runtime.errors.InterpreterError: caused by :class:`OutOfBounds`, for a load or store outside the tensors.
@@ -153,7 +153,7 @@ def _check_access(access: str, ptrs: TensorHandle, mask: TensorHandle, tensors: 
 
 
 def _without_repeats(x: Tensor) -> Tensor:
-    """The elements of an expanded tensor once each."""
+    """Returns the elements of an expanded tensor once each."""
     for dim, stride in enumerate(x.stride()):
         if stride == 0 and x.shape[dim] > 1:
             x = x.narrow(dim, 0, 1)
@@ -161,5 +161,5 @@ def _without_repeats(x: Tensor) -> Tensor:
 
 
 def _bits(x: Tensor) -> Tensor:
-    """The same memory as integers, in which NaN equals itself."""
+    """Views the same memory as integers, in which NaN equals itself."""
     return x.view({1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[x.itemsize])

@@ -12,7 +12,7 @@ from .parser import Entry, Instruction, Symbol
 
 @dataclass
 class Block:
-    """A straight piece of code.
+    """Holds a straight piece of code.
 
     Attributes:
         body: its instructions without the branch.
@@ -36,7 +36,7 @@ class Block:
 
 
 def basic_blocks(entry: Entry) -> list[Block]:
-    """Those that can be reached.
+    """Returns the blocks that can be reached.
 
     Raises:
         UnknownInstruction: a branch to nowhere.

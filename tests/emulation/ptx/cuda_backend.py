@@ -138,20 +138,20 @@ class InterpretedCuda:
         return grads
 
     def _launch_tiles(self, launch: _Launch, name: str, may_drop: bool | None = None) -> None:
-        """A block for each tile of the sequence's rows."""
+        """Launches a block for each tile of the sequence's rows."""
         (kernel,) = kernels(launch.ptx, name, launch.dtype, may_drop=may_drop)
         blocks = -(-launch.arguments.call.max_seqlen // kernel.rows)
         self._launch(kernel, launch, blocks, launch.shared_bytes(kernel))
 
     def _launch_splits(self, launch: _Launch, name: str) -> None:
-        """A block for each tile of global tokens and split; the smallest instance that holds them all."""
+        """Launches a block for each tile of global tokens and split; the smallest instance that holds them all."""
         instances, slots = kernels(launch.ptx, name, launch.dtype), launch.arguments.call.mask.max_globals
         kernel = next((x for x in instances if slots <= x.rows), instances[-1])
         blocks = -(-slots // kernel.rows) * launch.splits
         self._launch(kernel, launch, blocks, launch.shared_bytes(kernel))
 
     def _launch_slots(self, launch: _Launch, name: str) -> None:
-        """A block for each global token."""
+        """Launches a block for each global token."""
         (kernel,) = kernels(launch.ptx, name, launch.dtype)
         self._launch(kernel, launch, launch.arguments.call.mask.max_globals, 0)
 
@@ -167,7 +167,7 @@ class InterpretedCuda:
 
 
 class _Launch:
-    """A call's tensors in the interpreter's memory, and arguments that point there.
+    """Holds a call's tensors in the interpreter's memory, and arguments that point there.
 
     Args:
         source: of its kernels, in csrc/cuda.

@@ -1,4 +1,4 @@
-"""What the interpreter raises."""
+"""The interpreter raises these."""
 
 from __future__ import annotations
 

@@ -39,7 +39,7 @@ def bf16_to_fp32(bits: np.ndarray) -> np.ndarray:
 
 
 def fp32_to_bf16(values: np.ndarray) -> np.ndarray:
-    """To nearest even; every NaN becomes 0x7fff."""
+    """Rounds to nearest even; every NaN becomes 0x7fff."""
     bits = values.astype(np.float32, copy=False).view(np.uint32)
     rounded = (bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)
     return np.where(np.isnan(values), np.uint32(0x7FFF), rounded).astype(np.uint16)
@@ -61,7 +61,7 @@ def fp32_to_tf32(values: np.ndarray, *, ties_away: bool) -> np.ndarray:
 
 
 def tf32_to_fp32(bits: np.ndarray) -> np.ndarray:
-    """What the tensor core reads: the low 13 bits are ignored."""
+    """Returns what the tensor core reads: the low 13 bits are ignored."""
     return (bits & np.uint32(0xFFFFE000)).view(np.float32)
 
 

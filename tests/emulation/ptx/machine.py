@@ -113,7 +113,7 @@ class Group:
         self._run_until(len(self.program.blocks), 0, Wave(self, lanes, {}))
 
     def _run_until(self, stop: int, at: int, wave: Wave) -> Wave:
-        """From the block ``at`` to the entry of the block ``stop`` -> the same lanes"""
+        """Runs from the block ``at`` to the entry of the block ``stop`` -> the same lanes"""
         while at != stop:
             self.program.executed.add(at)
             self._blocks_left -= 1

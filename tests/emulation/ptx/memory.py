@@ -58,7 +58,7 @@ class GlobalMemory:
         return origin + tensor.storage_offset() * tensor.itemsize
 
     def begin_launch(self) -> None:
-        """What was stored so far is there for every CTA."""
+        """Makes what was stored so far there for every CTA."""
         for segment in self._segments.values():
             segment.writer = None
 
@@ -144,5 +144,5 @@ def load_parameters(space: np.ndarray, address: np.ndarray, nbytes: int) -> np.n
 
 
 def _rows(array: np.ndarray, nbytes: int) -> np.ndarray:
-    """As [rows, nbytes], without a rest that no aligned access reaches."""
+    """Views the memory as [rows, nbytes], without a rest that no aligned access reaches."""
     return array[: len(array) // nbytes * nbytes].reshape(-1, nbytes)

@@ -49,7 +49,7 @@ def _shared_address(line: str) -> str:
 
 
 def _global_address(line: str) -> str:
-    """Of loads, stores and the sources of cp.async."""
+    """Returns the global address of loads, stores and the sources of cp.async."""
     if ".global" not in line:
         return line
     return re.sub(r"\[\s*(%rd\d+)\s*\+\s*0\s*\]", r"[\1+16]", line)
@@ -70,7 +70,7 @@ KINDS: dict[str, Callable[[str], str]] = {
 
 
 def mutations(ptx: str, kind: str) -> list[Mutation]:
-    """All of one kind in what was executed of a kernel.
+    """Returns all of one kind in what was executed of a kernel.
 
     A compare is changed in all the instructions that come from one source line, since each alone may well belong to
     fragments where it makes no difference.
@@ -91,7 +91,7 @@ def mutations(ptx: str, kind: str) -> list[Mutation]:
 
 
 def spread(candidates: list, count: int) -> list:
-    """Up to ``count``, evenly."""
+    """Picks up to ``count``, evenly."""
     if len(candidates) <= count:
         return candidates
     return [candidates[(2 * i + 1) * len(candidates) // (2 * count)] for i in range(count)]

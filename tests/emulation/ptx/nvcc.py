@@ -38,7 +38,7 @@ class Kernel:
 
 
 def nvcc_path() -> str | None:
-    """Of CUDA_HOME, else of PATH; None where there is none."""
+    """Returns the nvcc of CUDA_HOME, else of PATH; None where there is none."""
     home = os.environ.get("CUDA_HOME")
     return (home and shutil.which("nvcc", path=os.path.join(home, "bin"))) or shutil.which("nvcc")
 

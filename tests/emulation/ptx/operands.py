@@ -1,4 +1,4 @@
-"""What an instruction reads and writes, bound once: readers and writers of a wave's registers."""
+"""Operands say what an instruction reads and writes, bound once: readers and writers of a wave's registers."""
 
 from __future__ import annotations
 

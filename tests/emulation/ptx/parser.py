@@ -105,7 +105,7 @@ class Instruction:
         return set(_registers(self.operands[:1]))
 
     def read(self) -> set[str]:
-        """With the destinations of a predicated instruction, which keeps them where the predicate is off."""
+        """Returns what is read; a predicated instruction keeps its destinations, and so reads them, where it is off."""
         sources = self.operands if self._has_no_destination else self.operands[1:]
         names = set(_registers(sources))
         return names | {self.predicate.name} | self.written() if self.predicate else names
@@ -221,7 +221,7 @@ def _parse_instruction(statement: str, line: int, registers: dict[str, str]) -> 
 
 
 def _split(operands: str) -> list[str]:
-    """At the commas outside of braces and brackets."""
+    """Splits at the commas outside of braces and brackets."""
     return [x.strip() for x in re.findall(r"(?:\{[^}]*\}|\[[^\]]*\]|[^,{}\[\]])+", operands) if x.strip()]
 
 

@@ -115,8 +115,10 @@ class SharedMemory:
         self._put(copy.cta, copy.warp, copy.where, copy.rows)
 
     def _put(self, cta: np.ndarray, warp: np.ndarray, where: np.ndarray, rows: np.ndarray) -> None:
-        """Among lanes of one warp the last one's value stays: PTX leaves open which, and Triton stores sums that the
-        lanes hold in common, but for the last bit."""
+        """Stores values; among lanes of one warp the last one's stays.
+
+        PTX leaves open which, and Triton stores sums that the lanes hold in common, but for the last bit.
+        """
         nbytes = rows.shape[1]
         data, values = _words(self._data, nbytes), _words(rows, nbytes)
         written, stamp = self._granules(self._written, nbytes), self._barriers[cta] * _MAX_WARPS + warp

@@ -56,7 +56,7 @@ def execute(kernel: str, edit_ptx: Callable[[str, str], str] | None = None) -> s
 
 @functools.cache
 def mutations_of(kernel: str) -> dict[str, list[Mutation]]:
-    """By kind, in what the cases execute of the kernel."""
+    """Returns mutations by kind, in what the cases execute of the kernel."""
     ptx = execute(kernel)
     return {kind: mutations(ptx, kind) for kind in KINDS}
 

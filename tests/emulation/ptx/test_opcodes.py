@@ -184,7 +184,7 @@ def test_integers_of_64_bits(body):
 
 
 def _number(function: Callable[..., float]) -> Callable[..., float]:
-    """In fp64, rounded to fp32 once."""
+    """Computes in fp64 and rounds to fp32 once."""
 
     def rounded(*operands: float) -> float:
         return float(function(*(torch.tensor(x, dtype=torch.float64) for x in operands)).float())

@@ -1,4 +1,4 @@
-"""What Triton makes of the pieces of attention kernels, alone: products in every dtype, Philox, gathers, reductions."""
+"""Triton compiles the pieces of attention kernels here, alone: products in every dtype, Philox, gathers, reductions."""
 
 from __future__ import annotations
 
