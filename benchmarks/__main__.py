@@ -65,9 +65,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--only", default="", help="cases whose name holds all these words, as in 'banded cpu'"
     )
-    parser.add_argument(
-        "--out", "--output", type=Path, help="CSV to write; default SUITE.csv, or cpu.csv (smoke.csv)"
-    )
+    parser.add_argument("--out", type=Path, help="CSV to write; default SUITE.csv, or cpu.csv (smoke.csv)")
     parser.add_argument("--repeats", type=int, help=f"rounds; default {runner.REPEATS} (smoke 3)")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     arguments = parser.parse_args(argv)

@@ -10,7 +10,10 @@ from benchmarks.harness.table import Row
 
 @dataclass(frozen=True)
 class Figure:
-    """Says that ``seen`` is at least ``reach``, or at most if ``is_limit``; None where the run has not seen it."""
+    """Compares ``seen`` with ``reach``, of which it must be at least as much, or at most that if ``is_limit``.
+
+    ``seen`` is None where the run has not seen it.
+    """
 
     name: str
     seqlen: int

@@ -32,20 +32,17 @@ LEAST_REPEATS = 3
 WRITES = 12  # of 256 MiB: about a millisecond on an H100, more on others
 
 
-def run(
-    groups: Sequence[Group], out: Path, *, only: str = "", repeats: int = REPEATS, threads: int | None = None
-) -> int:
+def run(groups: Sequence[Group], out: Path, *, only: str, repeats: int, threads: int) -> int:
     """Measures the groups into a new CSV, and returns the exit status of a command that does so.
 
     Args:
-        only: words that the name of a case must hold.
+        only: words that the name of a case must hold; an empty text for all cases.
         repeats: rounds.
-        threads: of torch; default: as many as it has.
+        threads: of torch.
     """
-    if (reason := unnamed_fallback("cpu")) is not None:
+    if (reason := unnamed_fallback()) is not None:
         print(f"stopped, nothing is timed under another's name: {reason}", file=sys.stderr)
         return 1
-    threads = threads or torch.get_num_threads()
     torch.set_num_threads(threads)
     partial = out.with_suffix(out.suffix + ".partial")
     partial.unlink(missing_ok=True)
@@ -70,9 +67,9 @@ def run(
     return 0
 
 
-def unnamed_fallback(device_type: str) -> str | None:
+def unnamed_fallback() -> str | None:
     """Tells why torch's operations would be timed as led_kernels; None where kernels run or a backend was named."""
-    return None if os.environ.get("LED_KERNELS_BACKEND") else missing_kernels(device_type)
+    return None if os.environ.get("LED_KERNELS_BACKEND") else missing_kernels("cpu")
 
 
 def run_group(group: Group, repeats: int, path: Path, environment: dict[str, str | int]) -> dict[Case, str]:
@@ -175,7 +172,7 @@ def _buffer_beyond_cache() -> torch.Tensor:
 
 
 def _is_turn(turn: int, wanted: int, repeats: int) -> bool:
-    """Tells whose turn it is: the first round is everybody's, later ones are spread evenly."""
+    """Tells whether a case has this turn: the first round is everybody's, later ones are spread evenly."""
     return turn == 0 or turn * wanted // repeats > (turn - 1) * wanted // repeats
 
 

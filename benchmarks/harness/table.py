@@ -1,4 +1,4 @@
-"""Tables of dataclass rows are kept in CSV files here, and so is the row of a timed case with what it ran on.
+"""Tables of dataclass rows are read from CSV files and written to them here; Row is that of a timed case.
 
 The plots, the summary and the README read nothing else.
 """

@@ -68,7 +68,7 @@ class Launch:
 def captured_launches(
     target: str, on_launch: Callable[[Launch], None] | None = None
 ) -> Iterator[list[Launch]]:
-    """Compiles launches within the context for ``target`` and appended to the list it gives.
+    """Compiles launches within the context for ``target``, and appends them to the list that it gives.
 
     Args:
         target: ``sm_80`` ... ``gfx942``, one of :data:`benchmarks.static.gpus.TARGETS`.

@@ -120,7 +120,7 @@ def worse(row: Row, committed: Row) -> list[str]:
 
 
 class Keyed(Protocol):
-    """Is a row that is known by a key."""
+    """Describes a row that is known by a key."""
 
     @property
     def key(self) -> tuple: ...

@@ -165,7 +165,7 @@ def figures(run: Run) -> Iterator[Figure]:
 def floors(run: Run) -> list[str]:
     """Returns for every decoding step what its bytes need when they are only read, and its time."""
     reading = {row.group: row.median_ms for row in run.rows if row.what == "read"}
-    steps = [row for row in run.rows if row.what == "step"]
+    steps = [row for row in run.rows if row.what == "step" and row.group in reading]
     lines = [f"{row.direction:12}{reading[row.group]:10.2f}{row.median_ms:10.2f}" for row in steps]
     return ["reading a step's bytes, the step (ms, medians)", *lines] if lines else []
 

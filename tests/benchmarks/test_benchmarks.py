@@ -92,6 +92,7 @@ def test_figures_of_generation() -> None:
     seen = [(figure.seen, figure.is_met) for figure in summary.figures(rows)]
     assert seen == [(1.5, False), (1.25, True), (0.25, True)]
     assert summary.floors(rows).splitlines()[1].split() == ["greedy", "20.00", "25.00"]
+    assert summary.report([row for row in rows if row.what == "step"]), "--only step"
 
 
 @pytest.mark.slow

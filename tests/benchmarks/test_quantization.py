@@ -14,7 +14,7 @@ from benchmarks.suites import quantization
 
 def test_smoke_run(tmp_path: Path) -> None:
     path = tmp_path / "quantization.csv"
-    assert main(["quantization", "--smoke", "--threads", "1", "--output", str(path)]) == 0
+    assert main(["quantization", "--smoke", "--threads", "1", "--out", str(path)]) == 0
     rows = table.read(path, quantization.Row)
     assert [row.weights for row in rows] == list(quantization.WEIGHTS)
     fp32, bf16, int8, nf4, _ = rows

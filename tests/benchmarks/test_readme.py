@@ -77,9 +77,8 @@ def test_the_map_names_what_is_there() -> None:
             ROOT / first,
             *(folder / other if other.count("/") == 0 else ROOT / other for other in others),
         ]
-        named += [folder / name for name in re.findall(r"`(\w+(?:/|\.py|\.h|\.cpp))`", about)]
-        if first == "csrc/cpu/":  # the binding is beside both folders
-            named = [path if path.exists() else ROOT / "csrc" / path.name for path in named]
+        named += [folder / name for name in re.findall(r"`(\w+(?:/|\.py))`", about)]
+        named += [ROOT / name for name in re.findall(r"`([\w/]+/\w+\.\w+)`", about)]
         for path in named:
             assert path.exists(), f"{path} of the row {places}"
 

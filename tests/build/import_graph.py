@@ -7,6 +7,7 @@ is an arrow to ``package.name`` where that is a module, else to the package.
 from __future__ import annotations
 
 import ast
+import importlib.util
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,10 +27,15 @@ class Arrow:
 
 
 def modules(root: Path, packages: Iterable[str]) -> dict[str, Path]:
-    """Dotted name to file, relative to ``root``; a package's name stands for its ``__init__``."""
-    files = (file for package in packages for file in sorted((root / package).rglob("*.py")))
+    """Returns dotted name -> file, relative to ``root``; a package's name stands for its ``__init__``.
+
+    The stub of a compiled module, a ``.pyi``, is a module, too.
+    """
+    files = (file for package in packages for file in sorted((root / package).rglob("*.py*")))
     named = {}
     for file in files:
+        if file.suffix not in (".py", ".pyi"):
+            continue
         relative = file.relative_to(root)
         parts = relative.with_suffix("").parts
         named[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = relative
@@ -37,7 +43,7 @@ def modules(root: Path, packages: Iterable[str]) -> dict[str, Path]:
 
 
 def arrows(root: Path, packages: Iterable[str]) -> list[Arrow]:
-    """All imports among the modules of ``packages``, folders of ``root``."""
+    """Returns all imports among the modules of ``packages``, folders of ``root``."""
     named = modules(root, packages)
     found: dict[Arrow, None] = {}  # each once, in order
     for source, file in named.items():
@@ -55,16 +61,12 @@ def _imported(node: ast.AST, package: str) -> Iterator[str]:
     if isinstance(node, ast.Import):
         yield from (alias.name for alias in node.names)
     elif isinstance(node, ast.ImportFrom):
-        base = node.module or ""
-        if node.level:  # relative
-            parents = package.split(".")
-            above = parents[: len(parents) - node.level + 1]
-            base = ".".join([*above, *filter(None, [node.module])])
+        base = importlib.util.resolve_name("." * node.level + (node.module or ""), package)
         yield from (f"{base}.{alias.name}" for alias in node.names)
 
 
 def circles(found: Iterable[Arrow]) -> list[list[Arrow]]:
-    """For each set of modules that import each other, the arrows of one circle through them."""
+    """Returns, for each set of modules that import each other, the arrows of one circle through them."""
     leaving: dict[str, list[Arrow]] = {}
     for arrow in found:
         leaving.setdefault(arrow.source, []).append(arrow)
@@ -78,7 +80,7 @@ def circles(found: Iterable[Arrow]) -> list[list[Arrow]]:
 
 
 def _way_back(start: str, leaving: dict[str, list[Arrow]]) -> list[Arrow] | None:
-    """The shortest circle from a module back to it."""
+    """Returns the shortest circle from a module back to it."""
     ways: dict[str, list[Arrow]] = {start: []}
     waiting = [start]
     while waiting:
@@ -94,21 +96,22 @@ def _way_back(start: str, leaving: dict[str, list[Arrow]]) -> list[Arrow] | None
 
 
 def against_order(found: Iterable[Arrow], layers: Iterable[str]) -> list[Arrow]:
-    """Arrows that run from a lower layer up to a higher one.
+    """Returns the arrows that run from a lower layer up to a higher one.
 
     Args:
-        layers: names of packages and modules, the highest first. A module belongs to the longest that begins its name;
-            one that belongs to none may import and be imported from anywhere.
+        layers: names of packages and modules, the highest first. A module belongs to the longest that begins its name.
+
+    Raises:
+        KeyError: for a module that belongs to none.
     """
     height = {name: -i for i, name in enumerate(layers)}
 
-    def height_of(module: str) -> int | None:
-        while module and module not in height:
-            module = module.rpartition(".")[0]
-        return height.get(module)
+    def height_of(module: str) -> int:
+        name = module
+        while name and name not in height:
+            name = name.rpartition(".")[0]
+        if not name:
+            raise KeyError(f"{module} belongs to no layer")
+        return height[name]
 
-    def runs_back(arrow: Arrow) -> bool:
-        source, target = height_of(arrow.source), height_of(arrow.target)
-        return source is not None and target is not None and source < target
-
-    return [arrow for arrow in found if runs_back(arrow)]
+    return [arrow for arrow in found if height_of(arrow.source) < height_of(arrow.target)]

@@ -57,7 +57,7 @@ from led_kernels.call import AttentionCall
 from led_kernels.mask import LongformerMask
 
 _QUERIES_PER_SPLIT = 256
-_SPLITS_IN_TILE = 32  # that are summed at a time
+_BLOCK_SPLITS = 32  # that are summed at a time
 
 
 @triton.jit
@@ -474,7 +474,7 @@ def _launch_dkdv_of_global_keys(arguments: dict[str, object], q: Tensor, mask: L
         "partial_dv_ptr": torch.empty(shape, dtype=torch.float32, device=q.device),
         "queries_per_split": triton.cdiv(mask.max_seqlen, num_splits * config.block_m) * config.block_m,
         "BLOCK_N": block_n,
-        "BLOCK_SPLITS": _SPLITS_IN_TILE,
+        "BLOCK_SPLITS": _BLOCK_SPLITS,
     }
     grid = (num_splits * triton.cdiv(mask.max_globals, block_n), heads, mask.batch)
     launch(_banded_dkdv_globals_kernel, grid, arguments, config)

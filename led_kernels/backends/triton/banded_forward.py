@@ -6,7 +6,7 @@ tiles, the others are interior ones. Where a program's keys hold padding, all it
 
 Floors at 16,384 tokens, window 512, head_dim 64 on sm_80: a warp's products with 128 keys keep a tensor core busy for
 1,024 cycles; its interior tile issues 610 instructions, 66 of them exponentials of 8 cycles; q, k, v and out cross
-memory 1.008 times where a head's k and v fit into half of the L2. So the products are the floor; what is above it are
+memory about once where a head's k and v fit into half of the L2. So the products are the floor; what is above it are
 the masked tiles, which the band needs half of, latencies and barriers.
 
 Row sums stay in fp32: a product with ones would save a tenth of the instructions, but sums rounded probabilities, and
@@ -34,6 +34,8 @@ from led_kernels.backends.triton.launch import (
     window_arguments,
 )
 from led_kernels.backends.triton.mask import (
+    LOCAL,
+    PADDING,
     band_mask,
     band_tiles,
     count_padding,
@@ -213,7 +215,7 @@ def _banded_forward_kernel(
             HEAD_DIM, BLOCK_D, BLOCK_M, PADDED_BLOCK_N, True, True, DROPOUT, PRECISION, 1,
         )  # fmt: skip
 
-    is_local = tl.load(token_kind_ptr + mask_row + query, mask=query < length, other=0) == 1
+    is_local = tl.load(token_kind_ptr + mask_row + query, mask=query < length, other=PADDING) == LOCAL
     acc *= tl.where(is_local, keep_scale / row_sum, 0.0)[:, None]
     store_rows(out_ptr, out_offsets, acc, is_written, HEAD_DIM, BLOCK_D)
     lse = tl.where(is_local, log_sum_exp(row_sum, row_max), float("inf"))

@@ -5,8 +5,8 @@ No GPU has timed them. Each row of the table was chosen from what its compilatio
 ranks candidates on a real GPU and prints a new table.
 
 With two stages Triton keeps one buffer of each tile, so that copies start at an iteration's end and are waited for at
-the next one's start; three stages give two buffers. That costs the forward on sm_80 a few instructions (7.0 instead of
-6.7 for each product that the band needs) and hides the latency of the copies, which one resident block cannot.
+the next one's start; three stages give two buffers. That costs the forward on sm_80 a few instructions and hides the
+latency of the copies, which one resident block cannot.
 
 ``LED_KERNELS_TRITON_CONFIG`` overrides the table: ``64x64x4x2`` (BLOCK_M x BLOCK_N x warps x stages) for every kernel,
 or ``banded_forward=128x64x8x2,banded_dq=64x64x4x2`` for some.

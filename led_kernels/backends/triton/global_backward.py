@@ -41,7 +41,7 @@ from led_kernels.backends.triton.splits import sum_splits
 from led_kernels.backends.triton.tiles import load_queries, load_tile, row_offset, store_row, store_tile
 from led_kernels.call import AttentionCall
 
-_SPLITS_IN_TILE = 16  # that are summed at a time
+_BLOCK_SPLITS = 16  # that are summed at a time
 
 
 @triton.jit
@@ -75,7 +75,7 @@ def _load_global_queries(
 
 @triton.jit
 def _differentiate_global_tile(
-    q, k, v, d_out, lse, delta, query, key_start, key_exists,
+    q, k, v, d_out, lse, delta, query, key_start, exists,
     softmax_scale, keep_scale, seed, batch_head, last_dropped,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     IS_MASKED: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
@@ -83,7 +83,7 @@ def _differentiate_global_tile(
     """Runs :func:`differentiate_tile` on global queries and neighboring keys, in the dtypes of the next products."""
     visible = None
     if IS_MASKED:
-        visible = key_exists[None, :]
+        visible = exists[None, :]
     keep = None
     if DROPOUT:
         keep = keep_of_tile(seed, query, key_start, batch_head, GLOBAL_STREAM, last_dropped, BLOCK_M, BLOCK_N)
@@ -197,7 +197,7 @@ def _global_dq_kernel(
 
 @triton.jit
 def _accumulate_dkdv(
-    dk, dv, k, v, key_exists, key_start, num_globals,
+    dk, dv, k, v, exists, key_start, num_globals,
     q_ptr, out_ptr, d_out_ptr, q_stride_s, out_stride_s, d_out_stride_s, lse_ptr, d_lse_ptr, lse_row,
     global_index_ptr, softmax_scale, keep_scale, seed, batch_head, last_dropped,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -210,7 +210,7 @@ def _accumulate_dkdv(
             lse_ptr, d_lse_ptr, lse_row, global_index_ptr, HEAD_DIM, BLOCK_D, BLOCK_M, DROPOUT,
         )  # fmt: skip
         p, d_scores = _differentiate_global_tile(
-            q, k, v, d_out, lse, delta, query, key_start, key_exists,
+            q, k, v, d_out, lse, delta, query, key_start, exists,
             softmax_scale, keep_scale, seed, batch_head, last_dropped,
             BLOCK_M, BLOCK_N, IS_MASKED, DROPOUT, PRECISION,
         )  # fmt: skip
@@ -317,7 +317,7 @@ def launch_global_backward(
         "heads": heads,
         "num_splits": num_splits,
         "keys_per_split": keys_per_split,
-        "BLOCK_SPLITS": _SPLITS_IN_TILE,
+        "BLOCK_SPLITS": _BLOCK_SPLITS,
         "WRITE_DKDV": num_query_tiles == 1,
     }
     launch(_global_dq_kernel, (num_query_tiles * num_splits, heads, batch), arguments, config)

@@ -38,7 +38,7 @@ from led_kernels.backends.triton.splits import load_splits
 from led_kernels.backends.triton.tiles import load_tile, row_offset, store_row, store_tile
 from led_kernels.call import AttentionCall
 
-_SPLITS_IN_TILE = 16  # that are merged at a time
+_BLOCK_SPLITS = 16  # that are merged at a time
 
 
 @triton.jit
@@ -188,7 +188,7 @@ def launch_global_forward(call: AttentionCall) -> tuple[Tensor, Tensor]:
         "heads": heads,
         "num_splits": num_splits,
         "keys_per_split": keys_per_split,
-        "BLOCK_SPLITS": _SPLITS_IN_TILE,
+        "BLOCK_SPLITS": _BLOCK_SPLITS,
         "MAX_SPLITS": MAX_SPLITS,
     }
     launch(_global_forward_kernel, (num_tiles * num_splits, heads, batch), arguments, config)

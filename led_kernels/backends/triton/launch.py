@@ -1,6 +1,7 @@
 """Triton kernels are launched from here, and the arguments that they share get the kernels' names for them.
 
-The arguments that are compiled in depend on shapes and dtypes only.
+Those that are compiled in depend on shapes, dtypes, the tile configuration, torch's setting for tf32 and whether there
+is dropout, never on what a tensor holds.
 """
 
 from __future__ import annotations
@@ -111,7 +112,7 @@ def launch(
 ) -> None:
     """Launches the kernel with those of the arguments that it has parameters for.
 
-    Without a configuration it is compiled for as many warps and registers as Triton chooses.
+    Without a configuration it runs with Triton's default of warps, and ptxas chooses its registers.
     """
     # Triton leaves fusion out from 3.10 on, but the scale shall fold into the exponential's FMA
     options: dict[str, object] = {"enable_fp_fusion": True}

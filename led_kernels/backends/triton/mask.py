@@ -8,6 +8,11 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from led_kernels import mask_tensors
+
+PADDING = tl.constexpr(mask_tensors.PADDING)
+LOCAL = tl.constexpr(mask_tensors.LOCAL)
+
 
 @triton.jit
 def locate_sequence(batch, seq_start_ptr, seq_len_ptr, mask_stride_b):
@@ -78,7 +83,7 @@ def band_mask(key, exists, lower, upper, HAS_PADDING: tl.constexpr):
 
     Args:
         lower, upper: the band of each query, which ends with the sequence.
-        exists: which keys are not padding; without ``HAS_PADDING`` none is.
+        exists: which keys exist and are not padding; it is read with ``HAS_PADDING`` alone.
     """
     visible = is_between(key, lower, upper)
     if HAS_PADDING:
@@ -112,7 +117,7 @@ def count_padding(token_kind_ptr, padding_before_ptr, mask_row, start, stop):
     """Counts how many of the positions ``start … stop - 1`` (at least one) are padding."""
     last = mask_row + stop - 1
     before = tl.load(padding_before_ptr + last) - tl.load(padding_before_ptr + mask_row + start)
-    return before + (tl.load(token_kind_ptr + last) == 0).to(tl.int32)
+    return before + (tl.load(token_kind_ptr + last) == PADDING).to(tl.int32)
 
 
 @triton.jit

@@ -13,7 +13,7 @@ def load_splits(partial_ptr, split, split_stride, num_splits, HEAD_DIM: tl.const
     """Loads one row of each of the given splits, ``[len(split), BLOCK_D]``, zeros from ``num_splits`` on.
 
     Args:
-        partial_ptr: the row of the first split; that of each other split lies ``split_stride`` rows behind the last.
+        partial_ptr: the row of the first split; each further split lies ``split_stride`` rows on.
     """
     offsets = (split.to(tl.int64) * split_stride)[:, None] * HEAD_DIM + tl.arange(0, BLOCK_D)[None, :]
     return load_rows(partial_ptr, offsets, split < num_splits, HEAD_DIM, BLOCK_D, True)
