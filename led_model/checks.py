@@ -15,14 +15,14 @@ _ID_DTYPES = (torch.int64, torch.int32)  # the dtypes that an embedding takes
 
 
 class TokenTables(Protocol):
-    """A stack of layers that looks its tokens and their positions up in tables."""
+    """Describes a stack of layers by the tables in which it looks its tokens and their positions up."""
 
     embed_tokens: nn.Embedding
     embed_positions: nn.Embedding
 
 
 class LayerStack(TokenTables, Protocol):
-    """A stack whose layers matter, too."""
+    """Describes a stack of layers with its tables of tokens and positions."""
 
     @property
     def layers(self) -> nn.ModuleList:

@@ -152,6 +152,7 @@ class LEDConfig:
     def window_size(self, layer: int) -> int:
         """Returns how many tokens the encoder layer ``layer`` sees to either side."""
         widths = self.attention_window
+        # It is a list since __post_init__, unless a caller has set a single width afterwards.
         return (widths if isinstance(widths, int) else widths[layer]) // 2
 
     @classmethod

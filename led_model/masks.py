@@ -41,7 +41,7 @@ def padding_scores(attention_mask: Tensor, dtype: torch.dtype) -> Tensor:
     return scores.to(dtype)[:, None, None, :]
 
 
-def cross_mask(attention_mask: Tensor, dtype: torch.dtype) -> Tensor | None:
+def cross_attention_mask(attention_mask: Tensor, dtype: torch.dtype) -> Tensor | None:
     """Returns what the cross-attention takes as its mask for decoding; ``None`` if all are tokens.
 
     ``attention_mask`` is ``[batch, source]``. Looking at its values costs one wait for a device, and a boolean mask or

@@ -134,6 +134,11 @@ def printable(text: object) -> str:
     text = str(text)
     if len(text) > _LONGEST:
         text = f"{text[: _LONGEST // 2]}…{text[-_LONGEST // 2 :]}"
+    return escape_unprintable(text)
+
+
+def escape_unprintable(text: str) -> str:
+    """Returns a text with ``\\n`` and the like in place of line breaks and of what else cannot be printed."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 

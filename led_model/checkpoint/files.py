@@ -6,7 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-SETTINGS_MIB, TOKENIZER_MIB = 4, 24  # no file is larger, those of large multilingual tokenizers have 20 MiB
+# These bounds on a file are in mebibytes; the files of large multilingual tokenizers have 20.
+SETTINGS_MIB, TOKENIZER_MIB = 4, 24
 # A JSON file has no more: a tokenizer has one for each merge, of which large ones have 250,000.
 _MAX_BRACKETS = 10**6
 

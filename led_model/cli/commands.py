@@ -91,13 +91,11 @@ class _Run:
     earlier: int = 0  # results that an earlier run had made
     renamed: int = 0  # those of them whose documents had another name or id
     total: int | None = field(init=False)  # the number of documents, None while it is unknown
-    size: int = field(
-        init=False
-    )  # bytes of the documents with and still without a result, the length of the bar
+    # The length of the bar is the bytes of all documents that count.
+    size: int = field(init=False)
     bar: tqdm = field(init=False)
-    format: str | None = field(
-        init=False
-    )  # the form in which results are printed; with None they are not printed
+    # This is the form in which results are printed; with None they are not printed.
+    format: str | None = field(init=False)
     streamer: TextStreamer | None = None  # prints the only result while it is written
 
     def __post_init__(self) -> None:
@@ -179,7 +177,7 @@ class _Run:
         for source in self.sources:
             is_counted = source.extent[0] is not None
             for document in source.read():
-                self._lengthen_bar(0 if is_counted else document.size)
+                self._change_bar_length(0 if is_counted else document.size)
                 if isinstance(document, Unreadable):
                     self.fail(document.message)
                 elif (record := self._earlier_record(document)) is None:
@@ -189,11 +187,11 @@ class _Run:
                     self.earlier += 1
                     self.renamed += _name(record) != _name({"id": document.id, "source": document.source})
                     self._print(document, record | {"id": document.id, "source": document.source})
-                self._lengthen_bar(-document.size)
+                self._change_bar_length(-document.size)
 
-    def _lengthen_bar(self, size: int) -> None:
-        """Adds the bytes of a document to the length of the bar, or takes them away if ``size`` is negative."""
-        self.size += size
+    def _change_bar_length(self, by: int) -> None:
+        """Adds the bytes of a document to the length of the bar, or takes them away if ``by`` is negative."""
+        self.size += by
         self.bar.total = self.size
 
     def _pieces(self, task: Task, documents: Iterator[Document]) -> Iterator[Piece]:
@@ -203,7 +201,7 @@ class _Run:
                 pieces = task.reader.pieces(document)
             except ValueError as error:
                 self.fail(str(error))
-                self._lengthen_bar(-document.size)
+                self._change_bar_length(-document.size)
                 continue
             yield from pieces
 

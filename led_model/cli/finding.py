@@ -12,7 +12,7 @@ from led_model.cli.documents import Source
 SUFFIXES = (".txt", ".md", ".jsonl")
 _ANY_DEPTH = "**"
 
-# A file has its device and inode, whatever its name, and what is missing its path.
+# This is the (device, inode) of a file, whatever its name, and its path where there is no file.
 Identity = tuple[int, int] | str
 
 

@@ -17,16 +17,16 @@ _STATUS = Path("/proc/self/status")
 def peak_memory(device: str = "cpu") -> Generator[Callable[[], int | None], None, None]:
     """Yields a function that, after the block, gives the bytes of the block's peak above its start.
 
-    On a GPU torch's allocator counts. On the CPU it is the resident memory of the process, whose high-water mark Linux
-    keeps; elsewhere a thread samples it through psutil (``None`` without it). Memory freed before but kept by the
-    allocator would hide a part of the peak, so it is best
-    measured in a fresh process.
+    On a GPU torch's allocator counts. On the CPU it is the resident memory of the process. Linux keeps its high-water
+    mark, which the block's start lowers to what is resident then, for every reader of the mark; elsewhere a thread
+    samples it through psutil (``None`` without it). Memory freed before but kept by the allocator would hide a part of
+    the peak, so it is best measured in a fresh process.
     """
     if torch.device(device).type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         start = torch.cuda.memory_allocated(device)
         yield lambda: torch.cuda.max_memory_allocated(device) - start
-    elif _lower_high_water_mark():
+    elif lower_high_water_mark():
         peak, start = None, _status("VmRSS")
         try:
             yield lambda: peak
@@ -37,8 +37,8 @@ def peak_memory(device: str = "cpu") -> Generator[Callable[[], int | None], None
             yield sampled
 
 
-def _lower_high_water_mark() -> bool:
-    """Sets Linux's mark to what is resident; False where there is no such mark, or it cannot be set."""
+def lower_high_water_mark() -> bool:
+    """Sets Linux's mark to what is resident, and tells whether there is such a mark and it could be set."""
     try:
         Path("/proc/self/clear_refs").write_text("5")
         return "VmHWM:" in _STATUS.read_text()
@@ -47,7 +47,7 @@ def _lower_high_water_mark() -> bool:
 
 
 def _status(name: str) -> int:
-    """One of the sizes that Linux knows of this process, in bytes."""
+    """Returns one of the sizes that Linux knows of this process, in bytes."""
     (kib,) = (line.split()[1] for line in _STATUS.read_text().splitlines() if line.startswith(f"{name}:"))
     return int(kib) * 1024
 

@@ -94,9 +94,7 @@ def _add_summarize(commands: argparse._SubParsersAction) -> None:
         condense="summarizes these again, until one is left",
     )
     _add_global_tokens(parser)
-    _add_generation(
-        parser, "summary", f"default: what the checkpoint says, else {DEFAULT_NEW_TOKENS['summarize']}"
-    )
+    _add_generation(parser, "summary", DEFAULT_NEW_TOKENS["summarize"])
 
 
 def _add_answer(commands: argparse._SubParsersAction) -> None:
@@ -114,9 +112,7 @@ def _add_answer(commands: argparse._SubParsersAction) -> None:
         "the span's start and end",
     )
     parser.add_argument("--question", required=True, metavar="TEXT", type=not_blank, help="what to ask")
-    _add_generation(
-        parser, "answer", f"default: what the checkpoint says, else {DEFAULT_NEW_TOKENS['answer']}"
-    )
+    _add_generation(parser, "answer", DEFAULT_NEW_TOKENS["answer"])
 
 
 def _add_classify(commands: argparse._SubParsersAction) -> None:
@@ -202,12 +198,15 @@ def _add_global_tokens(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _add_generation(parser: argparse.ArgumentParser, noun: str, default: str) -> None:
+def _add_generation(parser: argparse.ArgumentParser, noun: str, default: int) -> None:
     group = parser.add_argument_group(
         "writing", "Default of these is what the checkpoint's generation_config says."
     )
     group.add_argument(
-        "--max-new-tokens", type=at_least(1), metavar="N", help=f"longest {noun}, in tokens; {default}"
+        "--max-new-tokens",
+        type=at_least(1),
+        metavar="N",
+        help=f"longest {noun}, in tokens; default: what the checkpoint says, else {default}",
     )
     group.add_argument("--min-new-tokens", type=at_least(0), metavar="N", help=f"shortest {noun}, in tokens")
     group.add_argument(
@@ -217,7 +216,7 @@ def _add_generation(parser: argparse.ArgumentParser, noun: str, default: str) ->
         "--length-penalty",
         type=within(-50, 50),
         metavar="X",
-        help="with beams, above 0 favours long, below 0 short ones",
+        help="with beams, above 0 favors long, below 0 short ones",
     )
     group.add_argument(
         "--no-repeat-ngram-size", type=at_least(0), metavar="N", help="no N tokens come twice; 0: they may"

@@ -166,7 +166,8 @@ class Reader:
         parts = document.parts if separator is not None and document.parts else (document.text,)
         first = 0  # the index in the whole text of the part's first character
         for part in parts:
-            if first and separator is not None:
+            if first:
+                assert separator is not None  # without one there is a single part
                 yield [separator], np.array([[first - len(BETWEEN_PARTS), first]], np.int32), False
             begin = 0
             while begin < len(part):

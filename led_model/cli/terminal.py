@@ -10,6 +10,8 @@ from contextvars import ContextVar
 from torch import nn
 from tqdm import tqdm
 
+from led_model.schema import escape_unprintable
+
 _MAX_MESSAGE = 2000  # characters
 _is_quiet = ContextVar("is_quiet", default=False)
 
@@ -84,7 +86,4 @@ def one_line(text: str) -> str:
     """Returns a text as one line of bounded length without control characters, which file names may hold."""
     if len(text) > _MAX_MESSAGE:
         text = f"{text[: _MAX_MESSAGE - 300]} … {text[-300:]}"
-    return "".join(
-        character if character.isprintable() else character.encode("unicode_escape").decode()
-        for character in text
-    )
+    return escape_unprintable(text)

@@ -62,7 +62,8 @@ def beam_search(search: Search) -> tuple[Tensor, Tensor]:
     generation, eos, limit = search.generation, search.eos, search.limit
     (batch, prompt), beams, device = search.prompt.shape, search.rows, eos.device
     cache = search.step.cache
-    assert isinstance(cache, BeamKVCache)  # only one beam would have another, and that is greedy search
+    # DecoderStep makes a StaticKVCache for one row only, which is never beam search.
+    assert isinstance(cache, BeamKVCache)
     # These are enough that `beams` of them go on even if all likely tokens are ends.
     candidates = max(2, 1 + len(eos)) * beams
     # A padding id of 0 gives way to the first eos id, as in transformers.

@@ -16,7 +16,7 @@ from led_kernels.modules import has_global_hooks
 
 
 class Part(Protocol):
-    """A module, of which it matters here what it consists of."""
+    """Describes anything with ``nn.Module.modules``, since a protocol cannot inherit from ``nn.Module``."""
 
     def modules(self) -> Iterator[nn.Module]:
         """Yields the module itself and all modules in it."""

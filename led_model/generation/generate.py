@@ -66,7 +66,8 @@ def generate(
         input_ids: int ``[batch, source]``.
         attention_mask: ``[batch, source]``, nonzero for tokens; default: all but the padding id.
         global_attention_mask: ``[batch, source]``, 1 for tokens that all others see. Usually the first.
-        encoder_hidden_states: ``[batch, source, d_model]``, the encoder's output for ``input_ids``; by default it is
+        encoder_hidden_states: ``[batch, source, d_model]``, the encoder's output for ``input_ids``, which is the
+            ``encoder_last_hidden_state`` of a model's output, not its ``encoder_hidden_states``; by default it is
             computed.
         decoder_input_ids: int ``[batch, prompt]``, what the sequences begin with; the start token comes before
             them if none of them begins with it. Default: the start token alone.

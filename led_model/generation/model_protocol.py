@@ -34,18 +34,18 @@ class Decoder(LayerStack, Part, Protocol):
         """Returns each layer's keys and values of the encoder's output."""
 
     def embed(self, input_ids: Tensor, position: Tensor) -> Tensor:
-        """Returns what the first layer reads, ``[batch, target, d_model]``."""
+        """Returns what :meth:`run_layers` takes of a decoding step's tokens, ``[batch, target, d_model]``."""
 
     def run_layers(
         self,
         hidden: Tensor,
-        mask: Tensor | None,
-        cache_indices: Tensor | None,
+        mask: Tensor,
+        cache_indices: Tensor,
         cross_keys_values: list[tuple[Tensor, Tensor]],
         cross_mask: Tensor | None,
-        cache: StaticKVCache | None,
+        cache: StaticKVCache,
     ) -> Tensor:
-        """Returns what the layers make of embedded tokens."""
+        """Runs the layers of one decoding step over embedded tokens and a cache, and returns their last output."""
 
 
 class EncoderDecoder(Protocol):

@@ -17,7 +17,7 @@ from led_model.generation.captured import ModuleGuards, is_capturable, is_plain_
 from led_model.generation.generation_config import GenerationConfig
 from led_model.generation.logits import LogitsProcessor, build_processors
 from led_model.generation.model_protocol import GenerativeModel
-from led_model.masks import cross_mask
+from led_model.masks import cross_attention_mask
 
 # On devices where looking means waiting, this many steps lie between two looks at whether all sequences have ended.
 _STOP_TEST_INTERVAL = 8
@@ -45,7 +45,7 @@ class DecoderStep:
         self.cross_keys_values = model.led.decoder.cross_keys_values(encoder_hidden_states)
         key = self.cross_keys_values[0][0]  # under autocast it is narrower than what it is made of
         batch, device = encoder_hidden_states.shape[0], encoder_hidden_states.device
-        self.cross_mask = cross_mask(attention_mask, encoder_hidden_states.dtype)
+        self.cross_mask = cross_attention_mask(attention_mask, encoder_hidden_states.dtype)
         self.prompt_mask = prompt_mask
         if rows == 1:
             self.cache = StaticKVCache(model.config, batch, max_steps, dtype=key.dtype, device=device)

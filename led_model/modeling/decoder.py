@@ -76,13 +76,13 @@ class LEDDecoder(EmbeddedStack):
             cache_indices = cache.indices_of(position)
         elif attention_mask is not None:
             mask = causal_mask(position, attention_mask)
-        hidden = self.add_positions(embedded, position)
+        hidden = self.normed_embeddings(embedded, position)
         del embedded
         return self.run_layers(hidden, mask, cache_indices, cross_keys_values, cross_mask, cache, record)
 
     def embed(self, input_ids: Tensor, position: Tensor) -> Tensor:
-        """Returns what the first layer reads at a decoding step, ``[batch, target, d_model]``, unchecked."""
-        return self.add_positions(self.embed_tokens(input_ids), position)
+        """Returns what :meth:`run_layers` takes at a decoding step, ``[batch, target, d_model]``, unchecked."""
+        return self.normed_embeddings(self.embed_tokens(input_ids), position)
 
     def run_layers(
         self,

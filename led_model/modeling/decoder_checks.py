@@ -24,7 +24,7 @@ from led_model.precision import autocast_dtype
 
 
 class DecoderStack(TokenTables, Protocol):
-    """What is known of the decoder here, which calls these checks."""
+    """Describes the decoder as these checks see it, since importing ``LEDDecoder`` would close a circle."""
 
     @property
     def layers(self) -> ModuleList[DecoderLayer]:

@@ -9,11 +9,12 @@ from led_model.checks import check_inputs
 from led_model.config import LEDConfig
 
 
-def token_embedding(config: LEDConfig, weight: Tensor | None = None) -> nn.Embedding:
-    """Returns a new table of the vocabulary, or one that reads ``weight``."""
+def token_embedding(config: LEDConfig, tied_to: nn.Embedding | None = None) -> nn.Embedding:
+    """Returns a new table of the vocabulary, which shares the weight of ``tied_to`` if that is given."""
+    weight = None if tied_to is None else tied_to.weight
     table = nn.Embedding(config.vocab_size, config.d_model, config.pad_token_id, _weight=weight)
-    if weight is not None:
-        table.weight = weight
+    if tied_to is not None:
+        table.weight = tied_to.weight
     return table
 
 
@@ -46,13 +47,18 @@ class EmbeddedStack(nn.Module):
         _, given = check_inputs(ids_name, input_ids, embeds_name, inputs_embeds, self, one_position_each)
         return given if input_ids is None else self.embed_tokens(given)
 
-    def add_positions(self, embedded: Tensor, position: Tensor | None = None) -> Tensor:
-        """Returns what the first layer reads, ``[batch, length, d_model]``.
+    def normed_embeddings(self, embedded: Tensor, position: Tensor | None = None) -> Tensor:
+        """Returns the normed sum of the embedded tokens and their positions, before dropout.
 
         Args:
             embedded: the embedded tokens, ``[batch, length, d_model]``.
             position: int64 ``[length]``, or ``[1]`` for tokens at one position; default: 0, 1, …
+
+        Returns:
+            ``[batch, length, d_model]``.
         """
         if position is None:
             position = torch.arange(embedded.shape[1], device=embedded.device)
-        return self.layernorm_embedding(embedded + self.embed_positions(position))
+        hidden = embedded + self.embed_positions(position)
+        del embedded
+        return self.layernorm_embedding(hidden)

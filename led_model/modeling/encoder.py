@@ -41,7 +41,9 @@ class LEDEncoder(EmbeddedStack):
         Raises:
             ValueError: for ids of another shape or outside the vocabulary, or more tokens than positions.
         """
-        hidden = self.add_positions(self.embed_inputs("input_ids", input_ids, "inputs_embeds", inputs_embeds))
+        hidden = self.normed_embeddings(
+            self.embed_inputs("input_ids", input_ids, "inputs_embeds", inputs_embeds)
+        )
         hidden = F.dropout(hidden, self.dropout, self.training)
         if record is not None:
             record.mask = mask

@@ -33,20 +33,20 @@ class LEDModel(LEDPreTrainedModel):
 
     base_prefix = ""
 
-    @property
-    def base_model(self) -> LEDModel:
-        """Returns this model."""
-        return self
-
     def __init__(self, config: LEDConfig) -> None:
         super().__init__(config)
         self.shared = token_embedding(config)
         # Each stack has a module of its own: functional_call, which replaces weights by name for one call, cannot put
         # a module back that has two names.
-        tied = self.shared.weight if config.tie_word_embeddings else None
-        self.encoder = LEDEncoder(config, token_embedding(config, tied))
-        self.decoder = LEDDecoder(config, token_embedding(config, tied))
+        tied_to = self.shared if config.tie_word_embeddings else None
+        self.encoder = LEDEncoder(config, token_embedding(config, tied_to))
+        self.decoder = LEDDecoder(config, token_embedding(config, tied_to))
         self.init_weights(self)
+
+    @property
+    def base_model(self) -> LEDModel:
+        """Returns this model."""
+        return self
 
     def encode(
         self,
@@ -140,9 +140,8 @@ class LEDModel(LEDPreTrainedModel):
         output = Seq2SeqModelOutput(
             last_hidden_state=decoder_states, encoder_last_hidden_state=encoder_states
         )
-        if (
-            encoder_record is None or decoder_record is None
-        ):  # neither hidden states nor attentions were asked for
+        # Without a record, neither hidden states nor attentions were asked for.
+        if encoder_record is None or decoder_record is None:
             return output
         if output_hidden_states:
             output.encoder_hidden_states = (*encoder_record.hidden_states, encoder_states)
@@ -155,7 +154,7 @@ class LEDModel(LEDPreTrainedModel):
 
 
 class LEDModelWithHead(LEDPreTrainedModel):
-    """Is the base of the models with a head, and holds the model under the head as ``led``."""
+    """Holds a model under a head, as ``led``; the models with a head derive from it."""
 
     def __init__(self, config: LEDConfig) -> None:
         super().__init__(config)
