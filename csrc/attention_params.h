@@ -116,7 +116,7 @@ using CpuAttentionParams = AttentionParams<CpuExecution>;
 using CudaAttentionParams = AttentionParams<CudaExecution>;
 
 // Which of the four kernels a call is of.
-struct Kernel {
+struct KernelKind {
   bool is_global, is_backward;
 };
 

@@ -27,7 +27,7 @@ using led::AttentionRequest;
 using led::CpuAttentionParams;
 using led::CudaAttentionParams;
 using led::DecodeRequest;
-using led::Kernel;
+using led::KernelKind;
 using led::KernelTable;
 using led::LseRef;
 using led::RowsRef;
@@ -106,16 +106,16 @@ bool is_main_thread() {
   return PyThread_get_thread_ident() == main_thread;
 }
 
-auto cpu_launcher(void (*KernelTable::*function)(const CpuAttentionParams&), Kernel kernel) {
-  return [function, kernel](const AttentionRequest& request, const std::string& isa) {
+auto cpu_launcher(void (*KernelTable::*function)(const CpuAttentionParams&), KernelKind kind) {
+  return [function, kind](const AttentionRequest& request, const std::string& isa) {
     const KernelTable& table = kernels(isa);
-    led::check_call(request, kernel);
+    led::check_call(request, kind);
     led::check_mask_values(request);
     CpuAttentionParams params = request.cpu_params();
     const int64_t packed_rows = params.call.mask.packed ? request.mask_rows : 0;
     if (params.call.mask.packed) params.call.max_seqlen = std::min(params.call.max_seqlen, packed_rows);
-    Recording::launch([&table, function, params, packed_rows, kernel] {
-      if (packed_rows > 0) led::clear_gaps(params, packed_rows, kernel);
+    Recording::launch([&table, function, params, packed_rows, kind] {
+      if (packed_rows > 0) led::clear_gaps(params, packed_rows, kind);
       led::Interruption interruption(&signal_raises);
       CpuAttentionParams own = params;
       if (is_main_thread()) own.execution.interruption = &interruption;
@@ -136,9 +136,9 @@ void decode_attention(const DecodeRequest& request, const std::string& isa) {
 #if defined(LED_KERNELS_WITH_CUDA)
 // Binds a kernel, and under its name with _workspace how many floats of workspace it needs.
 void define_cuda_kernel(py::module_& m, const std::string& name, void (*function)(const CudaAttentionParams&),
-                        int64_t (*workspace)(const CudaAttentionParams&), Kernel kernel) {
-  m.def(name.c_str(), [function, workspace, kernel](const AttentionRequest& request) {
-    led::check_call(request, kernel);
+                        int64_t (*workspace)(const CudaAttentionParams&), KernelKind kind) {
+  m.def(name.c_str(), [function, workspace, kind](const AttentionRequest& request) {
+    led::check_call(request, kind);
     const CudaAttentionParams params = request.cuda_params();
     const led::AttentionCall& call = params.call;
     if (call.dtype == led::DType::kFloat64) throw py::value_error("dtype is float64.");
@@ -152,8 +152,8 @@ void define_cuda_kernel(py::module_& m, const std::string& name, void (*function
     py::gil_scoped_release release;
     function(params);
   });
-  m.def((name + "_workspace").c_str(), [workspace, kernel](const AttentionRequest& request) {
-    led::check_call(request, kernel);
+  m.def((name + "_workspace").c_str(), [workspace, kind](const AttentionRequest& request) {
+    led::check_call(request, kind);
     return workspace(request.cuda_params());
   });
 }

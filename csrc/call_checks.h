@@ -98,9 +98,9 @@ inline void check_sizes(const AttentionInputs& in, int num_threads) {
   require(num_threads <= kMaxThreads, "num_threads is over 1024.");
 }
 
-// Checks sizes and memory of a call of `kernel`. It does not look at the values of the mask, as these may lie
-// on a GPU.
-inline void check_call(const AttentionRequest& request, Kernel kernel) {
+// Checks sizes and memory of a call of this kind. It does not look at the values of the mask, as these may
+// lie on a GPU.
+inline void check_call(const AttentionRequest& request, KernelKind kind) {
   const AttentionCall& call = request.call;
   const MaskRef& mask = call.mask;
   const Window& window = call.window;
@@ -118,21 +118,20 @@ inline void check_call(const AttentionRequest& request, Kernel kernel) {
     check_rows(name, x, size, call.dtype, batch, rows, call.heads, call.head_dim);
   };
   const auto per_query = [&](const char* name, const RowsRef& x, int64_t size) {
-    if (!kernel.is_global) return per_token(name, x, size);
+    if (!kind.is_global) return per_token(name, x, size);
     check_rows(name, x, size, call.dtype, call.batch, mask.max_globals, call.heads, call.head_dim);
   };
   const auto statistics = [&](const char* name, const LseRef& x, int64_t size) {
     const RowsRef heads_first = {x.data, x.batch_stride, x.head_stride, 0};
     check_rows(name, heads_first, size, call.dtype == DType::kFloat64 ? DType::kFloat64 : DType::kFloat32,
-               kernel.is_global ? call.batch : batch, call.heads, 1,
-               kernel.is_global ? mask.max_globals : rows);
+               kind.is_global ? call.batch : batch, call.heads, 1, kind.is_global ? mask.max_globals : rows);
   };
   per_token("k", call.k, bytes.k);
   per_token("v", call.v, bytes.v);
   per_query("q", call.q, bytes.q);
   per_query("out", request.results.out, bytes.out);
   statistics("lse", request.results.lse, bytes.lse);
-  if (kernel.is_backward) {
+  if (kind.is_backward) {
     const AttentionGradients& grads = request.grads;
     per_token("dk", grads.dk, bytes.dk);
     per_token("dv", grads.dv, bytes.dv);

@@ -17,8 +17,8 @@ struct Chunks {
   int64_t rows, per_head;
   Chunks(const CpuAttentionParams& params, int64_t min_rows, int64_t max_rows, int64_t multiple) {
     const AttentionCall& call = params.call;
-    const int64_t heads = larger<int64_t>(call.batch * call.heads, 1);
-    const int64_t wanted = ceil_div(4 * params.execution.num_threads, heads);
+    const int64_t batch_heads = larger<int64_t>(call.batch * call.heads, 1);
+    const int64_t wanted = ceil_div(4 * params.execution.num_threads, batch_heads);
     rows = round_up(larger(smaller(ceil_div(call.max_seqlen, wanted), max_rows), min_rows), multiple);
     per_head = ceil_div(call.max_seqlen, rows);
   }

@@ -41,14 +41,14 @@ inline void clear_lse(const LseRef& x, int64_t heads, int64_t first, int64_t end
 }
 
 // Clears those results of a kernel that have a row per token.
-inline void clear_gaps(const CpuAttentionParams& params, int64_t total_rows, Kernel kernel) {
+inline void clear_gaps(const CpuAttentionParams& params, int64_t total_rows, KernelKind kind) {
   const AttentionCall& call = params.call;
   for_each_gap(call, total_rows, [&](int64_t first, int64_t end) {
     const auto clear = [&](const RowsRef& x) { clear_rows(x, call, first, end); };
-    if (kernel.is_backward) {
+    if (kind.is_backward) {
       clear(params.grads.dk), clear(params.grads.dv);
-      if (!kernel.is_global) clear(params.grads.dq);
-    } else if (!kernel.is_global) {
+      if (!kind.is_global) clear(params.grads.dq);
+    } else if (!kind.is_global) {
       clear(params.results.out);
       if (call.dtype == DType::kFloat64) {
         clear_lse<double>(params.results.lse, call.heads, first, end);

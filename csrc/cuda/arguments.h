@@ -98,10 +98,10 @@ struct Sequence {
 
 // The inputs of one head. Row 0 of q is row `first` of the batch entry: the sequence's first token in banded
 // attention, its first slot in global attention.
-struct Inputs {
+struct HeadInputs {
   Source q, k, v;
 
-  __device__ __forceinline__ Inputs(const AttentionCall& call, const Sequence& seq, int64_t first)
+  __device__ __forceinline__ HeadInputs(const AttentionCall& call, const Sequence& seq, int64_t first)
       : q(seq.source(call.q, call, first)),
         k(seq.source(call.k, call, seq.first_row)),
         v(seq.source(call.v, call, seq.first_row)) {}

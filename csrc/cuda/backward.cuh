@@ -13,13 +13,13 @@
 namespace led::cuda {
 
 // What the backward reads of one head's queries besides q; row 0 is that of q.
-struct QueryRows {
+struct BackwardRows {
   Source d_out;
   const float* lse;
   float* delta;
   int64_t first;
 
-  __device__ __forceinline__ QueryRows(const Arguments& a, const Sequence& seq, int64_t first)
+  __device__ __forceinline__ BackwardRows(const Arguments& a, const Sequence& seq, int64_t first)
       : d_out(seq.source(a.grads.d_out, a.call, first)), first(first) {
     const int64_t start = seq.lse_offset(a.results.lse, first);
     lse = static_cast<const float*>(a.results.lse.data) + start;
@@ -39,7 +39,7 @@ struct RowStatistics {
 // Reads the statistics of the rows row(r) of the queries, of those that exist.
 template <class P, class RowAt, class Exists>
 __device__ __forceinline__ RowStatistics<P> read_statistics(const Arguments& a, const Sequence& seq,
-                                                            const QueryRows& queries, RowAt row,
+                                                            const BackwardRows& queries, RowAt row,
                                                             Exists exists) {
   const Source out = seq.source(a.results.out, a.call, queries.first);
   const LseRef& d_lse_ref = a.grads.d_lse;
@@ -66,8 +66,8 @@ __device__ __forceinline__ RowStatistics<P> read_statistics(const Arguments& a, 
 
 // Writes delta of the rows row(r), of those that are this thread block's to write.
 template <class P, class RowAt, class Writes>
-__device__ __forceinline__ void write_delta(const QueryRows& queries, const RowStatistics<P>& rows, RowAt row,
-                                            Writes writes) {
+__device__ __forceinline__ void write_delta(const BackwardRows& queries, const RowStatistics<P>& rows,
+                                            RowAt row, Writes writes) {
 #pragma unroll
   for (int r = 0; r < P::kRowsPerLane; ++r) {
     if (lane_in_group() == 0 && writes(r)) queries.delta[row(r)] = rows.delta[r];
@@ -126,8 +126,8 @@ __device__ __forceinline__ void accumulate_dq(typename P::Result& dq, const type
 // keep(tile) gives dropout's bits.
 template <class P, class Keep>
 __device__ __forceinline__ void accumulate_dq_tiles(typename P::Result& dq, const Arguments& a,
-                                                    const Sequence& seq, const Inputs& in,
-                                                    const QueryRows& queries, const RowStatistics<P>& rows,
+                                                    const Sequence& seq, const HeadInputs& in,
+                                                    const BackwardRows& queries, const RowStatistics<P>& rows,
                                                     int row_start, int row_stop, TileWalk<P::kColumns> tiles,
                                                     const RowBands<P::kRowsPerLane>& bands, Keep keep) {
   using Shared = SharedTiles<P, 2>;
@@ -202,7 +202,7 @@ __device__ __forceinline__ void accumulate_dkdv(typename P::Result& dk, typename
 template <class P, class Mask, class Keep>
 __device__ __forceinline__ void accumulate_dkdv_tiles(typename P::Result& dk, typename P::Result& dv,
                                                       const Arguments& a, const Sequence& seq,
-                                                      const Inputs& in, const QueryRows& queries,
+                                                      const HeadInputs& in, const BackwardRows& queries,
                                                       const TileWalk<P::kColumns>& tiles, bool has_others,
                                                       Mask mask, Keep keep) {
   using Shared = SharedTiles<P, 2>;

@@ -17,8 +17,8 @@ __global__ void __launch_bounds__(P::kThreads, 1) banded_dq_kernel(const Argumen
   const int first_row = warp_row<P>(row_start) + lane_group();
   auto query = [&](int r) { return first_row + 8 * r; };
 
-  const Inputs in(call, seq, seq.first_row);
-  const QueryRows queries(a, seq, seq.first_row);
+  const HeadInputs in(call, seq, seq.first_row);
+  const BackwardRows queries(a, seq, seq.first_row);
   const RowStatistics<P> rows =
       read_statistics<P>(a, seq, queries, query, [&](int r) { return query(r) < seq.length; });
   write_delta<P>(queries, rows, query, [&](int r) { return query(r) < seq.num_rows; });
@@ -30,7 +30,7 @@ __global__ void __launch_bounds__(P::kThreads, 1) banded_dq_kernel(const Argumen
     accumulate_dq_tiles<P>(dq, a, seq, in, queries, rows, row_start, seq.length,
                            TileWalk<P::kColumns>(band, row_start, kBlockM, seq.num_globals),
                            RowBands<P::kRowsPerLane>(band, query),
-                           [&](const Tile& tile) { return keep_of_keys<P>(a, seq, tile, query); });
+                           [&](const Tile& tile) { return keep_of_tile<P>(a, seq, tile, query); });
   }
   const float scale = a.softmax_scale * a.keep_scale;
   write_rows<P>(
@@ -61,8 +61,8 @@ __global__ void __launch_bounds__(P::kThreads, 1) banded_dkdv_kernel(const Argum
   dk.clear();
   dv.clear();
   if (row_start < seq.length) {  // behind that there is only padding
-    const Inputs in(call, seq, seq.first_row);
-    const QueryRows queries(a, seq, seq.first_row);
+    const HeadInputs in(call, seq, seq.first_row);
+    const BackwardRows queries(a, seq, seq.first_row);
     load_key_rows<P, SharedTiles<P, 2>>(call, seq, row_start);
     const Band band{static_cast<int>(call.window.right), static_cast<int>(call.window.left), seq.length};
     const RowBands<P::kRowsPerLane> bands(band, key);
@@ -93,8 +93,8 @@ __global__ void __launch_bounds__(P::kThreads, 1) banded_dkdv_globals_kernel(con
   auto slot = [&](int r) { return block.slot(r); };
 
   using Shared = SharedTiles<P, 2>;
-  const Inputs in(call, seq, seq.first_row);
-  const QueryRows queries(a, seq, seq.first_row);
+  const HeadInputs in(call, seq, seq.first_row);
+  const BackwardRows queries(a, seq, seq.first_row);
   auto key_row = [&](int i) { return seq.position(block.slot_start + i, -1); };
   P::template gather<kBlockN>(Shared::rows(0), in.k, key_row);
   P::template gather<kBlockN>(Shared::rows(1), in.v, key_row);
@@ -133,7 +133,8 @@ __global__ void __launch_bounds__(kWarpSize) banded_sum_splits_kernel(const Argu
     const RowsRef& gradient = operand == 0 ? a.grads.dk : a.grads.dv;
     sum_splits<P>(SlotPartials(a, seq, operand, slot, call.head_dim),
                   seq.target(gradient, call, seq.first_row), seq.global_index[slot],
-                  operand == 0 ? a.softmax_scale * a.keep_scale : a.keep_scale, unweighted);
+                  operand == 0 ? a.softmax_scale * a.keep_scale : a.keep_scale,
+                  [](const float*) { return 1.0f; });
   }
 }
 

@@ -18,12 +18,12 @@ __global__ void __launch_bounds__(P::kThreads, 1) banded_forward_kernel(const Ar
 
   OnlineSoftmax<P> softmax;
   if (row_start < seq.length) {  // behind that there is only padding
-    const Inputs in(call, seq, seq.first_row);
+    const HeadInputs in(call, seq, seq.first_row);
     const Band band{static_cast<int>(call.window.left), static_cast<int>(call.window.right), seq.length};
     attend_tiles<P, kMayDrop>(softmax, a, seq, in, row_start, seq.length,
                               RowBands<P::kRowsPerLane>(band, query),
                               TileWalk<P::kColumns>(band, row_start, kBlockM, seq.num_globals),
-                              [&](const Tile& tile) { return keep_of_keys<P>(a, seq, tile, query); });
+                              [&](const Tile& tile) { return keep_of_tile<P>(a, seq, tile, query); });
   }
 
   softmax.finish();

@@ -102,7 +102,7 @@ class Dropout {
 
 // The bits of banded attention, for a tile of keys under the rows query(r).
 template <class P, class QueryAt>
-__device__ __forceinline__ ElementBits keep_of_keys(const Arguments& a, const Sequence& seq, const Tile& tile,
+__device__ __forceinline__ ElementBits keep_of_tile(const Arguments& a, const Sequence& seq, const Tile& tile,
                                                     QueryAt query) {
   const Dropout dropout(a, seq, kBandedStream);
   if (!tile.is_global) return dropout.of_keys<P::kColumns, P::kRowsPerLane>(tile.start, query);

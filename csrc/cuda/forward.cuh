@@ -100,7 +100,7 @@ __device__ __forceinline__ void attend(OnlineSoftmax<P>& softmax, const typename
 // dropout's bits.
 template <class P, bool kMayDrop, class Keep>
 __device__ __forceinline__ void attend_tiles(OnlineSoftmax<P>& softmax, const Arguments& a,
-                                             const Sequence& seq, const Inputs& in, int row_start,
+                                             const Sequence& seq, const HeadInputs& in, int row_start,
                                              int row_stop, const RowBands<P::kRowsPerLane>& bands,
                                              TileWalk<P::kColumns> tiles, Keep keep) {
   using Shared = SharedTiles<P, 1>;

@@ -17,8 +17,8 @@ __global__ void __launch_bounds__(P::kThreads, 1) global_dq_kernel(const Argumen
   auto query = [&](int r) { return seq.position(slot(r), 0); };
   auto exists = [&](int r) { return slot(r) < seq.num_globals; };
 
-  const Inputs in(call, seq, 0);
-  const QueryRows queries(a, seq, 0);
+  const HeadInputs in(call, seq, 0);
+  const BackwardRows queries(a, seq, 0);
   const RowStatistics<P> rows = read_statistics<P>(a, seq, queries, slot, exists);
   write_delta<P>(queries, rows, slot, [&](int r) { return block.split == 0 && exists(r); });
 
@@ -41,7 +41,7 @@ __global__ void __launch_bounds__(kWarpSize) global_sum_splits_kernel(const Argu
   const int slot = static_cast<int>(blockIdx.x);
   const Sequence seq(call);
   sum_splits<P>(SlotPartials(a, seq, 0, slot, call.head_dim), seq.target(a.grads.dq, call, 0), slot,
-                a.softmax_scale * a.keep_scale, unweighted);
+                a.softmax_scale * a.keep_scale, [](const float*) { return 1.0f; });
 }
 
 template <class P>
@@ -58,8 +58,8 @@ __global__ void __launch_bounds__(P::kThreads, 1) global_dkdv_kernel(const Argum
   dk.clear();
   dv.clear();
   if (row_start < seq.length && seq.num_globals > 0) {  // behind length there is only padding
-    const Inputs in(call, seq, 0);
-    const QueryRows queries(a, seq, 0);
+    const HeadInputs in(call, seq, 0);
+    const BackwardRows queries(a, seq, 0);
     const TileWalk<kBlockM> tiles(0, seq.num_globals);
     load_key_rows<P, SharedTiles<P, 2>>(call, seq, row_start);
     accumulate_dkdv_tiles<P>(

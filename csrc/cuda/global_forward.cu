@@ -16,7 +16,7 @@ __global__ void __launch_bounds__(P::kThreads, 1) global_forward_kernel(const Ar
   auto slot = [&](int r) { return block.slot(r); };
   auto query = [&](int r) { return seq.position(slot(r), 0); };
 
-  const Inputs in(call, seq, 0);
+  const HeadInputs in(call, seq, 0);
   OnlineSoftmax<P> softmax;
   attend_tiles<P, true>(softmax, a, seq, in, block.slot_start, seq.num_globals, block.bands(), block.tiles(),
                         [&](const Tile& tile) {

@@ -74,11 +74,6 @@ struct SlotPartials {
   }
 };
 
-// The weight of gradients, which are sums.
-__device__ __forceinline__ float unweighted(const float*) {
-  return 1.0f;
-}
-
 // Writes scale times the sum of a slot's partial rows, each times weight(partial row), to a row of a tensor.
 // The thread block is one warp.
 template <class P, class Weight>
