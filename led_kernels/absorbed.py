@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from led_kernels.argument_checks import check_number
 from led_kernels.arguments import (
@@ -20,6 +21,7 @@ from led_kernels.arguments import (
     softmax_scale_of,
 )
 from led_kernels.call import lse_dtype
+from led_kernels.eager import is_eager
 from led_kernels.global_rows import packed_rows
 from led_kernels.mask import LongformerMask
 from led_kernels.philox import GLOBAL_STREAM, keep_mask
@@ -60,8 +62,7 @@ def absorbed_global_attention(
         raise ValueError(
             f"hidden has shape {tuple(hidden.shape)}; give [*{tuple(mask.token_kind.shape)}, d_model] for this mask."
         )
-    batch, max_globals, heads, head_dim = q_global.shape
-    d_model = hidden.shape[-1]
+    heads, head_dim, d_model = *q_global.shape[2:], hidden.shape[-1]
     for name, weight in (("key_weight", key_weight), ("value_weight", value_weight)):
         check_float(weight, name)
         if weight.shape != (heads * head_dim, d_model):
@@ -76,6 +77,29 @@ def absorbed_global_attention(
     hidden, q_global, key_weight, value_weight = autocast(hidden, q_global, key_weight, value_weight)
     alike = {"q_global": q_global, "hidden": hidden, "key_weight": key_weight, "value_weight": value_weight}
     check_alike(alike)
+    dropout_p = check_number(dropout_p, "dropout_p")
+    scale, seed = softmax_scale_of(softmax_scale, q_global), draw_seed(dropout_p, hidden.device)
+    args = hidden, q_global, key_weight, value_weight, value_bias, mask, scale, dropout_p, seed
+    if torch.is_grad_enabled() and is_eager(hidden, q_global):
+        # The copy of hidden without its padding is made again in the backward, and not kept.
+        return checkpoint(_attend, *args, use_reentrant=False, preserve_rng_state=False)
+    return _attend(*args)
+
+
+def _attend(
+    hidden: Tensor,
+    q_global: Tensor,
+    key_weight: Tensor,
+    value_weight: Tensor,
+    value_bias: Tensor | None,
+    mask: LongformerMask,
+    softmax_scale: float,
+    dropout_p: float,
+    seed: Tensor | None,
+) -> Tensor:
+    """Computes :func:`absorbed_global_attention` of checked arguments."""
+    batch, max_globals, heads, head_dim = q_global.shape
+    d_model = hidden.shape[-1]
     hidden, exists = _sequences(hidden, mask)  # [batch, seqlen, d_model], bool [batch, seqlen]
     is_slot = (
         torch.arange(max_globals, device=hidden.device) < mask.num_globals[:, None]
@@ -84,7 +108,7 @@ def absorbed_global_attention(
 
     q_absorbed = torch.einsum(
         "bghd,hdm->bghm",
-        q_global * softmax_scale_of(softmax_scale, q_global),
+        q_global * softmax_scale,
         key_weight.view(heads, head_dim, d_model),
     )  # [batch, max_globals, heads, d_model]
     scores = (q_absorbed.flatten(1, 2) @ hidden.transpose(1, 2)).view(batch, max_globals, heads, -1)
@@ -92,8 +116,6 @@ def absorbed_global_attention(
         ~exists[:, None, None, :], torch.finfo(scores.dtype).min
     )
     p = scores.softmax(-1)
-    dropout_p = check_number(dropout_p, "dropout_p")
-    seed = draw_seed(dropout_p, hidden.device)
     if seed is not None:
         batch_head = torch.arange(batch * heads, device=hidden.device).view(batch, 1, heads, 1)
         query = mask.global_index.clamp(min=0)[:, :, None, None]

@@ -17,6 +17,7 @@ from led_kernels.mask_checks import (
     check_structure,
     check_values,
     debug_assert,
+    global_index_of,
     is_checkable,
     largest,
     read_values,
@@ -235,6 +236,7 @@ class LongformerMask:
         max_globals: int | None = None,
         total_rows: int | None = None,
         max_seqlen: int | None = None,
+        global_attention_mask: Tensor | None = None,
     ) -> LongformerMask:
         """Builds the mask of sequences packed one after another without padding; they never see each other.
 
@@ -246,6 +248,8 @@ class LongformerMask:
             total_rows: ``cu_seqlens[-1]``, if known on the host.
             max_seqlen: the longest sequence, if known on the host; default: measured, or ``total_rows`` when
                 nothing is synced.
+            global_attention_mask: ``[total_rows]``, 1 marks a global token; in place of ``global_index``. It costs
+                three more syncs.
 
         Raises:
             ValueError: when cu_seqlens does not start at 0 or does not ascend, or a global position lies outside
@@ -259,6 +263,8 @@ class LongformerMask:
         check_rank(cu_seqlens, "cu_seqlens", 1, "[batch + 1]")
         if cu_seqlens.shape[0] < 1:
             raise ValueError("cu_seqlens is empty; give 0 followed by the running total of the lengths.")
+        if global_attention_mask is not None:
+            global_index = global_index_of(global_attention_mask, global_index, cu_seqlens)
         seq_start, lengths = cu_seqlens[:-1], cu_seqlens.diff()
         index = as_global_index(global_index, lengths.shape[0], lengths.device)
         ascending = (cu_seqlens[0] == 0) & (lengths >= 0).all()

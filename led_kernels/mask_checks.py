@@ -7,9 +7,9 @@ import os
 import torch
 from torch import Tensor
 
-from led_kernels.argument_checks import check_size, check_storage
+from led_kernels.argument_checks import check_marks, check_size, check_storage, whole_numbers
 from led_kernels.eager import is_eager
-from led_kernels.mask_tensors import GLOBAL, PADDING, MaskTensors
+from led_kernels.mask_tensors import GLOBAL, PADDING, MaskTensors, index_of_marks
 
 _DTYPES = {name: torch.uint8 if name == "token_kind" else torch.int32 for name in MaskTensors._fields}
 
@@ -137,6 +137,31 @@ def check_index(is_inside: int) -> None:
         raise ValueError(
             "global_index holds a position outside its sequence; give 0 … length - 1, or -1 for none."
         )
+
+
+def global_index_of(marks: Tensor, global_index: object, cu_seqlens: Tensor) -> Tensor:
+    """Returns the positions that ``global_attention_mask`` marks in packed sequences, int64 ``[batch, most]``.
+
+    Raises:
+        TypeError: for marks that are no tensor of real numbers.
+        ValueError: for another shape or device than that of the rows, other marks than 0 and 1, and positions that are
+            given twice.
+    """
+    check_marks(marks, "global_attention_mask")
+    if global_index is not None:
+        raise ValueError("global_attention_mask and global_index are both given; give one of them.")
+    if marks.device != cu_seqlens.device:
+        raise ValueError(
+            f"global_attention_mask is on {marks.device} and cu_seqlens on {cu_seqlens.device}; move both to one."
+        )
+    total, valid = read_values(cu_seqlens[-1], whole_numbers(marks, 0, 1)[1])
+    if marks.shape != (total,):
+        raise ValueError(
+            f"global_attention_mask has shape {tuple(marks.shape)}; give a mark for each of the {total} rows."
+        )
+    if not valid:
+        raise ValueError("global_attention_mask holds another value than 0 and 1; use these only.")
+    return index_of_marks(marks != 0, cu_seqlens)
 
 
 def check_capacity(max_globals: int | None) -> None:

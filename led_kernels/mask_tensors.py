@@ -74,6 +74,25 @@ def as_global_index(global_index: Tensor | Sequence | None, batch: int, device: 
     return index
 
 
+def index_of_marks(marks: Tensor, cu_seqlens: Tensor) -> Tensor:
+    """Returns the positions of marked rows in their sequences, int64 ``[batch, most]``, filled with -1.
+
+    Args:
+        marks: ``[total_rows]``, true where a row is marked.
+        cu_seqlens: int64 ``[batch + 1]``, as of :meth:`led_kernels.LongformerMask.packed`.
+    """
+    rows = marks.nonzero()[:, 0]
+    batch = cu_seqlens.shape[0] - 1
+    sequence = torch.searchsorted(cu_seqlens, rows, right=True) - 1  # the last that begins here or before
+    sequence = sequence.clamp(0, batch - 1)  # cu_seqlens that do not ascend are refused later
+    counts = torch.bincount(sequence, minlength=batch)
+    slot = torch.arange(rows.shape[0], device=rows.device) - (counts.cumsum(0) - counts)[sequence]
+    most = int(counts.max()) if counts.numel() else 0
+    index = torch.full((batch, most), -1, device=rows.device)
+    index[sequence, slot] = rows - cu_seqlens[sequence]
+    return index
+
+
 def sort_unique(index: Tensor, lengths: Tensor, beyond: int = 2**62) -> tuple[Tensor, Tensor]:
     """Sorts positions and drops duplicates and those outside of their sequence.
 

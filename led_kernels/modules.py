@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TypeGuard
 
 import torch
@@ -33,11 +34,26 @@ def runs_its_own_code(module: nn.Module) -> bool:
         and kind.__call__ is _CALL
         and kind._call_impl is _CALL_IMPL
         and type(module.weight) is nn.Parameter
-        and not module._forward_hooks
-        and not module._forward_pre_hooks
-        and not module._backward_hooks
-        and not module._backward_pre_hooks
-        and not has_global_hooks()
+        and not is_hooked(module)
+    )
+
+
+def calls_only(module: nn.Module, forward: Callable) -> bool:
+    """Tells whether calling the module runs ``forward``, a function of its class, and no hook.
+
+    Then what its forward does may be done in another way, by whoever knows it.
+    """
+    return type(module).forward is forward and "forward" not in vars(module) and not is_hooked(module)
+
+
+def is_hooked(module: nn.Module) -> bool:
+    """Tells whether hooks run when the module is called, its own or those of every module."""
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or has_global_hooks()
     )
 
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from led_kernels.absorbed import absorbed_global_attention
 from led_kernels.api import banded_attention, global_attention
+from led_kernels.distributed import processes_share_gradients
 from led_kernels.global_rows import add_global_rows, gather_global_rows
 from led_kernels.mask import LongformerMask
 from led_kernels.modules import is_plain_linear
@@ -37,7 +38,8 @@ def encoder_self_attention(
     ``value_global``, unless both are plain ``nn.Linear`` and ``max_globals * num_heads < d_model``: then
     global tokens attend over the hidden states themselves
     (:func:`led_kernels.absorbed_global_attention`), with the same result and gradients. With
-    ``mask.max_globals == 0`` none of the three is called, and they get no gradient.
+    ``mask.max_globals == 0`` none of the three is called, and they get no gradient; where torch.distributed runs with
+    several processes they are called with no rows and get zeros, for which the others may be waiting.
 
     Args:
         hidden: ``[batch, seqlen, d_model]``, or ``[total_rows, d_model]`` with a packed mask; finite in
@@ -60,7 +62,14 @@ def encoder_self_attention(
     """
     out = banded_attention(q, k, v, mask, window_size=window_size, dropout_p=dropout_p, backend=backend)
     if mask.max_globals == 0:
-        return out.flatten(-2)
+        out = out.flatten(-2)
+        if not processes_share_gradients():
+            return out
+        # Other processes may have global tokens: those projections that learn get zeros for a gradient.
+        for module in (query_global, key_global, value_global):
+            if any(parameter.requires_grad for parameter in module.parameters()):
+                out = out + module(hidden.flatten(0, -2)[:0]).sum()
+        return out
     q_global = project_global_queries(hidden, query_global, mask, num_heads)
     saves_work = mask.max_globals * num_heads < hidden.shape[-1]
     if saves_work and _can_absorb(key_global, hidden) and _can_absorb(value_global, hidden):

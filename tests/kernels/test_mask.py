@@ -195,6 +195,30 @@ class TestPacked:
         with pytest.raises(ValueError, match="total_rows is 8 but cu_seqlens ends at 7"):
             LongformerMask.packed([0, 7], total_rows=8)
 
+    @pytest.mark.parametrize("dtype", [torch.bool, torch.int64, torch.float32], ids=str)
+    def test_marks_are_positions(self, dtype):
+        marks = torch.tensor([1, 0, 0, 1, 1, 0, 0, 1]).to(dtype)
+        mask = LongformerMask.packed([0, 3, 3, 8], global_attention_mask=marks)
+        check(mask, [[2, 1, 1], [], [2, 2, 1, 1, 2]])
+        check(LongformerMask.packed([0, 3, 8], global_attention_mask=marks * 0), [[1] * 3, [1] * 5])
+        check(LongformerMask.packed([0], global_attention_mask=marks[:0]), [])
+
+    @pytest.mark.parametrize(
+        ("cu_seqlens", "marks", "more", "message"),
+        [
+            ([0, 3], [1, 0], {}, r"has shape \(2,\); give a mark for each of the 3 rows"),
+            ([0, 3], [[1, 0, 0]], {}, r"has shape \(1, 3\)"),
+            ([0, 2], [2, 0], {}, "another value than 0 and 1"),
+            ([0, 2], [-1, 0], {}, "another value than 0 and 1"),
+            ([0, 5, 3], [1, 1, 1], {}, "cu_seqlens does not start at 0 and ascend"),
+            ([2, 3], [1, 1, 1], {}, "cu_seqlens does not start at 0 and ascend"),
+            ([0, 2], [1, 0], {"global_index": [0]}, "are both given; give one of them"),
+        ],
+    )
+    def test_marks_are_checked(self, cu_seqlens, marks, more, message):
+        with pytest.raises(ValueError, match=message):
+            LongformerMask.packed(cu_seqlens, global_attention_mask=torch.tensor(marks), **more)
+
 
 class CountSyncs(TorchDispatchMode):
     """Counts reads of tensor values by the host."""

@@ -218,3 +218,25 @@ def test_compiles_without_a_graph_break():
     layer, hidden = Layer(case), hidden_states(case, mask)
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(hidden, mask), layer(hidden, mask), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("behind", [lambda module: module, nn.Sequential], ids=["absorbed", "projected"])
+@pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
+def test_what_is_kept_for_the_backward(packed, behind):
+    case = AttentionCase(globals_per_row=((0, 7), (3,)), padding=None if packed else "right", packed=packed)
+    mask = case.mask()
+    layer, hidden = Layer(case), hidden_states(case, mask)
+    parameters = {p.untyped_storage().data_ptr() for p in layer.parameters()}
+    kept = {}
+
+    def note(x: Tensor) -> Tensor:
+        if x.untyped_storage().data_ptr() not in parameters:
+            kept[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes() / hidden.nbytes
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda x: x):
+        layer(hidden, mask, behind)
+    # The input, q, k, v and the result, in which the global tokens' rows have been put; and their own keys and values.
+    of_rows = 5 if behind is not nn.Sequential else 7
+    assert sum(size >= 1 for size in kept.values()) == of_rows
+    assert sum(kept.values()) < of_rows + 1
