@@ -21,5 +21,12 @@ if tuple(map(int, _transformers.__version__.split(".")[:2])) < (4, 53):
     )
 
 from led_kernels.hf.patching import apply_led_kernels, decoder_report, is_applied, revert_led_kernels
+from led_kernels.hf.positions import resize_position_embeddings
 
-__all__ = ["apply_led_kernels", "decoder_report", "is_applied", "revert_led_kernels"]
+__all__ = [
+    "apply_led_kernels",
+    "decoder_report",
+    "is_applied",
+    "resize_position_embeddings",
+    "revert_led_kernels",
+]

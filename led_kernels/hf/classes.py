@@ -17,6 +17,7 @@ from transformers.models.longformer.modeling_longformer import (
     LongformerSelfAttention,
 )
 
+from led_kernels.hf.heads import heads
 from led_kernels.hf.led_decoder import (
     CautiousLEDDecoder,
     FusedLEDDecoder,
@@ -49,7 +50,8 @@ LED_DECODER: ClassTable = {
     LEDLearnedPositionalEmbedding: FusedLEDLearnedPositionalEmbedding,
 }
 CAUTIOUS_LED_DECODER: ClassTable = {LEDDecoder: CautiousLEDDecoder}
+HEADS: ClassTable = heads()
 
-for _table in (LED_ENCODER, LONGFORMER, LED_DECODER, CAUTIOUS_LED_DECODER):
+for _table in (LED_ENCODER, LONGFORMER, LED_DECODER, CAUTIOUS_LED_DECODER, HEADS):
     for _stock, _fused in _table.items():
         set_stock_class(_fused, _stock)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import fields
 from itertools import chain
 from typing import Any
@@ -130,6 +130,13 @@ def _refuse_head_mask(head_mask: Tensor | None) -> None:
 def cache_argument(function: Callable) -> str:
     """Returns the name by which a forward of this release takes its cache."""
     return _cache_name((p.name, p.annotation) for p in inspect.signature(function).parameters.values())
+
+
+def with_one_cache(arguments: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """Returns named arguments in which a cache has this ``name`` alone; peft gives an older one besides."""
+    others = {key: value for key, value in arguments.items() if key not in _CACHE_SPELLINGS}
+    caches = [arguments[key] for key in (name, *_CACHE_SPELLINGS) if arguments.get(key) is not None]
+    return {**others, name: caches[0]} if caches else others
 
 
 def accepts(function: Callable, name: str) -> bool:

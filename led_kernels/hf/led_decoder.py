@@ -20,6 +20,7 @@ from transformers.models.led.modeling_led import (
     LEDLearnedPositionalEmbedding,
 )
 
+from led_kernels.arguments import autocast
 from led_kernels.attention_weights import attention_weights
 from led_kernels.hf.checks import check_decoder_arguments
 from led_kernels.hf.compat import (
@@ -65,7 +66,8 @@ class FusedLEDDecoderAttention(LEDDecoderAttention):
             key_value_states: ``[batch, src_len, d_model]``, the encoder's states; makes this a cross-attention,
                 whose keys and values are projected once per cache.
             attention_mask: broadcasts to ``[batch, heads, tgt_len, keys]``; bool, true where a query sees a key,
-                or a number to add to each score. A query that sees no key gets zeros.
+                or a number to add to each score. A query that sees no key gets zeros. Default: a token sees those up to
+                itself without a cache, and all keys with one or in a cross-attention.
             output_attentions: also return the probabilities, before dropout.
             cache_position: int64 ``[tgt_len]``, where a static cache before 5.23 stores the tokens.
 
@@ -77,12 +79,19 @@ class FusedLEDDecoderAttention(LEDDecoderAttention):
         if attention_mask is not None and attention_mask.is_floating_point():
             attention_mask = attention_mask.to(q.dtype)
         dropout_p = (self.dropout or 0.0) if self.training else 0.0
+        # So SDPA keeps and reads no mask.
+        is_causal = attention_mask is None and key_value_states is None and cache is None
+        if is_causal and output_attentions:
+            attention_mask, is_causal = (
+                _causal_mask(torch.arange(q.shape[2], device=q.device), None, None),
+                False,
+            )
         weights = _probabilities(q, k, attention_mask) if output_attentions else None
         if weights is not None and torch.is_grad_enabled():  # SDPA would give them no gradient
             out = nn.functional.dropout(weights, dropout_p) @ v
         else:
             out = nn.functional.scaled_dot_product_attention(
-                q, k, v, attn_mask=attention_mask, dropout_p=dropout_p
+                q, k, v, attn_mask=attention_mask, dropout_p=dropout_p, is_causal=is_causal
             )
         return self.out_proj(out.transpose(1, 2).flatten(2)), weights, cache
 
@@ -232,10 +241,16 @@ class FusedLEDDecoder(LEDDecoder):
             past_length = 0 if cache is None else cache.get_seq_length()
             cache_position = torch.arange(shape[1], device=inputs_embeds.device) + past_length
 
-        mask = _causal_mask(cache_position, attention_mask, cache)
+        mask = None
+        own_layers = not all(isinstance(layer, FusedLEDDecoderLayer) for layer in self.layers)
+        if attention_mask is not None or cache is not None or own_layers:
+            mask = _causal_mask(cache_position, attention_mask, cache)
         cross_mask = encoder_attention_mask
         if cross_mask is not None and cross_mask.dim() == 2:
             cross_mask = cross_mask.bool()[:, None, None, :]
+        if encoder_hidden_states is not None:
+            # Converted once, and not for the keys and for the values of each layer, which would keep every copy.
+            (encoder_hidden_states,) = autocast(encoder_hidden_states)
         hidden_states = self.layernorm_embedding(
             inputs_embeds + self.embed_positions(shape, cache_position[:1])
         )

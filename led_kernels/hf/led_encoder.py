@@ -6,14 +6,21 @@ import torch
 from torch import Tensor, nn
 from transformers.models.led.modeling_led import (
     LEDEncoder,
+    LEDEncoderAttention,
     LEDEncoderBaseModelOutput,
     LEDEncoderLayer,
     LEDEncoderSelfAttention,
 )
 
+from led_kernels.arguments import autocast
 from led_kernels.hf.compat import takes_arguments_of
 from led_kernels.hf.shared import STOCK_MASKS, FusedLayer, FusedSelfAttention, Options, run_layers
 from led_kernels.mask import LongformerMask
+from led_kernels.modules import calls_only
+from led_kernels.recompute import LayerTail, limit_overflow
+
+# It is taken at import, so that what a caller puts in its place later is told apart.
+_ATTENTION_FORWARD = LEDEncoderAttention.forward
 
 
 class FusedLEDEncoderSelfAttention(FusedSelfAttention, LEDEncoderSelfAttention):
@@ -23,7 +30,10 @@ class FusedLEDEncoderSelfAttention(FusedSelfAttention, LEDEncoderSelfAttention):
 
 
 class FusedLEDEncoderLayer(FusedLayer, LEDEncoderLayer):
-    """Differs from the stock layer in that fp16 states are clamped without asking the device whether they need it."""
+    """Differs from the stock layer in what it keeps for the backward, and in how fp16 states are clamped.
+
+    They are clamped without asking the device whether they need it.
+    """
 
     @takes_arguments_of(LEDEncoderLayer.forward, STOCK_MASKS)
     def forward(
@@ -33,16 +43,24 @@ class FusedLEDEncoderLayer(FusedLayer, LEDEncoderLayer):
         output_attentions: bool = False,
     ) -> tuple[Tensor, ...]:
         """Returns the hidden states, and what more :class:`FusedSelfAttention` returns for the same arguments."""
+        if (
+            not output_attentions
+            and calls_only(self.self_attn, _ATTENTION_FORWARD)
+            and (tail := LayerTail.of(self, self.self_attn.output, self.activation_fn)).can_recompute(
+                hidden_states
+            )
+        ):
+            (computed,) = autocast(hidden_states)
+            (attended,) = self.self_attn.longformer_self_attn(
+                hidden_states=computed, attention_mask=attention_mask
+            )
+            return (tail.recomputed(hidden_states, computed, attended),)
         attended, *weights = self.self_attn(
             hidden_states=hidden_states, attention_mask=attention_mask, output_attentions=output_attentions
         )
         hidden_states = self.self_attn_layer_norm(hidden_states + self._dropout(attended, self.dropout))
         del attended  # The memory peak is yet to come.
-        hidden_states = self._feed_forward(hidden_states)
-        if hidden_states.dtype == torch.float16:
-            limit = torch.finfo(torch.float16).max - 1000
-            hidden_states = hidden_states.clamp(-limit, limit)
-        return hidden_states, *weights
+        return limit_overflow(self._feed_forward(hidden_states)), *weights
 
 
 class FusedLEDEncoder(LEDEncoder):

@@ -13,13 +13,14 @@ from torch import nn
 from transformers.models.led.modeling_led import LEDDecoder, LEDEncoder
 from transformers.models.longformer.modeling_longformer import LongformerModel
 
-from led_kernels.hf.classes import CAUTIOUS_LED_DECODER, LED_DECODER, LED_ENCODER, LONGFORMER
+from led_kernels.hf.classes import CAUTIOUS_LED_DECODER, HEADS, LED_DECODER, LED_ENCODER, LONGFORMER
 from led_kernels.hf.compat import TESTED, is_newer_than_tested
+from led_kernels.hf.embedded import embedded_classes
 from led_kernels.hf.probe import Decoder, encoder_difference, right_decoder
 from led_kernels.hf.shared import Options
 from led_kernels.hf.swap import ClassTable, fused_class, stock_class, swap, swap_back
 
-_ROOTS = (LEDEncoder, LongformerModel, LEDDecoder)  # Their constructors build all the others.
+_ROOTS = (LEDEncoder, LongformerModel, LEDDecoder, *HEADS)  # Their constructors build all the others.
 _built_fused: WeakSet[nn.Module] = WeakSet()  # what they have built since apply_led_kernels()
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -42,9 +43,10 @@ def apply_led_kernels(
     refused.
 
     Args:
-        model: any module that holds LED or Longformer encoders, on any device, hooked, offloaded, quantized
-            or with adapters; changed in place. Default: every model built from now on, by
-            ``from_pretrained``, ``from_config`` or its class. Applying again replaces the options.
+        model: any module that holds LED or Longformer encoders, or Longformer's attention in the layers of a RoBERTa
+            or its kin (the published RobertaLong classes), on any device, hooked, offloaded, quantized or with
+            adapters; changed in place. Default: every LED and Longformer built from now on, by ``from_pretrained``,
+            ``from_config`` or its class. Applying again replaces the options.
         max_globals: capacity for global tokens per sequence. With it a forward has shapes that depend on it
             alone and syncs nothing from the device (torch.compile, CUDA graphs), ``attentions`` have that
             many global keys, global projections always get a gradient (DistributedDataParallel), and more
@@ -64,7 +66,7 @@ def apply_led_kernels(
         raise ValueError(f"max_globals is {max_globals}; give the capacity, 0 or more.")
     options = Options(max_globals, backend)
     if model is None:
-        table = _checked(LED_ENCODER | LONGFORMER | _decoder_table())
+        table = _checked(LED_ENCODER | LONGFORMER | _decoder_table() | HEADS)
         for root in _ROOTS:
             if fused_class(root, table) is not None:
                 root.__init__ = _then_apply(_stock_init(root), options)
@@ -81,10 +83,10 @@ def apply_led_kernels(
         if any(cls.__module__.startswith("led_model.") for cls in stock):
             raise ValueError("model is one of led_model, which is already on the kernels; use it as it is.")
         raise ValueError("model holds no LED or Longformer modules of transformers; pass one that does.")
-    table: ClassTable = {}
+    table: ClassTable = dict(HEADS)
     for family in families:
         table |= _decoder_table() if family is LED_DECODER else family
-    swap(model, _checked(table), options)
+    swap(model, _checked(table), options, embedded_classes(model))
     return model
 
 

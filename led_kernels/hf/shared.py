@@ -157,12 +157,23 @@ def run_layers(
 def as_longformer_mask(
     attention_mask: LongformerMask | Tensor | None, hidden_states: Tensor, max_globals: int | None
 ) -> LongformerMask:
-    """Returns the mask for any form of ``attention_mask`` that reaches an encoder or its attention."""
+    """Returns the mask for any form of ``attention_mask`` that reaches an encoder or its attention.
+
+    Raises:
+        ValueError: for a tensor that is not ``[batch, seqlen]``, or ``[batch, 1, 1, seqlen]``, of signed numbers.
+    """
     if isinstance(attention_mask, LongformerMask):
         on_device = attention_mask.device == hidden_states.device
         return attention_mask if on_device else attention_mask.to(hidden_states.device)
     if attention_mask is None:
         kind = torch.ones(hidden_states.shape[:2], dtype=torch.long, device=hidden_states.device)
     else:
+        if attention_mask.dim() == 4 and attention_mask.shape[1:3] == (1, 1):
+            attention_mask = attention_mask[:, 0, 0]
+        if attention_mask.shape != hidden_states.shape[:2] or attention_mask.dtype == torch.bool:
+            raise ValueError(
+                f"attention_mask has shape {tuple(attention_mask.shape)} and dtype {attention_mask.dtype}; give "
+                "[batch, seqlen], negative for padding, 0 for local and positive for global tokens."
+            )
         kind = attention_mask.sign() + 1  # negative, 0, positive -> 0 padding, 1 local, 2 global
     return LongformerMask.from_padding(kind, max_globals=max_globals)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+from collections.abc import Mapping
 from types import MethodType
 from typing import NamedTuple
 
@@ -60,10 +61,18 @@ def _subclass_of_both(fused: type[nn.Module], cls: type[nn.Module]) -> type[nn.M
     return type(cls.__name__, (fused, cls), {"__module__": cls.__module__, "stock_class": cls})
 
 
-def swap(model: nn.Module, table: ClassTable, options: object) -> int:
+def swap(
+    model: nn.Module,
+    table: ClassTable,
+    options: object,
+    own_classes: Mapping[nn.Module, type[nn.Module]] | None = None,
+) -> int:
     """Gives the modules in ``model`` the classes that ``table`` has for them, and ``options``.
 
     When one module is refused, none is changed.
+
+    Args:
+        own_classes: modules of ``model`` with the fused classes that they get, whatever ``table`` has for them.
 
     Returns:
         The number of modules that were changed.
@@ -71,12 +80,36 @@ def swap(model: nn.Module, table: ClassTable, options: object) -> int:
     Raises:
         TypeError: for a module whose class or whose own forward cannot be replaced.
     """
-    planned = [(module, fused_class(stock_class(module), table)) for module in model.modules()]
+    own = own_classes or {}
+    planned = [(module, own.get(module) or _replacement(module, table)) for module in model.modules()]
     changes = [_Change.plan(module, fused) for module, fused in planned if fused is not None]
     for change in changes:
         change.make()
         setattr(change.module, _OPTIONS, options)
     return len(changes)
+
+
+def _replacement(module: nn.Module, table: ClassTable) -> type[nn.Module] | None:
+    """Returns the class that a module is to get; its own forward, on the instance, counts as one of a subclass."""
+    stock = stock_class(module)
+    fused = fused_class(stock, table)
+    cautious = getattr(fused, "where_overridden", None)
+    if cautious is not None and "forward" in vars(module) and not _bound_forwards(module):
+        return _subclass_of_both(cautious, stock)
+    return fused
+
+
+def _bound_forwards(module: nn.Module) -> list[str]:
+    """Returns the attributes of a module that hold the forward of its class.
+
+    accelerate's hooks keep the forward that they wrap in _old_forward, and leave it in forward once removed.
+    """
+    attributes, forward = vars(module), type(module).forward
+    return [
+        name
+        for name in ("forward", "_old_forward")
+        if getattr(attributes.get(name), "__func__", None) is forward
+    ]
 
 
 def swap_back(model: nn.Module) -> None:
@@ -101,14 +134,8 @@ class _Change(NamedTuple):
         Raises:
             TypeError: for a module whose forward was replaced on the instance by another function.
         """
-        attributes, forward = vars(module), type(module).forward
-        # accelerate's hooks keep the forward that they wrap in _old_forward, and leave it in forward once removed.
-        bound = [
-            name
-            for name in ("forward", "_old_forward")
-            if getattr(attributes.get(name), "__func__", None) is forward
-        ]
-        if "forward" in attributes and not bound and new_class.forward is not forward:
+        bound, forward = _bound_forwards(module), type(module).forward
+        if "forward" in vars(module) and not bound and new_class.forward is not forward:
             raise TypeError(
                 f"the forward of a {type(module).__name__} was replaced on the instance and would go on "
                 "running old code; call this before it is wrapped."

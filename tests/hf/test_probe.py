@@ -78,9 +78,21 @@ def play_right_release(monkeypatch):
                 monkeypatch.setattr(theirs, name, function, raising=False)
 
 
+def fails(self, *args, **kwargs):
+    raise AttributeError("moved")
+
+
 @has_decoder_of_ours
-def test_release_with_a_right_decoder_keeps_it(stock, monkeypatch, forgetful):
+def test_ours_is_taken_where_both_decoders_are_right(stock, monkeypatch, forgetful):
     play_right_release(monkeypatch)
+    assert right_decoder() is Decoder.FUSED
+    assert type(apply_led_kernels(stock).get_decoder()) is FusedLEDDecoder
+
+
+@has_decoder_of_ours
+def test_release_with_a_right_decoder_keeps_it_where_ours_fails(stock, monkeypatch, forgetful):
+    play_right_release(monkeypatch)
+    monkeypatch.setattr(FusedLEDDecoderAttention, "forward", fails)
     assert right_decoder() is Decoder.STOCK
     assert type(apply_led_kernels(stock).get_decoder()) is LEDDecoder
     assert is_applied(stock)
@@ -91,10 +103,6 @@ def test_release_with_a_right_decoder_keeps_it(stock, monkeypatch, forgetful):
 
 def play_release_of_neither(monkeypatch):
     """Makes the fused decoder fail; transformers' own is wrong, once it embeds positions that are tensors."""
-
-    def fails(self, *args, **kwargs):
-        raise AttributeError("moved")
-
     monkeypatch.setattr(FusedLEDDecoderAttention, "forward", fails)
     embedding, ours = next((t, o) for t, o in LED_DECODER.items() if issubclass(t, nn.Embedding))
     monkeypatch.setattr(embedding, "forward", ours.forward)
