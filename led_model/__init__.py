@@ -5,6 +5,11 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from led_model.config import LEDConfig
+    from led_model.conversion.convert import convert_checkpoint
+    from led_model.data.batching import LengthBatchSampler, TokenBatchSampler
+    from led_model.data.collator import LEDDataCollator
+    from led_model.data.global_tokens import EveryKthToken, FirstTokens, QuestionTokens, TokensWithId
+    from led_model.data.packing import unpack
     from led_model.generation.cache import BeamKVCache, StaticKVCache
     from led_model.generation.generate import GenerateOutput
     from led_model.generation.generation_config import GenerationConfig
@@ -22,6 +27,14 @@ _MODULE_OF = {
     "BeamKVCache": "led_model.generation.cache",
     "StaticKVCache": "led_model.generation.cache",
     "LEDConfig": "led_model.config",
+    "LengthBatchSampler": "led_model.data.batching",
+    "TokenBatchSampler": "led_model.data.batching",
+    "LEDDataCollator": "led_model.data.collator",
+    "EveryKthToken": "led_model.data.global_tokens",
+    "FirstTokens": "led_model.data.global_tokens",
+    "QuestionTokens": "led_model.data.global_tokens",
+    "TokensWithId": "led_model.data.global_tokens",
+    "unpack": "led_model.data.packing",
     "GenerateOutput": "led_model.generation.generate",
     "GenerationConfig": "led_model.generation.generation_config",
     "LEDForQuestionAnswering": "led_model.modeling.heads",
@@ -33,6 +46,7 @@ _MODULE_OF = {
     "Seq2SeqQuestionAnsweringModelOutput": "led_model.modeling.outputs",
     "Seq2SeqSequenceClassifierOutput": "led_model.modeling.outputs",
     "LEDTokenizer": "led_model.tokenization.tokenizer",
+    "convert_checkpoint": "led_model.conversion.convert",
 }
 
 
@@ -50,17 +64,26 @@ def __dir__() -> list[str]:
 
 __all__ = [
     "BeamKVCache",
+    "EveryKthToken",
+    "FirstTokens",
     "GenerateOutput",
     "GenerationConfig",
     "LEDConfig",
+    "LEDDataCollator",
     "LEDForConditionalGeneration",
     "LEDForQuestionAnswering",
     "LEDForSequenceClassification",
     "LEDModel",
     "LEDTokenizer",
+    "LengthBatchSampler",
+    "QuestionTokens",
     "Seq2SeqLMOutput",
     "Seq2SeqModelOutput",
     "Seq2SeqQuestionAnsweringModelOutput",
     "Seq2SeqSequenceClassifierOutput",
     "StaticKVCache",
+    "TokenBatchSampler",
+    "TokensWithId",
+    "convert_checkpoint",
+    "unpack",
 ]

@@ -149,6 +149,16 @@ def check_traceable(name: str, given: Any, remedy: str) -> None:
         raise ValueError(f"{name}, and cannot be traced; {remedy}.")
 
 
+def check_return_dict(return_dict: Any) -> None:
+    """Refuses to return a tuple.
+
+    Raises:
+        ValueError: for a ``return_dict`` that is False.
+    """
+    if return_dict is not None and not return_dict:
+        raise ValueError("return_dict is False; leave it out and call to_tuple() of the output.")
+
+
 def check_binary(name: str, mask: Tensor | None) -> None:
     """Checks that ``mask`` holds nothing but 0 and 1, where looking costs no wait for a device.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import reprlib
 from collections.abc import Mapping
@@ -175,6 +176,14 @@ class LEDConfig:
         renamed = {_ALIASES[key]: value for key, value in values.items() if key in _ALIASES}
         known = {f.name for f in fields(cls)}
         return cls(**renamed | {key: value for key, value in values.items() if key in known})
+
+    def get_text_config(self) -> LEDConfig:
+        """Returns this config, in which transformers' Trainer looks for the special tokens."""
+        return self
+
+    def to_json_string(self) -> str:
+        """Returns the text of config.json, which transformers' Trainer logs."""
+        return json.dumps(self.to_dict(), indent=2, sort_keys=True) + "\n"
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the contents of config.json, as transformers reads them: labels by ``id2label`` alone."""

@@ -1,11 +1,53 @@
-"""Builds the attention masks of the decoder: what its queries see of each other and of the encoder's tokens."""
+"""Builds the masks of a model: what the encoder's tokens are, and what the decoder's see of them and each other."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
+from led_kernels import LongformerMask
+from led_model.checks import check_mask, check_traceable
+from led_model.packing import packed_lengths
 from led_model.precision import autocast_dtype
+
+
+def encoder_mask(
+    name: str,
+    given: Tensor,
+    attention_mask: Tensor | None,
+    global_attention_mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+    max_globals: int | None,
+) -> LongformerMask:
+    """Returns the mask of the encoder's input ``given``, which is called ``name``.
+
+    Args:
+        given: ids or embeddings, ``[batch, length]`` or, with ``cu_seqlens``, ``[total]``, and perhaps ``d_model``.
+        attention_mask, global_attention_mask: as for ids.
+        cu_seqlens: int ``[batch + 1]``, where packed sequences begin and end.
+        max_globals: the most global tokens that a document may have.
+
+    Raises:
+        ValueError: for masks of another shape.
+    """
+    if cu_seqlens is not None:
+        if attention_mask is not None:
+            raise ValueError(
+                "attention_mask and cu_seqlens are both given; packed sequences have no padding."
+            )
+        check_traceable("the bounds of packed sequences are looked at", None, "give padded ones")
+        packed_lengths("cu_seqlens", cu_seqlens, given.shape[0], name)
+        return LongformerMask.packed(
+            cu_seqlens, max_globals=max_globals, global_attention_mask=global_attention_mask
+        )
+    check_mask("attention_mask", attention_mask, given, name)
+    check_mask("global_attention_mask", global_attention_mask, given, name)
+    if attention_mask is None:
+        attention_mask = torch.ones(given.shape[:2], dtype=torch.long, device=given.device)
+        if global_attention_mask is None:
+            max_globals = max_globals or 0
+    check_traceable("the number of global tokens is looked at", max_globals, "give max_globals")
+    return LongformerMask.from_padding(attention_mask, global_attention_mask, max_globals)
 
 
 def key_mask(attention_mask: Tensor) -> Tensor:
@@ -37,8 +79,8 @@ def padding_scores(attention_mask: Tensor, dtype: torch.dtype) -> Tensor:
     ``dtype``, so that a document of only padding gives no NaN.
     """
     dtype = autocast_dtype(attention_mask.device) or dtype
-    scores = torch.where(attention_mask != 0, 0.0, torch.finfo(dtype).min)
-    return scores.to(dtype)[:, None, None, :]
+    scores = torch.zeros(attention_mask.shape, dtype=dtype, device=attention_mask.device)
+    return scores.masked_fill(attention_mask == 0, torch.finfo(dtype).min)[:, None, None, :]
 
 
 def cross_attention_mask(attention_mask: Tensor, dtype: torch.dtype) -> Tensor | None:

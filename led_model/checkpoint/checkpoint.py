@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from led_model.checkpoint.files import read_json
@@ -31,6 +30,7 @@ from led_model.checkpoint.tensor_names import (
     to_hf_state_dict,
     without_other_heads,
 )
+from led_model.checkpoint.weight_formats import write_file
 from led_model.checkpoint.weights import read_tensors, required, tensor_names
 from led_model.config import LEDConfig
 from led_model.generation.generation_config import GenerationConfig
@@ -66,12 +66,12 @@ def load_pretrained(
 
     with torch.device("meta"):
         model = model_class(config)
-    model.to(dtype or _most_common_dtype(tensors.values()))
+    model.to(dtype or most_common_dtype(tensors.values()))
     to_quantize = quantizable_linears(model) if quantize else {}
     for module in set(model.modules()).difference(to_quantize.values()):
         module.to_empty(device=device, recurse=False)
     model.tie_weights()
-    with _errors_about(f"the weights of {path_or_id}"):
+    with errors_about(f"the weights of {path_or_id}"):
         _copy_into(model.state_dict(), tensors)
         if quantize is not None:
             while to_quantize:  # it is done one by one, so that not all are there in full precision
@@ -108,7 +108,7 @@ def read_config(
     if settings and "num_labels" in settings and "id2label" not in settings:
         stored.pop("id2label", None)
     stored |= settings or {}
-    with _errors_about(f"config.json of {source}"):
+    with errors_about(f"config.json of {source}"):
         return LEDConfig.from_dict(stored), stored
 
 
@@ -118,10 +118,10 @@ def _generation_config(
     """Returns the settings of generation_config.json, and of config.json those that the former lacks."""
     path = fetch("generation_config.json")
     own = read_json(path) if path is not None else {}
-    with _errors_about(f"generation_config.json of {source}"):
+    with errors_about(f"generation_config.json of {source}"):
         GenerationConfig.from_dict(vars(config) | own).check_ids(config.vocab_size)
     own = {key: value for key, value in own.items() if value is not None}
-    with _errors_about(f"config.json of {source}"):
+    with errors_about(f"config.json of {source}"):
         generation = GenerationConfig.from_dict(vars(config) | stored | own, own)
         generation.check_ids(config.vocab_size)
     return generation
@@ -164,7 +164,7 @@ def _copy_into(targets: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> 
                 )
 
 
-def _most_common_dtype(tensors: Iterable[Tensor]) -> torch.dtype:
+def most_common_dtype(tensors: Iterable[Tensor]) -> torch.dtype:
     """Returns the dtype of most numbers, as norms or the head may have been kept in another."""
     counts: Counter[torch.dtype] = Counter()
     for tensor in tensors:
@@ -191,18 +191,18 @@ def save_pretrained(model: StoredModel, directory: Path) -> None:
                 )
     directory.mkdir(parents=True, exist_ok=True)
     tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
-    save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+    write_file(tensors, directory / "model.safetensors")
     about = {"architectures": [type(model).__name__], "dtype": str(shared.dtype).removeprefix("torch.")}
     _write_json(directory / "config.json", config.to_dict() | about)
     if hasattr(model, "generation_config"):
-        settings: dict[str, Any] = {"bos_token_id": config.bos_token_id} | vars(model.generation_config)
+        settings: dict[str, Any] = dict(vars(model.generation_config))
         settings |= settings.pop("unsupported")
         settings = {key: value for key, value in settings.items() if value is not None and key != "seed"}
         _write_json(directory / "generation_config.json", settings)
 
 
 @contextmanager
-def _errors_about(what: str) -> Generator[None, None, None]:
+def errors_about(what: str) -> Generator[None, None, None]:
     """Puts ``what`` before the message of a ValueError."""
     try:
         yield

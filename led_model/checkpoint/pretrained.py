@@ -12,21 +12,25 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from led_kernels.positions import check_num_positions, resize_table
 from led_model.checkpoint.checkpoint import Model, load_pretrained, save_pretrained
 from led_model.checkpoint.hub import HUB_OPTIONS
 from led_model.checkpoint.quantization import choose_quantizer
-from led_model.checkpoint.stored_model import StoredModel
+from led_model.checkpoint.tied_tensors import keep_tied_tensors_once
+from led_model.checkpoint.trained_model import TrainedModel
 from led_model.checkpoint.weights import WEIGHT_DTYPES
 from led_model.checks import check_id_shape
 from led_model.config import LEDConfig
+from led_model.packing import packed_inputs, packed_lengths
 from led_model.schema import check_names
 
 
-class LEDPreTrainedModel(StoredModel):
+class LEDPreTrainedModel(TrainedModel):
     """A base of ``LEDModel`` and of the models with a head, whose ``led`` is an ``LEDModel``."""
 
     def __init__(self, config: LEDConfig) -> None:
         super().__init__(config)
+        keep_tied_tensors_once(self)
         self.register_load_state_dict_post_hook(_tie_again)  # assign=True makes a parameter for each name
 
     @classmethod
@@ -42,6 +46,7 @@ class LEDPreTrainedModel(StoredModel):
         load_in_4bit: bool = False,
         load_in_8bit: bool = False,
         quantization_config: Any | None = None,
+        max_positions: int | None = None,
         **settings: Any,
     ) -> Model:
         """Returns a model, in eval mode, from a directory that transformers wrote or from the Hugging Face hub.
@@ -62,25 +67,29 @@ class LEDPreTrainedModel(StoredModel):
             load_in_8bit: keep them as int8, one scale per output (torchao; extra ``quant``).
             quantization_config: transformers' BitsAndBytesConfig with ``load_in_4bit=True``, for its other
                 4-bit settings.
+            max_positions: how many tokens a text may have, by :meth:`resize_position_embeddings`; default: as many as
+                the checkpoint says.
             settings: replace those of config.json, ``num_labels=5``; and ``cache_dir``, ``force_download``,
                 ``local_files_only`` and ``token``, as ``huggingface_hub.hf_hub_download`` takes them.
 
         Raises:
             FileNotFoundError: when a file is not there.
             ValueError: when a file cannot be read, or tensors are missing, unexpected or of another shape; for
-                another ``dtype`` or ``device_map``, and for arguments that contradict each other.
+                another ``dtype``, ``device_map`` or ``max_positions``, and for arguments that contradict each other.
             TypeError: for a setting that neither config.json nor the hub has.
             ImportError: when the package that quantizes is not installed.
         """
         if dtype is not None and torch_dtype is not None and dtype != torch_dtype:
             raise ValueError(f"dtype is {dtype} and torch_dtype {torch_dtype}; give dtype alone.")
+        if max_positions is not None:  # before a long download
+            check_num_positions("max_positions", max_positions)
         hub_options = {name: settings.pop(name) for name in HUB_OPTIONS if name in settings}
         own = set(inspect.signature(LEDPreTrainedModel.from_pretrained).parameters) - {"settings"}
         fields = {field.name for field in dataclasses.fields(LEDConfig)}
         check_names(settings, own | fields | {*HUB_OPTIONS, "label2id"}, "from_pretrained")
         if (label2id := settings.pop("label2id", None)) is not None:  # it is id2label, inverted
             settings.setdefault("id2label", {label_id: label for label, label_id in dict(label2id).items()})
-        return load_pretrained(
+        model = load_pretrained(
             cls,
             path_or_id,
             dtype=_dtype(dtype if torch_dtype is None else torch_dtype),
@@ -90,6 +99,9 @@ class LEDPreTrainedModel(StoredModel):
             settings=settings,
             hub_options=hub_options,
         )
+        if max_positions is not None:
+            model.resize_position_embeddings(max_positions)
+        return model
 
     def save_pretrained(self, directory: str | os.PathLike[str]) -> None:
         """Writes config.json, model.safetensors and, for a generating model, generation_config.json.
@@ -117,33 +129,6 @@ class LEDPreTrainedModel(StoredModel):
         left_out = {m.weight for m in self.modules() if exclude_embeddings and isinstance(m, nn.Embedding)}
         counted = (p for p in self.parameters() if p not in left_out)
         return sum(p.numel() for p in counted if p.requires_grad or not only_trainable)
-
-    def gradient_checkpointing_enable(
-        self, gradient_checkpointing_kwargs: Mapping[str, Any] | None = None
-    ) -> None:
-        """Makes the backward recompute the encoder's layers, whose activations take most memory.
-
-        Args:
-            gradient_checkpointing_kwargs: for transformers' callers, ``{"use_reentrant": False}`` at most.
-
-        Raises:
-            ValueError: for other settings of the checkpointing.
-        """
-        given = dict(gradient_checkpointing_kwargs or {})
-        if given.get("use_reentrant") or given.keys() - {"use_reentrant"}:
-            raise ValueError(
-                f"gradient_checkpointing_kwargs is {given}; give {{'use_reentrant': False}} or nothing."
-            )
-        self.base_model.encoder.gradient_checkpointing = True
-
-    def gradient_checkpointing_disable(self) -> None:
-        """Makes the forward keep activations for the backward again."""
-        self.base_model.encoder.gradient_checkpointing = False
-
-    @property
-    def is_gradient_checkpointing(self) -> bool:
-        """Returns whether the backward recomputes the encoder's layers."""
-        return self.base_model.encoder.gradient_checkpointing
 
     def tie_weights(self) -> None:
         """Makes encoder, decoder and head read the shared embedding again, after it was replaced."""
@@ -191,15 +176,51 @@ class LEDPreTrainedModel(StoredModel):
         self.tie_weights()
         return base.shared
 
-    def shift_right(self, ids: Tensor, name: str = "ids") -> Tensor:
-        """Returns the decoder input for teacher forcing: start token, then all but the last id; -100 becomes padding.
+    def resize_position_embeddings(
+        self, max_positions: int | None = None, *, max_decoder_positions: int | None = None
+    ) -> None:
+        """Lets texts have ``max_positions`` tokens, and what is written ``max_decoder_positions``.
+
+        Old positions keep every bit; new ones are copies of them, repeated (Longformer,
+        https://arxiv.org/abs/2004.05150), and want training on long texts. The parameters are new ones: build the
+        optimizer afterwards. Fewer positions cut the tables.
 
         Raises:
-            ValueError: with the ``name`` of ids that are not ``[batch, length]``.
+            TypeError, ValueError: for a number that is no positive integer, and for none.
         """
-        check_id_shape(name, ids)
-        start = torch.full_like(ids[:, :1], self.config.decoder_start_token_id)
-        shifted = torch.cat([start, ids[:, :-1]], dim=1)
+        if max_positions is None and max_decoder_positions is None:
+            raise ValueError("max_positions and max_decoder_positions are both missing; give one of them.")
+        base = self.base_model
+        wanted = (
+            ("max_positions", max_positions, base.encoder, "max_encoder_position_embeddings"),
+            ("max_decoder_positions", max_decoder_positions, base.decoder, "max_decoder_position_embeddings"),
+        )
+        for name, number, _, _ in wanted:
+            if number is not None:
+                check_num_positions(name, number)
+        for _, number, stack, setting in wanted:
+            if number is not None:
+                resize_table(stack.embed_positions, number)
+                setattr(self.config, setting, number)
+
+    def shift_right(self, ids: Tensor, name: str = "ids", cu_seqlens: Tensor | None = None) -> Tensor:
+        """Returns the decoder input for teacher forcing: start token, then all but the last id; -100 becomes padding.
+
+        Args:
+            ids: int ``[batch, length]``; with ``cu_seqlens``, int ``[batch + 1]``, packed sequences ``[total]``.
+
+        Raises:
+            ValueError: with the ``name`` of ids that are of another shape.
+        """
+        start = self.config.decoder_start_token_id
+        if cu_seqlens is None:
+            check_id_shape(name, ids)
+            shifted = torch.cat([torch.full_like(ids[:, :1], start), ids[:, :-1]], dim=1)
+        else:
+            check_id_shape(name, packed_inputs(name, ids, "", None)[1][None])
+            packed_lengths("decoder_cu_seqlens", cu_seqlens, len(ids), name)
+            shifted = ids.roll(1)
+            shifted[cu_seqlens[:-1].long()] = start
         if self.config.pad_token_id is None:
             return shifted
         return shifted.masked_fill(shifted == -100, self.config.pad_token_id)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Any, Protocol
 
 from torch import nn
 
@@ -11,10 +11,12 @@ from led_model.config import LEDConfig
 from led_model.generation.generation_config import GenerationConfig
 
 
-class EncoderStack(LayerStack, Protocol):
+class CheckpointedStack(LayerStack, Protocol):
     """A stack whose backward can compute its layers again."""
 
     gradient_checkpointing: bool
+    checkpoint_every: int
+    checkpoint_settings: dict[str, Any]
 
 
 class BaseModel(Protocol):
@@ -23,11 +25,11 @@ class BaseModel(Protocol):
     shared: nn.Embedding
 
     @property
-    def encoder(self) -> EncoderStack:
+    def encoder(self) -> CheckpointedStack:
         """Returns the stack that reads."""
 
     @property
-    def decoder(self) -> LayerStack:
+    def decoder(self) -> CheckpointedStack:
         """Returns the stack that writes."""
 
 
@@ -50,6 +52,12 @@ class StoredModel(nn.Module):
 
     def tie_weights(self) -> None:
         """Makes encoder, decoder and head read the shared embedding again, after it was replaced."""
+        raise NotImplementedError
+
+    def resize_position_embeddings(
+        self, max_positions: int | None = None, *, max_decoder_positions: int | None = None
+    ) -> None:
+        """Lengthens or cuts the tables of positions."""
         raise NotImplementedError
 
     def init_weights(self, module: nn.Module) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
+from itertools import chain
 
 import torch
 from torch import Tensor, nn
@@ -141,11 +142,10 @@ def expected_shapes(model_class: type[nn.Module], config: LEDConfig) -> dict[str
     They are read off a model of one layer a side, as the config may claim any number.
     """
     with torch.device("meta"):
-        state = model_class(
-            replace(config, encoder_layers=1, decoder_layers=1, attention_window=2)
-        ).state_dict()
+        model = model_class(replace(config, encoder_layers=1, decoder_layers=1, attention_window=2))
     shapes = {}
-    for name, tensor in state.items():
+    # Unlike the state dict, they have all names of tied tensors.
+    for name, tensor in chain(model.named_parameters(remove_duplicate=False), model.named_buffers()):
         parts = hf_names(name)
         shape = (tensor.shape[0] // len(parts), *tensor.shape[1:])
         layer = _FIRST_LAYER.match(name)

@@ -1,4 +1,7 @@
-"""Opens files of weights, after checks that reading them takes no more memory than they are long."""
+"""Opens and writes files of weights; before they are opened, their headers are checked.
+
+Reading one takes no more memory than it is long.
+"""
 
 from __future__ import annotations
 
@@ -6,13 +9,14 @@ import json
 import pickle
 import warnings
 import zipfile
-from collections.abc import Generator
+from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from led_model.checkpoint.hub import first_line
 
@@ -35,6 +39,23 @@ def read_file(path: Path) -> Any:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # what torch warns of is said by an error here
             return torch.load(path, map_location="cpu", weights_only=True, mmap=is_archive)
+
+
+def write_file(tensors: Mapping[str, Tensor], path: Path) -> None:
+    """Writes a ``.safetensors`` file of contiguous tensors, which everyone may read who may read other new files.
+
+    Raises:
+        OSError: when it cannot be written.
+    """
+    path.touch()
+    mode = path.stat().st_mode & 0o777
+    try:
+        save_file(dict(tensors), path, metadata={"format": "pt"})
+    except Exception as error:  # safetensors has an exception of its own for a full disk
+        raise OSError(
+            f"{path} cannot be written ({first_line(error)}); free space, or name another place."
+        ) from None
+    path.chmod(mode)  # safetensors leaves it to its owner alone
 
 
 def names_in_header(path: Path) -> list[str]:

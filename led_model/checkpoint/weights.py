@@ -27,8 +27,13 @@ _MAX_SHARING = 4  # how many tensors may share their numbers: the four embedding
 _INDEX_RULES = {"weight_map": mapping_of(STRING, STRING, "shards by tensor names")}
 
 
-def read_tensors(fetch: Fetch, source: str | os.PathLike[str]) -> dict[str, Tensor]:
+def read_tensors(
+    fetch: Fetch, source: str | os.PathLike[str], left_out: tuple[str, ...] = ()
+) -> dict[str, Tensor]:
     """Returns every tensor of the checkpoint, on the CPU, without gradients.
+
+    Args:
+        left_out: ends of names of tensors that are not wanted, of whatever kind they are.
 
     Raises:
         FileNotFoundError: when a file is not there.
@@ -37,8 +42,11 @@ def read_tensors(fetch: Fetch, source: str | os.PathLike[str]) -> dict[str, Tens
     """
     index, shards = _weights(fetch, source)
     tensors: dict[str, Tensor] = {}
+    named: set[str] = set()
     for path in shards:
-        own = _checked(path, read_file(path))
+        content = read_file(path)
+        own = _checked(path, content, left_out)
+        named.update(content)
         if twice := tensors.keys() & own.keys():
             raise ValueError(
                 f"{path} holds {_one_of(twice)}, as another shard does; fetch the shards again, together."
@@ -48,7 +56,7 @@ def read_tensors(fetch: Fetch, source: str | os.PathLike[str]) -> dict[str, Tens
             raise ValueError(
                 f"{source} has more than {MAX_TENSORS:,} tensors, which no LED has; fetch it again."
             )
-    if index is not None and (lost := _weight_map(index).keys() - tensors.keys()):
+    if index is not None and (lost := _weight_map(index).keys() - named):
         raise ValueError(
             f"{index} names {_one_of(lost)}, which no shard holds; fetch the shards again, together."
         )
@@ -118,8 +126,10 @@ def _weight_map(path: Path) -> dict[str, str]:
     return index["weight_map"]
 
 
-def _checked(path: Path, tensors: Any) -> dict[str, Tensor]:
+def _checked(path: Path, tensors: Any, left_out: tuple[str, ...] = ()) -> dict[str, Tensor]:
     """Returns what a file holds without gradients, if it is a dict of dense floating point tensors.
+
+    Those whose names end like one of ``left_out`` may be of any kind, and are not returned.
 
     Raises:
         ValueError: when it is not.
@@ -128,6 +138,7 @@ def _checked(path: Path, tensors: Any) -> dict[str, Tensor]:
         isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in tensors.items()
     ):
         raise ValueError(f"{path} holds no plain dict of tensors; save the model's state_dict.")
+    tensors = {name: tensor for name, tensor in tensors.items() if not name.endswith(left_out)}
     for name, tensor in tensors.items():
         kind = _kind(tensor)
         if kind not in WEIGHT_DTYPES:

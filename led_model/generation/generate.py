@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from led_kernels import LongformerMask
+from led_kernels.distributed import unsharded
 from led_model.checks import (
     check_binary,
     check_encoder_hidden_states,
@@ -38,7 +40,19 @@ class GenerateOutput:
     sequences_scores: Tensor | None = None
 
 
+def _with_all_weights(generate: Callable[..., Any]) -> Callable[..., Any]:
+    """Decorates a function of a model so that it has the whole of all weights that FSDP has sharded."""
+
+    @functools.wraps(generate)
+    def generate_unsharded(model: GenerativeModel, *args: Any, **kwargs: Any) -> Any:
+        with unsharded(model):
+            return generate(model, *args, **kwargs)
+
+    return generate_unsharded
+
+
 @torch.no_grad()
+@_with_all_weights
 def generate(
     model: GenerativeModel,
     input_ids: Tensor,
@@ -54,6 +68,8 @@ def generate(
     use_cache: bool = True,
     compiled: bool = False,
     return_dict_in_generate: bool = False,
+    labels: Tensor | None = None,
+    synced_gpus: bool | None = None,
     **settings: Any,
 ) -> Tensor | GenerateOutput:
     """Writes a sequence, or several, for each document: greedily, by beam search or by sampling.
@@ -81,6 +97,8 @@ def generate(
         compiled: run the decoder's step through ``torch.compile``, as a captured graph on a GPU. The first call
             compiles, which takes a minute, the second once more, for documents of any length.
         return_dict_in_generate: return a :class:`GenerateOutput`, which has the scores of beams.
+        labels, synced_gpus: for transformers' Trainer, which gives its whole batch, and says whether processes wait for
+            each other; neither changes what is written.
         settings: fields of :class:`GenerationConfig` that replace the others, ``max_new_tokens=256``.
 
     Returns:

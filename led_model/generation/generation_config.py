@@ -50,7 +50,7 @@ _UNSUPPORTED_GENERATION = {
 }
 # These change how fast tokens come, or what is returned beside them.
 _NO_OTHER_TOKENS = re.compile(
-    r"_.*|assistant_.*|bos_token_id|cache_.*|compile_config|continuous_batching_config|disable_compile|is_assistant|"
+    r"_.*|assistant_.*|cache_.*|compile_config|continuous_batching_config|disable_compile|is_assistant|"
     r"low_memory|max_cache_len|max_matching_ngram_size|num_assistant_.*|output_.*|prefill_chunk_size|prompt_lookup_.*|"
     r"remove_invalid_values|return_.*|speculation_type|target_lookbehind|transformers_version|use_cache|use_mtp"
 )
@@ -58,6 +58,7 @@ _NO_OTHER_TOKENS = re.compile(
 _COUNT = integer(0)
 _RULES = {
     "decoder_start_token_id": TOKEN_ID,
+    "bos_token_id": TOKEN_ID.optional,
     "pad_token_id": TOKEN_ID.optional,
     "eos_token_id": (TOKEN_ID | TOKEN_IDS).optional,
     "forced_bos_token_id": TOKEN_ID.optional,
@@ -90,14 +91,16 @@ class GenerationConfig:
 
     ``max_length`` counts the start token; ``max_new_tokens`` does not, and wins; with neither, 20 are made.
     ``min_length`` and ``min_new_tokens`` are related likewise. ``seed`` (not in transformers) makes sampling
-    repeatable; without one torch's global generator is drawn from. ``unsupported`` holds what a checkpoint asks for
-    beyond these fields, by name.
+    repeatable; without one torch's global generator is drawn from. ``bos_token_id`` is what a checkpoint says it is;
+    sequences begin with ``decoder_start_token_id``. ``unsupported`` holds what a checkpoint asks for beyond these
+    fields, by name.
 
     Raises:
         ValueError: for a value of another type or out of range.
     """
 
     decoder_start_token_id: int = 2
+    bos_token_id: int | None = None
     pad_token_id: int | None = 1
     eos_token_id: int | list[int] | None = 2
     forced_bos_token_id: int | None = None
@@ -120,6 +123,7 @@ class GenerationConfig:
     encoder_no_repeat_ngram_size: int = 0
     bad_words_ids: list[list[int]] | None = None
     unsupported: dict[str, Any] = field(default_factory=dict)
+    _from_model_config = False  # transformers' Seq2SeqTrainer asks for it
 
     def __post_init__(self) -> None:
         check_values(vars(self), _RULES)
@@ -194,6 +198,19 @@ class GenerationConfig:
             )
         known = {f.name for f in fields(self)} - {"unsupported"}
         return self.updated(**{name: given[name] for name in known & given.keys()})
+
+    def _get_default_generation_params(self) -> dict[str, Any]:
+        """Returns what transformers' Seq2SeqTrainer completes the settings by: the length it pads predictions to."""
+        return {"max_length": self.max_sequence_length()}
+
+    def update(self, defaults_only: bool = False, **settings: Any) -> None:
+        """Changes settings, or those alone that are ``None``, as transformers' class of this name does."""
+        taken = {
+            name: value
+            for name, value in settings.items()
+            if not defaults_only or getattr(self, name, None) is None
+        }
+        vars(self).update(vars(replace(self, **taken)))
 
     def describe_unsupported(self) -> str:
         """Returns the ``unsupported`` settings as a message lists them."""

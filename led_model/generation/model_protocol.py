@@ -87,5 +87,8 @@ class GenerativeModel(Protocol):
     def logits(self, hidden: Tensor) -> Tensor:
         """Returns ``[..., vocab_size]`` for the decoder's ``[..., d_model]``."""
 
+    def modules(self) -> Iterator[nn.Module]:
+        """Yields the model and all modules in it."""
+
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Yields all weights by their names."""

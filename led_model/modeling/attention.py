@@ -10,6 +10,7 @@ from led_kernels.gemv import decode_attention, few_rows_linear
 from led_kernels.projection import encoder_self_attention
 from led_model.config import LEDConfig
 from led_model.generation.cache import StaticKVCache
+from led_model.packing import PackedLengths
 
 
 class EncoderSelfAttention(nn.Module):
@@ -33,9 +34,13 @@ class EncoderSelfAttention(nn.Module):
 
     def forward(self, hidden: Tensor, mask: LongformerMask) -> Tensor:
         """Returns ``[batch, seqlen, d_model]`` for ``hidden`` of the same shape."""
+        return self.output(self.attend(hidden, mask))
+
+    def attend(self, hidden: Tensor, mask: LongformerMask) -> Tensor:
+        """Returns what :meth:`forward` does, before the output projection; of ``[total, d_model]`` when packed."""
         # Each of these is a view [batch, seqlen, heads, head_dim].
-        q, k, v = self.qkv(hidden).unflatten(-1, (3, self.num_heads, self.head_dim)).unbind(2)
-        attended = encoder_self_attention(
+        q, k, v = self.qkv(hidden).unflatten(-1, (3, self.num_heads, self.head_dim)).unbind(-3)
+        return encoder_self_attention(
             hidden,
             q,
             k,
@@ -48,8 +53,6 @@ class EncoderSelfAttention(nn.Module):
             window_size=self.window_size,
             dropout_p=self.dropout if self.training else 0.0,
         )
-        del q, k, v  # so that the output projection reuses their memory
-        return self.output(attended)
 
 
 class DecoderSelfAttention(nn.Module):
@@ -67,30 +70,33 @@ class DecoderSelfAttention(nn.Module):
     def forward(
         self,
         hidden: Tensor,
-        mask: Tensor | None,
+        mask: Tensor | PackedLengths | None,
         cache_indices: Tensor | None,
         cache: StaticKVCache | None = None,
     ) -> Tensor:
         """Returns ``[batch, seqlen, d_model]`` for ``hidden`` of the same shape.
 
         Args:
-            mask: bool ``[batch or 1, 1, seqlen, keys]``, true where a query sees a key; ``None``: causal.
+            mask: bool ``[batch or 1, 1, seqlen, keys]``, true where a query sees a key; ``None``: causal, as within
+                each of packed sequences.
             cache_indices: where in the ``cache`` the keys and values are written, int64 ``[seqlen]``.
         """
         batch, seqlen, _ = hidden.shape
         qkv = few_rows_linear(self.qkv, hidden).view(batch, seqlen, 3, self.num_heads, self.head_dim)
         q, k, v = qkv.transpose(1, 3).unbind(2)  # each [batch, heads, seqlen, head_dim]
-        if cache is not None:
+        dropout_p = self.dropout if self.training else 0.0
+        if isinstance(mask, PackedLengths):
+            attended = mask.attend(q, k, v, dropout_p, is_causal=True)
+        elif cache is not None:
             assert cache_indices is not None  # whoever gives a cache says where in it this step is written
             attended = decode_attention(q, *cache.write(self.layer, cache_indices, k, v), mask)
         else:
-            dropout_p = self.dropout if self.training else 0.0
             attended = F.scaled_dot_product_attention(q, k, v, mask, dropout_p, is_causal=mask is None)
         return few_rows_linear(self.out_proj, attended.transpose(1, 2).flatten(2))
 
 
 class CrossAttention(nn.Module):
-    """Lets the decoder attend to the encoder's output, whose keys and values are made once per document."""
+    """Lets the decoder attend to the encoder's output, whose keys and values generation makes once per document."""
 
     def __init__(self, config: LEDConfig) -> None:
         super().__init__()
@@ -109,13 +115,25 @@ class CrossAttention(nn.Module):
         # They are contiguous per head, as each decoding step streams them from memory.
         return self._split_heads(k).contiguous(), self._split_heads(v).contiguous()
 
-    def forward(self, hidden: Tensor, keys_values: tuple[Tensor, Tensor], mask: Tensor | None) -> Tensor:
+    def forward(
+        self,
+        hidden: Tensor,
+        document: Tensor | tuple[Tensor, Tensor],
+        mask: Tensor | PackedLengths | None,
+    ) -> Tensor:
         """Returns ``[batch, seqlen, d_model]`` for ``hidden`` of the same shape.
 
-        ``mask`` is ``[batch, 1, 1, source]``, bool or to be added to the scores.
+        Args:
+            document: the encoder's output ``[batch, source, d_model]``, or what :meth:`keys_values` made of it.
+            mask: ``[batch, 1, 1, source]``, bool or to be added to the scores; or the lengths of packed sequences and
+                of their documents.
         """
         q = self._split_heads(few_rows_linear(self.q_proj, hidden))
-        if self.training:
+        keys_values = self.keys_values(document) if isinstance(document, Tensor) else document
+        if isinstance(mask, PackedLengths):
+            dropout_p = self.dropout if self.training else 0.0
+            attended = mask.attend(q, *keys_values, dropout_p, is_causal=False)
+        elif self.training:
             attended = F.scaled_dot_product_attention(q, *keys_values, mask, self.dropout)
         else:
             attended = decode_attention(q, *keys_values, mask)

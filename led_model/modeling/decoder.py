@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from led_kernels.arguments import autocast
 from led_model.checks import check_hidden_states
 from led_model.config import LEDConfig
 from led_model.generation.cache import StaticKVCache
@@ -15,10 +18,17 @@ from led_model.modeling.embedding import EmbeddedStack
 from led_model.modeling.layers import DecoderLayer
 from led_model.modeling.module_list import ModuleList
 from led_model.modeling.outputs import DecoderRecord
+from led_model.packing import (
+    PackedLengths,
+    PackedTargets,
+    packed_inputs,
+    packed_lengths,
+    packed_positions,
+)
 
 
 class LEDDecoder(EmbeddedStack):
-    """Decodes texts over the keys and values that :meth:`cross_keys_values` makes of the encoder's output."""
+    """Decodes texts over the encoder's output, or the keys and values that :meth:`cross_keys_values` makes of it."""
 
     def __init__(self, config: LEDConfig, embed_tokens: nn.Embedding) -> None:
         super().__init__(config, embed_tokens, config.max_decoder_position_embeddings)
@@ -39,19 +49,24 @@ class LEDDecoder(EmbeddedStack):
     def forward(
         self,
         input_ids: Tensor | None,
-        cross_keys_values: list[tuple[Tensor, Tensor]],
+        cross_keys_values: list[tuple[Tensor, Tensor]] | None = None,
         *,
+        encoder_hidden_states: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
         cross_mask: Tensor | None = None,
         attention_mask: Tensor | None = None,
         cache: StaticKVCache | None = None,
         position: Tensor | None = None,
         record: DecoderRecord | None = None,
+        packing: PackedTargets | None = None,
     ) -> Tensor:
         """Returns ``[batch, target, d_model]`` for token ids ``[batch, target]``.
 
         Args:
-            cross_keys_values: from :meth:`cross_keys_values`.
+            cross_keys_values: from :meth:`cross_keys_values`, for generation: made once per document.
+            encoder_hidden_states: ``[batch, source, d_model]``, instead: each layer makes its own keys and values, so
+                that no parameter is used outside of the forward of the layer that holds it, and the backward can
+                compute them again.
             inputs_embeds: ``[batch, target, d_model]``, taken for the embedded tokens instead of ids.
             cross_mask: ``[batch, 1, 1, source]``, from :func:`led_model.masks.key_mask` or
                 :func:`led_model.masks.padding_scores`; default: all are tokens.
@@ -59,15 +74,33 @@ class LEDDecoder(EmbeddedStack):
             cache: written at ``position``, attended to as far as it is filled.
             position: int64 ``[target]`` of ``input_ids``; default, without a cache: 0, 1, …
             record: filled with what the layers see; without a cache.
+            packing: bounds of packed sequences. Then ids are ``[total]``, embeddings and the result
+                ``[total, d_model]``, ``encoder_hidden_states`` are ``[total_source, d_model]``, and the other arguments
+                are not used.
 
         Raises:
             ValueError: for ids of another shape or outside the vocabulary, more tokens than positions, and keys,
                 masks or a cache of another batch, length or width.
         """
+        if packing is not None:
+            assert encoder_hidden_states is not None  # generation, which has keys and values, packs nothing
+            return self._forward_packed(input_ids, inputs_embeds, encoder_hidden_states, packing)
         embedded = self.embed_inputs(
             "decoder_input_ids", input_ids, "decoder_inputs_embeds", inputs_embeds, cache is None
         )
-        check_decoder_call(embedded, cross_keys_values, cross_mask, attention_mask, cache, position, self)
+        documents: Sequence[Tensor | tuple[Tensor, Tensor]] = cross_keys_values or ()
+        if encoder_hidden_states is not None:
+            documents = self._documents(encoder_hidden_states)
+        check_decoder_call(
+            embedded,
+            cross_keys_values,
+            encoder_hidden_states,
+            cross_mask,
+            attention_mask,
+            cache,
+            position,
+            self,
+        )
         if position is None:
             position = torch.arange(embedded.shape[1], device=embedded.device)
         mask = cache_indices = None  # SDPA is causal by itself without a mask
@@ -78,7 +111,35 @@ class LEDDecoder(EmbeddedStack):
             mask = causal_mask(position, attention_mask)
         hidden = self.normed_embeddings(embedded, position)
         del embedded
-        return self.run_layers(hidden, mask, cache_indices, cross_keys_values, cross_mask, cache, record)
+        return self.run_layers(hidden, mask, cache_indices, documents, cross_mask, cache, record)
+
+    def _forward_packed(
+        self,
+        input_ids: Tensor | None,
+        inputs_embeds: Tensor | None,
+        encoder_hidden_states: Tensor,
+        packing: PackedTargets,
+    ) -> Tensor:
+        """Returns ``[total, d_model]`` for token ids ``[total]`` of sequences that are stored one after another."""
+        given = ("decoder_input_ids", input_ids, "decoder_inputs_embeds", inputs_embeds)
+        name, tokens = packed_inputs(*given)
+        lengths = packed_lengths("decoder_cu_seqlens", packing.cu_seqlens, len(tokens), name)
+        if len(lengths) != len(packing.source_lengths):
+            raise ValueError(
+                f"decoder_cu_seqlens has {len(lengths)} sequences and cu_seqlens {len(packing.source_lengths)}; give "
+                "one for each document."
+            )
+        embedded = self.embed_packed(*given, max(lengths))
+        position = packed_positions(packing.cu_seqlens[:-1], packing.cu_seqlens.diff(), len(tokens))
+        hidden = self.normed_embeddings(embedded, position)
+        documents = self._documents(encoder_hidden_states[None])
+        own, cross = PackedLengths(lengths, lengths), PackedLengths(lengths, packing.source_lengths)
+        return self.run_layers(hidden, own, None, documents, cross, None)[0]
+
+    def _documents(self, encoder_hidden_states: Tensor) -> list[Tensor]:
+        """Returns the encoder's output for each layer, converted once where autocast lets linear layers convert it."""
+        check_hidden_states("encoder_hidden_states", encoder_hidden_states, self.embed_positions)
+        return [*autocast(encoder_hidden_states)] * len(self.layers)
 
     def embed(self, input_ids: Tensor, position: Tensor) -> Tensor:
         """Returns what :meth:`run_layers` takes at a decoding step, ``[batch, target, d_model]``, unchecked."""
@@ -87,23 +148,26 @@ class LEDDecoder(EmbeddedStack):
     def run_layers(
         self,
         hidden: Tensor,
-        mask: Tensor | None,
+        mask: Tensor | PackedLengths | None,
         cache_indices: Tensor | None,
-        cross_keys_values: list[tuple[Tensor, Tensor]],
-        cross_mask: Tensor | None,
+        documents: Sequence[Tensor | tuple[Tensor, Tensor]],
+        cross_mask: Tensor | PackedLengths | None,
         cache: StaticKVCache | None,
         record: DecoderRecord | None = None,
     ) -> Tensor:
         """Returns what the layers make of embedded tokens, ``[batch, target, d_model]``.
 
-        ``mask`` says what is seen of the cache, and ``cache_indices`` where it is written, see :class:`StaticKVCache`.
+        ``mask`` says what is seen of the cache, and ``cache_indices`` where it is written, see :class:`StaticKVCache`;
+        ``documents`` has for each layer what its cross-attention takes.
         """
         if self.training:
             hidden = F.dropout(hidden, self.dropout)
-        for layer, keys_values in zip(self.layers, cross_keys_values, strict=True):
+        for index, (layer, document) in enumerate(zip(self.layers, documents, strict=True)):
             if record is not None:
                 record.hidden_states.append(hidden)
             if self.training and self.layerdrop and torch.rand([]) < self.layerdrop:
                 continue
-            hidden = layer(hidden, mask, cache_indices, keys_values, cross_mask, cache, record)
+            inputs = (hidden, mask, cache_indices, document, cross_mask, cache, record)
+            # What is recorded is kept anyway, and would be recorded twice.
+            hidden = layer(*inputs) if record is not None else self.run_layer(index, layer, *inputs)
         return hidden

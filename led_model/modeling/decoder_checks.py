@@ -34,6 +34,7 @@ class DecoderStack(TokenTables, Protocol):
 def check_decoder_call(
     hidden: Tensor,
     cross_keys_values: Any,
+    encoder_hidden_states: Tensor | None,
     cross_mask: Any,
     attention_mask: Any,
     cache: Any,
@@ -47,7 +48,17 @@ def check_decoder_call(
         TypeError: for a cache of another kind.
     """
     batch, target, _ = hidden.shape
-    source = _check_cross_keys_values(cross_keys_values, hidden, stack)
+    if encoder_hidden_states is None:
+        source = _check_cross_keys_values(cross_keys_values, hidden, stack)
+    elif cross_keys_values is not None:
+        raise ValueError("cross_keys_values and encoder_hidden_states are both given; give one of them.")
+    else:
+        source = encoder_hidden_states.shape[1]
+        if encoder_hidden_states.shape[0] != batch:
+            raise ValueError(
+                f"decoder_input_ids has {batch} rows and the encoder's output {encoder_hidden_states.shape[0]}; "
+                "give one for each document."
+            )
     if cross_mask is not None and (
         not is_dense(cross_mask)
         or cross_mask.shape != (batch, 1, 1, source)

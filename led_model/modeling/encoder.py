@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from led_kernels import LongformerMask
 from led_model.config import LEDConfig
@@ -13,15 +12,15 @@ from led_model.modeling.embedding import EmbeddedStack
 from led_model.modeling.layers import EncoderLayer
 from led_model.modeling.module_list import ModuleList
 from led_model.modeling.outputs import EncoderRecord
+from led_model.packing import packed_positions
 
 
 class LEDEncoder(EmbeddedStack):
-    """Encodes texts by banded layers; ``gradient_checkpointing = True`` recomputes each layer in the backward."""
+    """Encodes texts by layers with banded and global attention."""
 
     def __init__(self, config: LEDConfig, embed_tokens: nn.Embedding) -> None:
         super().__init__(config, embed_tokens, config.max_encoder_position_embeddings)
         self.layerdrop = config.encoder_layerdrop
-        self.gradient_checkpointing = False
         self.layers = ModuleList([EncoderLayer(config, i) for i in range(config.encoder_layers)])
 
     def forward(
@@ -34,6 +33,8 @@ class LEDEncoder(EmbeddedStack):
     ) -> Tensor:
         """Returns ``[batch, seqlen, d_model]`` for token ids ``[batch, seqlen]``, without padding to the window.
 
+        Under a packed mask ids are ``[total]``, embeddings and the result ``[total, d_model]``.
+
         Args:
             inputs_embeds: ``[batch, seqlen, d_model]``, taken for the embedded tokens instead of ids.
             record: filled with what the layers see.
@@ -41,21 +42,27 @@ class LEDEncoder(EmbeddedStack):
         Raises:
             ValueError: for ids of another shape or outside the vocabulary, or more tokens than positions.
         """
-        hidden = self.normed_embeddings(
-            self.embed_inputs("input_ids", input_ids, "inputs_embeds", inputs_embeds)
-        )
+        given = ("input_ids", input_ids, "inputs_embeds", inputs_embeds)
+        if mask.is_packed:
+            longest = mask.max_seqlen
+            if (
+                longest > self.embed_positions.weight.shape[0]
+            ):  # a bound, where the mask was made without a sync
+                longest = int(mask.seq_len.max())
+            embedded = self.embed_packed(*given, longest)
+            position = packed_positions(mask.seq_start, mask.seq_len, embedded.shape[1])
+            hidden = self.normed_embeddings(embedded, position)[0]
+        else:
+            hidden = self.normed_embeddings(self.embed_inputs(*given))
         hidden = F.dropout(hidden, self.dropout, self.training)
         if record is not None:
             record.mask = mask
-        for layer in self.layers:
+        for index, layer in enumerate(self.layers):
             if record is not None:
                 record.hidden_states.append(hidden)
             if self.training and self.layerdrop and torch.rand([]) < self.layerdrop:
                 continue
             if record is not None:
                 record.self_attention.append((layer.self_attn, hidden))
-            if self.training and self.gradient_checkpointing:
-                hidden = checkpoint(layer, hidden, mask, use_reentrant=False)
-            else:
-                hidden = layer(hidden, mask)
+            hidden = self.run_layer(index, layer, hidden, mask)
         return hidden

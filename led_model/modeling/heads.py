@@ -27,7 +27,15 @@ class LEDForQuestionAnswering(LEDModelWithHead):
         *,
         start_positions: Tensor | None = None,
         end_positions: Tensor | None = None,
-        **inputs,
+        decoder_input_ids: Tensor | None = None,
+        decoder_attention_mask: Tensor | None = None,
+        global_attention_mask: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        decoder_inputs_embeds: Tensor | None = None,
+        max_globals: int | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
     ) -> Seq2SeqQuestionAnsweringModelOutput:
         """Returns logits, and the loss if there are labels; the other arguments are :meth:`LEDModel.forward`'s.
 
@@ -35,7 +43,19 @@ class LEDForQuestionAnswering(LEDModelWithHead):
             start_positions, end_positions: int ``[batch]`` or ``[batch, 1]``; with both, the loss is the mean
                 of their two cross-entropies. Positions past the end are left out of it; negative ones are 0.
         """
-        output = self.led(input_ids, attention_mask, **inputs)
+        output = self.led(
+            input_ids,
+            attention_mask,
+            decoder_input_ids=decoder_input_ids,
+            decoder_attention_mask=decoder_attention_mask,
+            global_attention_mask=global_attention_mask,
+            inputs_embeds=inputs_embeds,
+            decoder_inputs_embeds=decoder_inputs_embeds,
+            max_globals=max_globals,
+            output_attentions=output_attentions,
+            output_hidden_states=output_hidden_states,
+            return_dict=return_dict,
+        )
         start_logits, end_logits = self.qa_outputs(output.last_hidden_state).unbind(-1)
         loss = None
         if start_positions is not None and end_positions is not None:
@@ -81,7 +101,15 @@ class LEDForSequenceClassification(LEDModelWithHead):
         attention_mask: Tensor | None = None,
         *,
         labels: Tensor | None = None,
-        **inputs,
+        decoder_input_ids: Tensor | None = None,
+        decoder_attention_mask: Tensor | None = None,
+        global_attention_mask: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        decoder_inputs_embeds: Tensor | None = None,
+        max_globals: int | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
     ) -> Seq2SeqSequenceClassifierOutput:
         """Returns logits, and the loss if ``labels`` are given; the other arguments are :meth:`LEDModel.forward`'s.
 
@@ -102,7 +130,19 @@ class LEDForSequenceClassification(LEDModelWithHead):
             raise ValueError(
                 "eos_token_id of the config is None; set it, for the class is read at the last one."
             )
-        output = self.led(input_ids, attention_mask, **inputs)
+        output = self.led(
+            input_ids,
+            attention_mask,
+            decoder_input_ids=decoder_input_ids,
+            decoder_attention_mask=decoder_attention_mask,
+            global_attention_mask=global_attention_mask,
+            inputs_embeds=inputs_embeds,
+            decoder_inputs_embeds=decoder_inputs_embeds,
+            max_globals=max_globals,
+            output_attentions=output_attentions,
+            output_hidden_states=output_hidden_states,
+            return_dict=return_dict,
+        )
         logits = self.classification_head(self._at_last_eos(input_ids, output.last_hidden_state))
         loss = None if labels is None else self._loss(logits, labels)
         return Seq2SeqSequenceClassifierOutput(loss=loss, logits=logits, **output.shared())

@@ -7,17 +7,24 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from led_kernels import LongformerMask
+from led_kernels.arguments import autocast
 from led_kernels.eager import is_eager
 from led_kernels.gemv import few_rows_add_norm, few_rows_linear
-from led_kernels.modules import runs_its_own_code
+from led_kernels.modules import calls_only, runs_its_own_code
+from led_kernels.recompute import LayerTail, limit_overflow
 from led_model.activations import ACTIVATIONS
 from led_model.config import LEDConfig
 from led_model.generation.cache import StaticKVCache
 from led_model.modeling.attention import CrossAttention, DecoderSelfAttention, EncoderSelfAttention
 from led_model.modeling.outputs import DecoderRecord
+from led_model.packing import PackedLengths
 
 # In inference this many rows of the feed-forward are computed at a time, so that [rows, ffn_dim] stays small.
 _FEED_FORWARD_ROWS = 1024
+
+
+# It is taken at import, so that what a caller puts in its place later is told apart.
+_ATTENTION_FORWARD = EncoderSelfAttention.forward
 
 
 class _Layer(nn.Module):
@@ -70,12 +77,13 @@ class EncoderLayer(_Layer):
         self.self_attn = EncoderSelfAttention(config, layer)
 
     def forward(self, hidden: Tensor, mask: LongformerMask) -> Tensor:
+        if calls_only(self.self_attn, _ATTENTION_FORWARD) and (
+            tail := LayerTail.of(self, self.self_attn.output, self.activation)
+        ).can_recompute(hidden):
+            (computed,) = autocast(hidden)
+            return tail.recomputed(hidden, computed, self.self_attn.attend(computed, mask))
         hidden = self.add_and_norm(hidden, self.self_attn(hidden, mask), self.self_attn_layer_norm)
-        hidden = self.feed_forward(hidden)
-        if hidden.dtype == torch.float16:  # what overflowed becomes finite, and NaN stays
-            limit = torch.finfo(torch.float16).max - 1000
-            hidden = hidden.clamp(-limit, limit)
-        return hidden
+        return limit_overflow(self.feed_forward(hidden))
 
 
 class DecoderLayer(_Layer):
@@ -88,19 +96,23 @@ class DecoderLayer(_Layer):
     def forward(
         self,
         hidden: Tensor,
-        mask: Tensor | None,
+        mask: Tensor | PackedLengths | None,
         cache_indices: Tensor | None,
-        cross_keys_values: tuple[Tensor, Tensor],
-        cross_mask: Tensor | None,
+        document: Tensor | tuple[Tensor, Tensor],
+        cross_mask: Tensor | PackedLengths | None,
         cache: StaticKVCache | None,
         record: DecoderRecord | None = None,
     ) -> Tensor:
+        """Returns ``[batch, seqlen, d_model]`` for ``hidden`` of the same shape.
+
+        ``document`` is the encoder's output or its keys and values, see :class:`CrossAttention`.
+        """
         if record is not None:
             record.self_attention.append((self.self_attn, hidden))
         attended = self.self_attn(hidden, mask, cache_indices, cache)
         hidden = self.add_and_norm(hidden, attended, self.self_attn_layer_norm)
         if record is not None:
             record.cross_attention.append((self.encoder_attn, hidden))
-        attended = self.encoder_attn(hidden, cross_keys_values, cross_mask)
+        attended = self.encoder_attn(hidden, document, cross_mask)
         hidden = self.add_and_norm(hidden, attended, self.encoder_attn_layer_norm)
         return self.feed_forward(hidden)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 if TYPE_CHECKING:
     from led_kernels import LongformerMask
@@ -34,11 +36,11 @@ class DecoderRecord:
     cross_attention: list[tuple[CrossAttention, Tensor]] = field(default_factory=list)
 
 
-@dataclass(kw_only=True)
-class Seq2SeqOutput:
+class Seq2SeqOutput(dict[str, Any]):
     """Holds what every model returns. Fields that were not asked for are ``None``.
 
-    Like transformers' outputs it can be indexed by name, or by position among the fields that are not ``None``.
+    Like transformers' outputs it can be indexed by name, or by position among the fields that are not ``None``, and is
+    a dict of these, as transformers' Trainer and accelerate expect. DistributedDataParallel and FSDP find its tensors.
 
     Fields:
         decoder_hidden_states: ``decoder_layers + 1`` of ``[batch, target, d_model]``, embeddings first.
@@ -52,62 +54,87 @@ class Seq2SeqOutput:
             all; ``None`` when the batch has no global token.
     """
 
-    decoder_hidden_states: tuple[Tensor, ...] | None = None
-    decoder_attentions: tuple[Tensor, ...] | None = None
-    cross_attentions: tuple[Tensor, ...] | None = None
-    encoder_last_hidden_state: Tensor | None = None
-    encoder_hidden_states: tuple[Tensor, ...] | None = None
-    encoder_attentions: tuple[Tensor, ...] | None = None
-    encoder_global_attentions: tuple[Tensor, ...] | None = None
+    own_fields: tuple[str, ...] = ()  # the names that a subclass puts before those that all share
+    decoder_hidden_states: tuple[Tensor, ...] | None
+    decoder_attentions: tuple[Tensor, ...] | None
+    cross_attentions: tuple[Tensor, ...] | None
+    encoder_last_hidden_state: Tensor | None
+    encoder_hidden_states: tuple[Tensor, ...] | None
+    encoder_attentions: tuple[Tensor, ...] | None
+    encoder_global_attentions: tuple[Tensor, ...] | None
+
+    def __init__(self, values: Mapping[str, Any] | Iterable[tuple[str, Any]] = (), /, **named: Any) -> None:
+        given = dict(values, **named)
+        names = (*self.own_fields, *SHARED_FIELDS)
+        if unknown := given.keys() - set(names):
+            raise TypeError(
+                f"{type(self).__name__} has no field {min(unknown)!r}; it has {', '.join(names)}."
+            )
+        super().__init__({name: given[name] for name in names if given.get(name) is not None})
+
+    def __init_subclass__(cls) -> None:
+        pytree.register_pytree_node(
+            cls,
+            pytree._dict_flatten,
+            lambda values, names: cls(zip(names, values, strict=True)),
+            serialized_type_name=f"{cls.__module__}.{cls.__name__}",
+            flatten_with_keys_fn=pytree._dict_flatten_with_keys,
+        )
 
     def to_tuple(self) -> tuple[Any, ...]:
         """Returns the values that are not ``None``, in transformers' order."""
-        own = [f.name for f in fields(self) if f.name not in _SHARED_FIELDS]
-        values = (getattr(self, name) for name in (*own, *_SHARED_FIELDS))
-        return tuple(value for value in values if value is not None)
+        return tuple(self.values())
+
+    def shared(self) -> dict[str, Any]:
+        """Returns the fields that a head's output repeats, by name."""
+        return {name: value for name, value in self.items() if name in SHARED_FIELDS}
 
     def __getitem__(self, key: int | slice | str) -> Any:
         if not isinstance(key, str):
             return self.to_tuple()[key]
-        if key not in {f.name for f in fields(self)}:
+        if key not in self.own_fields and key not in SHARED_FIELDS:
             raise KeyError(key)
-        return getattr(self, key)
+        return self.get(key)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        raise AttributeError(f"{type(self).__name__} holds what a model returned; give {name} another name.")
+
+    def __getattr__(self, name: str) -> Any:
+        if name in type(self).own_fields or name in SHARED_FIELDS:
+            return self.get(name)
+        raise AttributeError(f"{type(self).__name__} has no field {name!r}")
 
 
-_SHARED_FIELDS = tuple(f.name for f in fields(Seq2SeqOutput))
+SHARED_FIELDS = tuple(name for name in Seq2SeqOutput.__annotations__ if name != "own_fields")
 
 
-@dataclass(kw_only=True)
 class Seq2SeqModelOutput(Seq2SeqOutput):
     """Adds ``last_hidden_state``, the decoder's, ``[batch, target, d_model]``."""
 
+    own_fields = ("last_hidden_state",)
     last_hidden_state: Tensor
 
-    def shared(self) -> dict[str, Any]:
-        """Returns the fields that a head's output repeats, by name."""
-        return {name: getattr(self, name) for name in _SHARED_FIELDS}
 
-
-@dataclass(kw_only=True)
 class Seq2SeqLMOutput(Seq2SeqOutput):
     """Adds ``loss`` (scalar, ``None`` without labels) and ``logits`` ``[batch, target, vocab_size]``."""
 
-    loss: Tensor | None = None
+    own_fields = ("loss", "logits")
+    loss: Tensor | None
     logits: Tensor
 
 
-@dataclass(kw_only=True)
 class Seq2SeqQuestionAnsweringModelOutput(Seq2SeqOutput):
     """Adds ``loss`` (scalar, ``None`` without positions), ``start_logits`` and ``end_logits`` ``[batch, target]``."""
 
-    loss: Tensor | None = None
+    own_fields = ("loss", "start_logits", "end_logits")
+    loss: Tensor | None
     start_logits: Tensor
     end_logits: Tensor
 
 
-@dataclass(kw_only=True)
 class Seq2SeqSequenceClassifierOutput(Seq2SeqOutput):
     """Adds ``loss`` (scalar, ``None`` without labels) and ``logits`` ``[batch, num_labels]``."""
 
-    loss: Tensor | None = None
+    own_fields = ("loss", "logits")
+    loss: Tensor | None
     logits: Tensor

@@ -29,6 +29,11 @@ from led_model.cli.parser import main
         ["classify", "x", "--model", "y", "--num-beams", "4"],
         ["demo", "--tokens", "-1"],
         ["demo", "--device", "abacus"],
+        ["convert", "bart"],
+        ["convert", "bart", "--output", " "],
+        ["convert", "bart", "--output", "led", "--max-positions", "0"],
+        ["convert", "bart", "--output", "led", "--attention-window", "511"],
+        ["convert", "bart", "--output", "led", "--dtype", "int8"],
     ],
 )
 def test_bad_arguments(argv, capsys):
@@ -38,12 +43,13 @@ def test_bad_arguments(argv, capsys):
     assert "usage: led" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("command", [[], ["demo"], ["info"]], ids=str)
+@pytest.mark.parametrize("command", [[], ["convert"], ["demo"], ["info"]], ids=str)
 def test_help(command, capsys):
     help_text = help_of(command, capsys)
     assert "usage: led" in help_text
-    if command == ["demo"]:
+    if command in (["convert"], ["demo"]):
         assert "example" in help_text
+        assert f"led {command[0]} " in help_text.split("example")[1]
 
 
 @pytest.mark.parametrize("command", ["summarize", "answer", "classify"])
