@@ -123,17 +123,22 @@ def add_running(parser: argparse.ArgumentParser) -> None:
             action="store_true",
             help=f"keep the layers' weights in {bits} bits ({kind}): less memory, and slightly other results",
         )
-    group.add_argument(
-        "--threads", type=within(1, 1024, int), metavar="N", help="of the processor; default: one a core"
-    )
-    group.add_argument(
-        "--quiet", action="store_true", help="say nothing on stderr but what failed, and draw no bars"
-    )
+    add_threads_and_quiet(group)
     group.add_argument(
         "--dry-run",
         action="store_true",
         help="count documents and tokens, name those that are longer than the model reads, and stop: only config "
         "and tokenizer are loaded, and --output is not looked at",
+    )
+
+
+def add_threads_and_quiet(group: argparse._ArgumentGroup) -> None:
+    """Adds ``--threads`` and ``--quiet``."""
+    group.add_argument(
+        "--threads", type=within(1, 1024, int), metavar="N", help="of the processor; default: one a core"
+    )
+    group.add_argument(
+        "--quiet", action="store_true", help="say nothing on stderr but what failed, and draw no bars"
     )
 
 

@@ -34,7 +34,7 @@ def run_on_documents(args: Namespace) -> int:
     """Runs ``args.command`` over all documents that ``args`` names; returns the exit status."""
     with ExitStack() as stack:
         stack.enter_context(quiet(args.quiet))
-        _set_threads(args.threads)
+        set_threads(args.threads)
         if args.revision is not None and os.path.isdir(args.model):
             raise ValueError(f"--revision is for hub ids and {args.model} is a directory; leave it out.")
         sources, problems = find_documents(args)
@@ -248,7 +248,8 @@ def _encodes_any_letter(encoding: str) -> bool:
     return codecs.lookup(encoding).name.startswith("utf")
 
 
-def _set_threads(wanted: int | None) -> None:
+def set_threads(wanted: int | None) -> None:
+    """Makes torch use ``wanted`` threads, or as many as there are processors."""
     if wanted is None:
         return
     there = os.cpu_count() or wanted

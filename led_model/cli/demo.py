@@ -184,12 +184,8 @@ def measure_transformers(settings: DemoSettings, tokens: int) -> Measurement:
     ours = build_model(settings)
     stock = StockEncoder(StockConfig(**vars(ours.config)))
     prefix = "led.encoder."
-    state = {
-        name.removeprefix(prefix): tensor
-        for name, tensor in to_hf_state_dict(ours.state_dict()).items()
-        if name.startswith(prefix)
-    }
-    stock.load_state_dict(state)
+    state = to_hf_state_dict(ours.led.encoder.state_dict(prefix=prefix))
+    stock.load_state_dict({name.removeprefix(prefix): tensor for name, tensor in state.items()})
     del ours, state
     stock.eval()
     stock.to(settings.device)  # pyrefly: ignore[bad-argument-type]: transformers wraps nn.Module.to without its types

@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import codecs
-import gc
 import hashlib
 import io
 import json
 import os
-import reprlib
 import stat
 import sys
-from collections.abc import Generator, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import islice
 from typing import BinaryIO
 
+from led_model.cli.json_lines import check_encodable, parse_record, parts_of, short
 from led_model.cli.pipe import NoWriter, Pipe
 
 BETWEEN_PARTS = "\n\n"
@@ -202,50 +201,25 @@ class Source:
         if len(line) > MAX_BYTES:
             return Unreadable(f"{where} {too_much()}", len(line))
         try:
-            document_id, parts, is_own = self._parse(line.removeprefix(codecs.BOM_UTF8), number)
+            document_id, parts, is_own = self._parse(line, number)
         except ValueError as error:
             return Unreadable(f"{where} {error}", len(line))
         first = line_of.setdefault(str(document_id), number) if is_own else number
         if first != number:
             return Unreadable(
-                f"{where} has the id of line {first}, {_short(document_id)}; give each document its own, or none.",
+                f"{where} has the id of line {first}, {short(document_id)}; give each document its own, or none.",
                 len(line),
             )
         return Document.of_parts(document_id, self.name, parts, len(line), is_own)
 
     def _parse(self, line: bytes, number: int) -> tuple[str | int, list[str], bool]:
-        try:
-            with _without_collection():
-                record = json.loads(line.decode("utf-8"))
-        except UnicodeDecodeError as error:
-            raise ValueError(f"is not UTF-8 at byte {error.start}; convert the file.") from None
-        except json.JSONDecodeError as error:
-            raise ValueError(f"is not valid JSON ({error}); repair it.") from None
-        except RecursionError:
-            raise ValueError("is nested too deep; repair it.") from None
-        except ValueError:  # Python's message is for programmers
-            raise ValueError("holds a number of thousands of digits; repair it.") from None
-        if not isinstance(record, dict):
-            raise ValueError(
-                f"holds a {type(record).__name__}; give a JSON object with a {self.text_field!r}."
-            )
-        if self.text_field not in record:
-            known = ", ".join(map(_short, islice(record, 8))) or "nothing"
-            raise ValueError(f"has no {self.text_field!r} but {known}; name the text with --text-field.")
-        text, document_id = record[self.text_field], record.get("id")
+        record = parse_record(line, self.text_field)
+        parts, document_id = parts_of(record, self.text_field, "--text-field"), record.get("id")
         is_own = document_id is not None
-        parts = text if isinstance(text, list) else [text]
-        if not parts or not all(isinstance(part, str) and part.strip() for part in parts):
-            raise ValueError(
-                f"has no text in {self.text_field!r}; give a string that is not blank, or a list of such strings."
-            )
         document_id = document_id if is_own else number
         if isinstance(document_id, bool) or not isinstance(document_id, (str, int)):
-            raise ValueError(f"has the id {_short(document_id)}; give a string or an integer, or none.")
-        try:
-            "".join([str(document_id), *parts]).encode()
-        except UnicodeEncodeError:
-            raise ValueError("holds half of a surrogate pair; escape the character in full.") from None
+            raise ValueError(f"has the id {short(document_id)}; give a string or an integer, or none.")
+        check_encodable([str(document_id), *parts])
         return document_id, parts, is_own
 
 
@@ -263,22 +237,6 @@ def _lines_of(file: BinaryIO) -> Iterator[tuple[bytes, bool]]:
             return
 
 
-@contextmanager
-def _without_collection() -> Generator[None, None, None]:
-    """Turns garbage collection off, which would scan a million lists again and again while they are made."""
-    was_enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_enabled:
-            gc.enable()
-
-
 def too_much() -> str:
     """Returns the end of a message on a text that is too long."""
     return f"holds more than {MAX_BYTES >> 20} MiB of text; split it."
-
-
-def _short(value: object) -> str:
-    return reprlib.repr(value)

@@ -23,8 +23,10 @@ from led_model.cli.arguments import (
     within,
 )
 from led_model.cli.commands import run_on_documents
+from led_model.cli.convert import add_convert
 from led_model.cli.demo import DemoSettings, run_demo
 from led_model.cli.dry_run import count_documents
+from led_model.cli.finetune_arguments import add_finetune
 from led_model.cli.info import run_info
 from led_model.cli.loading import DEFAULT_NEW_TOKENS, DTYPES
 from led_model.cli.process import open_missing_streams, status_of
@@ -68,6 +70,8 @@ def build_parser() -> argparse.ArgumentParser:
     _add_summarize(commands)
     _add_answer(commands)
     _add_classify(commands)
+    add_finetune(commands)
+    add_convert(commands)
     _add_demo(commands)
     info = commands.add_parser(
         "info", help="say what is installed and which kernels can run here, and why not"

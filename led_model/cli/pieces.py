@@ -70,6 +70,7 @@ class Reader:
     global_tokens: int = 1
     question: str | None = None
     bound_by: str = ""  # what sets the limit, a clause of messages
+    question_name: str = "--question"  # what messages call the question
 
     def __post_init__(self) -> None:
         bos, eos = self.tokenizer.cls_token_id, self.tokenizer.sep_token_id
@@ -84,7 +85,7 @@ class Reader:
             )
         if self._room < 1:
             raise ValueError(
-                f"--question takes {len(self._prefix)} of the {self.limit:,} tokens that the model reads; "
+                f"{self.question_name} takes {len(self._prefix)} of the {self.limit:,} tokens that the model reads; "
                 "ask a shorter one."
             )
 

@@ -53,6 +53,19 @@ def longest_input(config: LEDConfig, writes: bool) -> int:
     return positions if writes else min(positions, config.max_decoder_position_embeddings)
 
 
+def check_vocabulary(tokenizer: LEDTokenizer, config: LEDConfig) -> None:
+    """Checks that a model has an embedding for every token.
+
+    Raises:
+        ValueError: when it has not.
+    """
+    if len(tokenizer) > config.vocab_size:
+        raise ValueError(
+            f"the tokenizer has {len(tokenizer):,} tokens and the model {config.vocab_size:,}; use "
+            "the tokenizer that belongs to the checkpoint."
+        )
+
+
 class Task(ABC, Generic[Model]):
     """Runs a model over pieces of documents.
 
@@ -71,11 +84,7 @@ class Task(ABC, Generic[Model]):
         check_weights(model)
         self.model = model
         self.device = next(model.parameters()).device
-        if len(tokenizer) > model.config.vocab_size:
-            raise ValueError(
-                f"the tokenizer has {len(tokenizer):,} tokens and the model {model.config.vocab_size:,}; use "
-                "the tokenizer that belongs to the checkpoint."
-            )
+        check_vocabulary(tokenizer, model.config)
         longest = longest_input(model.config, self.writes)
         if longest < model.config.max_encoder_position_embeddings:
             reading["bound_by"] = ", the positions of its decoder, which the head sits on"

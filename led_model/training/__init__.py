@@ -1,0 +1,1 @@
+"""Fine-tunes models by transformers' Trainer, in a directory that an interrupted run goes on from."""

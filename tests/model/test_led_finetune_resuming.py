@@ -1,0 +1,73 @@
+"""A run of ``led finetune`` that is killed anywhere goes on to the same weights, bit by bit, and repeats nothing."""
+
+from __future__ import annotations
+
+import json
+import random
+import signal
+from pathlib import Path
+
+import pytest
+
+from tests.model.finetuning import arguments, finish, write_examples
+
+pytest.importorskip("transformers")
+
+
+def contents(directory: Path) -> dict[str, bytes]:
+    """Returns what a result is, but for its picture, whose bytes may hold a date."""
+    return {path.name: path.read_bytes() for path in directory.iterdir() if path.name != "loss.png"}
+
+
+@pytest.fixture
+def run(save, tmp_path):
+    """The arguments of a run with dropout, into a directory of a name."""
+    model = save(dropout=0.1)
+    write_examples(tmp_path / "train.jsonl", 20)
+    write_examples(tmp_path / "dev.jsonl", 3, seed=1)
+
+    def make(output: str, *others: object) -> list[str]:
+        dev = ("--validation", tmp_path / "dev.jsonl", "--best-by", "loss", "--eval-every", 4)
+        return arguments(model, tmp_path / "train.jsonl", tmp_path / output, *dev, *others)
+
+    return make
+
+
+def test_killed_anywhere(run, tmp_path):
+    settings = ("--max-steps", 8, "--save-every", 3, "--learning-rate", 1e-3, "--quiet")
+    assert finish(run("whole", *settings)) == 0
+    draw = random.Random(0)
+    statuses = []
+    while not statuses or statuses[-1]:
+        assert len(statuses) < 30
+        kill = (
+            {"kill_at_sync": draw.randint(1, 60)}
+            if len(statuses) % 2
+            else {"kill_after": draw.uniform(0.5, 2)}
+        )
+        statuses.append(finish(run("killed", *settings), **(kill if len(statuses) < 6 else {})))
+        assert statuses[-1] in (0, -signal.SIGKILL, -signal.SIGALRM)
+    assert len(statuses) > 3
+    assert contents(tmp_path / "killed") == contents(tmp_path / "whole")
+    log = [json.loads(line) for line in (tmp_path / "killed/training_log.jsonl").read_text().splitlines()]
+    assert [entry["step"] for entry in log if "loss" in entry] == list(range(1, 9))
+    assert [entry["step"] for entry in log if "eval_loss" in entry] == [4, 8]
+    assert not [
+        path for path in (tmp_path / "killed").iterdir() if path.is_dir() or path.name.startswith(".")
+    ]
+
+
+def test_a_full_disk(run, tmp_path, monkeypatch):
+    """It is told in a sentence, whichever file is cut short; a later run goes on."""
+    monkeypatch.chdir(tmp_path)
+    settings = ("--max-steps", 4, "--quiet")
+    sizes = {"model.safetensors": 50_000, "optimizer.pt": 700_000}  # of 365 kB, and of twice that
+    for size in sizes.values():
+        assert finish(run("full", *settings), largest=size) == 1
+        assert "full cannot be written (" in (error := Path("stderr.txt").read_text())
+        assert "make room and give the same command again" in error
+        assert {path.name for path in (tmp_path / "full").iterdir()} == {
+            "finetune.json",
+            "training_log.jsonl",
+        }
+    assert finish(run("full", *settings)) == 0
