@@ -11,12 +11,13 @@ import torch
 
 from benchmarks.harness import runner, table
 from benchmarks.report import summary
-from benchmarks.suites import catalog, quantization
+from benchmarks.suites import catalog
 
-QUANTIZATION = "quantization"
 ABOUT = {
     **{suite.name: suite.about for suite in catalog.SUITES.values()},
-    QUANTIZATION: "memory and quality of smaller weights; not timed",
+    "quantization": "memory and quality of smaller weights; not timed",
+    "learning": "losses of a small model on real papers, which pip downloads; not timed",
+    "memory": "what a training step keeps, counted and predicted; not timed",
 }
 OTHERS = {
     "benchmarks.report.summary": "the figures of runs, and the README's tables",
@@ -30,8 +31,9 @@ OTHERS = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = _parse(argv)
-    if arguments.suite == QUANTIZATION:
-        return quantization.run(arguments.out, smoke=arguments.smoke, threads=arguments.threads)
+    if arguments.suite in summary.UNTIMED:
+        suite = summary.UNTIMED[arguments.suite]
+        return suite.run(arguments.out, smoke=arguments.smoke, threads=arguments.threads)
     suites = [catalog.SUITES[arguments.suite]] if arguments.suite else catalog.TOGETHER
     groups = [group for suite in suites for group in suite.groups(arguments.smoke)]
     status = runner.run(
@@ -69,8 +71,8 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--repeats", type=int, help=f"rounds; default {runner.REPEATS} (smoke 3)")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     arguments = parser.parse_args(argv)
-    if arguments.suite == QUANTIZATION and (arguments.only or arguments.repeats):
-        parser.error(f"{QUANTIZATION} is not timed: it takes neither --only nor --repeats")
+    if arguments.suite in summary.UNTIMED and (arguments.only or arguments.repeats):
+        parser.error(f"{arguments.suite} is not timed: it takes neither --only nor --repeats")
     arguments.out = arguments.out or _default_out(arguments.suite, arguments.smoke)
     return arguments
 
@@ -78,8 +80,8 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
 def _default_out(suite: str | None, smoke: bool) -> Path:
     if smoke:
         return table.RESULTS / "smoke.csv"
-    if suite == QUANTIZATION:
-        return quantization.DEFAULT
+    if suite in summary.UNTIMED:
+        return summary.UNTIMED[suite].DEFAULT
     return catalog.SUITES[suite].out if suite else catalog.CPU
 
 

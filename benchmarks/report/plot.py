@@ -1,9 +1,10 @@
-"""``python -m benchmarks.report.plot`` draws the README's pictures from the CSV of a run, the pattern from a mask."""
+"""``python -m benchmarks.report.plot`` draws the README's pictures from the CSVs of runs, the pattern from a mask."""
 
 from __future__ import annotations
 
 import argparse
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 import matplotlib
@@ -19,7 +20,7 @@ from matplotlib.patches import Patch
 from benchmarks.harness import table
 from benchmarks.harness.cases import FORWARD, FORWARD_BACKWARD
 from benchmarks.harness.figures import Run, efficiency, ratio
-from benchmarks.suites import catalog, encoder
+from benchmarks.suites import catalog, encoder, learning, memory
 from benchmarks.suites.attention_providers import BANDED, CPU, FLEX, STOCK, TORCH
 from led_kernels import LongformerMask
 from led_kernels.mask import GLOBAL, PADDING
@@ -137,6 +138,64 @@ def plot_encoder(run: Run, path: Path) -> None:
     _save(figure, path)
 
 
+def plot_learning(rows: list[learning.Row], path: Path) -> None:
+    """Draws the losses of a training run over its steps, and a unigram model's as a line."""
+    figure, axes = plt.subplots(figsize=(6.4, 3.2), layout="constrained")
+    steps = [row.step for row in rows]
+    seen = [row for row in rows if row.training_loss is not None]
+    # A training loss is a mean over the steps since the row before, and stands in their middle.
+    middles = [(row.step + before.step) / 2 for before, row in pairwise(rows)]
+    axes.plot(middles, [row.training_loss for row in seen], color=PEER, label="training")
+    axes.plot(
+        steps, [row.validation_loss for row in rows], color=OURS, marker="o", markersize=3, label="validation"
+    )
+    unigram = rows[-1].unigram_loss
+    axes.axhline(unigram, color=GLOBAL_QUERIES, linestyle="--", label="validation, unigram model")
+    axes.annotate(
+        f"{unigram:.2f}",
+        (steps[-1], unigram),
+        (0, 3),
+        textcoords="offset points",
+        ha="right",
+        color=GLOBAL_QUERIES,
+    )
+    axes.annotate(
+        f"{rows[-1].validation_loss:.2f}", (steps[-1], rows[-1].validation_loss), (0, 5),
+        textcoords="offset points", ha="right", color=OURS,
+    )  # fmt: skip
+    axes.set(xlabel="step", ylabel="loss, nats per token", xlim=(0, None))
+    axes.grid(axis="y", color=GRID)
+    axes.tick_params(length=0)
+    axes.legend(frameon=False)
+    _save(figure, path)
+
+
+def plot_memory(path: Path) -> None:
+    """Draws what a step of fine-tuning is predicted to take on a GPU, by the length of the document."""
+    figure, panels = plt.subplots(1, 2, figsize=(9, 3.4), sharex=True, sharey=True, layout="constrained")
+    colors = {encoder.STOCK: PEER, encoder.DROP_IN: BAND, encoder.OWN: OURS}
+    for axes, model in zip(panels, memory.MODELS, strict=True):
+        for gpu in (24, 80):
+            axes.axhline(gpu, color=GLOBAL_QUERIES, linewidth=0.8, linestyle=":")
+            axes.annotate(f"{gpu} GB", (memory.LENGTHS[0], gpu), (0, 2), textcoords="offset points", fontsize=8,
+                          color=GLOBAL_QUERIES)  # fmt: skip
+        for provider, color in colors.items():
+            for checkpointing, style in ((False, "-"), (True, "--")):
+                totals = [memory.total_gb(model, provider, n, checkpointing) for n in memory.LENGTHS]
+                label = f"{provider}{', checkpointed' if checkpointing else ''}"
+                axes.plot(memory.LENGTHS, totals, style, color=color, marker="o", markersize=3, label=label)
+        axes.set(title=model, xlabel="tokens", xscale="log", yscale="log")
+        axes.set_xticks(memory.LENGTHS, [f"{n // 1024}k" for n in memory.LENGTHS])
+        axes.set_yticks((4, 8, 16, 32, 64, 128, 256), ("4", "8", "16", "32", "64", "128", "256"))
+        axes.minorticks_off()
+        axes.grid(color=GRID)
+        axes.tick_params(length=0)
+    panels[0].set_ylabel("GB, predicted")
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncol=3, frameon=False,
+                  fontsize=9)  # fmt: skip
+    _save(figure, path)
+
+
 def _label(row: table.Row) -> str:
     return "its linear layers alone" if row.what == "linears" else row.provider
 
@@ -167,6 +226,9 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     with plt.rc_context(STYLE):
         plot_pattern(arguments.out / "pattern.png")
+        plot_memory(arguments.out / "memory.png")
+        if learning.DEFAULT.exists():
+            plot_learning(table.read(learning.DEFAULT, learning.Row), arguments.out / "learning.png")
         if not arguments.csv.exists():
             print(f"{arguments.csv} is not there; run python -m benchmarks first.", file=sys.stderr)
             return 1

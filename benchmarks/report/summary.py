@@ -1,6 +1,7 @@
 """``python -m benchmarks.report.summary`` tells what was to be reached and what runs saw, from their CSVs alone.
 
-``--update-readme`` writes the tables between the README's ``<!-- figures -->`` marks.
+``--update-readme`` writes the tables between the README's marks: ``<!-- figures -->``, ``<!-- quantization -->`` and
+``<!-- memory -->``.
 """
 
 from __future__ import annotations
@@ -13,10 +14,13 @@ from pathlib import Path
 from benchmarks.harness import runner, table
 from benchmarks.harness.figures import Figure, Run
 from benchmarks.harness.table import Row
+from benchmarks.suites import learning, memory, quantization
 from benchmarks.suites.catalog import COMMITTED, SUITES, TOGETHER
 
 README = Path(__file__).parents[2] / "README.md"
-BEGIN, END = "<!-- figures -->", "<!-- /figures -->"
+FIGURES = "figures"  # the name of the marks around the timed suites' tables
+# Suites that are not timed, whose tables have marks of their names.
+UNTIMED = {"quantization": quantization, "learning": learning, "memory": memory}
 
 
 def figures(rows: list[Row]) -> list[Figure]:
@@ -68,17 +72,23 @@ def readme_block(paths: Sequence[Path]) -> str:
     return "\n\n".join(f"{markdown(rows)}\n\nMade by `{command(rows)}`." for rows in runs)
 
 
-def update_readme(text: str, block: str) -> str:
-    """Returns ``text`` with ``block`` between its marks.
+def marks(name: str) -> tuple[str, str]:
+    """Returns the lines of the README between which the tables of that name stand."""
+    return f"<!-- {name} -->", f"<!-- /{name} -->"
+
+
+def update_readme(text: str, block: str, name: str = FIGURES) -> str:
+    """Returns ``text`` with ``block`` between the marks of that name.
 
     Raises:
         ValueError: when the marks are not there.
     """
-    before, begin, rest = text.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not (begin and end):
+    begin, end = marks(name)
+    before, found_begin, rest = text.partition(begin)
+    _, found_end, after = rest.partition(end)
+    if not (found_begin and found_end):
         raise ValueError(
-            f"README.md does not hold the marks {BEGIN} and {END}; put them where the table belongs."
+            f"README.md does not hold the marks {begin} and {end}; put them where the table belongs."
         )
     return f"{before}{begin}\n{block}\n{end}{after}"
 
@@ -97,8 +107,10 @@ def main(argv: list[str] | None = None) -> int:
             return 1
     print(*(report(table.read(path)) for path in arguments.csv), sep="\n\n")
     if arguments.update_readme:
-        block = readme_block(arguments.csv)
-        README.write_text(update_readme(README.read_text(encoding="utf-8"), block), encoding="utf-8")
+        text = update_readme(README.read_text(encoding="utf-8"), readme_block(arguments.csv))
+        for name, suite in UNTIMED.items():
+            text = update_readme(text, suite.markdown(table.read(suite.DEFAULT, suite.Row)), name)
+        README.write_text(text, encoding="utf-8")
     return 0
 
 

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from benchmarks.harness.table import RESULTS
-from benchmarks.suites import attention, compiled, encoder, generation
+from benchmarks.suites import attention, compiled, encoder, generation, training_step
 
-SUITES = {suite.name: suite for suite in (attention.SUITE, encoder.SUITE, generation.SUITE, compiled.SUITE)}
+SUITES = {
+    suite.name: suite
+    for suite in (attention.SUITE, encoder.SUITE, generation.SUITE, compiled.SUITE, training_step.SUITE)
+}
 
 TOGETHER = (attention.SUITE, encoder.SUITE)
 """What ``python -m benchmarks`` measures when no suite is named, in one run."""
@@ -13,4 +16,4 @@ TOGETHER = (attention.SUITE, encoder.SUITE)
 CPU = RESULTS / "cpu.csv"
 """The CSV of that run."""
 
-COMMITTED = (CPU, generation.SUITE.out, compiled.SUITE.out)
+COMMITTED = (CPU, generation.SUITE.out, compiled.SUITE.out, training_step.SUITE.out)

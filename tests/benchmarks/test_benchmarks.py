@@ -17,7 +17,7 @@ from benchmarks.harness.cases import MemoryCase
 from benchmarks.harness.shapes import SMOKE, Shape, attention_pairs
 from benchmarks.report import plot, summary
 from benchmarks.suites import attention_providers as providers
-from benchmarks.suites import attention_truth, catalog, generation
+from benchmarks.suites import attention_truth, catalog, generation, learning
 from benchmarks.suites.attention_truth import LEAVES, make_inputs, truth_of
 from led_kernels import banded_attention, longformer_attention
 
@@ -49,7 +49,9 @@ def test_smoke_run_writes_every_case(smoke_csv: Path) -> None:
 
 def test_plots_come_from_the_csv_alone(smoke_csv: Path, tmp_path: Path) -> None:
     assert plot.main([str(smoke_csv), "--out", str(tmp_path)]) == 0
-    names = {"pattern.png", "efficiency.png", "speedup.png", "encoder.png"}
+    names = {"pattern.png", "memory.png", "efficiency.png", "speedup.png", "encoder.png"}
+    if learning.DEFAULT.exists():
+        names.add("learning.png")
     assert {path.name for path in tmp_path.iterdir()} == names
 
 
@@ -116,8 +118,9 @@ def test_smoke_run_of_generation(tmp_path: Path) -> None:
 
 
 def test_readme_block_is_replaced_between_its_marks() -> None:
-    text = f"before\n{summary.BEGIN}\nold\n{summary.END}\nafter\n"
-    assert summary.update_readme(text, "new") == f"before\n{summary.BEGIN}\nnew\n{summary.END}\nafter\n"
+    begin, end = summary.marks(summary.FIGURES)
+    text = f"before\n{begin}\nold\n{end}\nafter\n"
+    assert summary.update_readme(text, "new") == f"before\n{begin}\nnew\n{end}\nafter\n"
     with pytest.raises(ValueError, match="marks"):
         summary.update_readme("no marks", "new")
 

@@ -11,7 +11,7 @@ import transformers
 
 from benchmarks.harness import table
 from benchmarks.report import summary
-from benchmarks.suites import catalog, quantization
+from benchmarks.suites import catalog
 
 ROOT = Path(__file__).parents[2]
 TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -44,6 +44,7 @@ def names(tmp_path: Path) -> dict[str, object]:
     return {
         "model": model, "directory": tmp_path, "input_ids": input_ids,
         "global_attention_mask": global_attention_mask, "documents": ["A short one.", "A somewhat longer one."],
+        "pairs": [("A short one.", "Short."), ("A somewhat longer one.", "Longer.")], "output": tmp_path / "tuned",
     }  # fmt: skip
 
 
@@ -97,14 +98,19 @@ def test_every_environment_variable_is_in_the_table() -> None:
     assert told == used - others
 
 
+def block_of(name: str) -> str:
+    begin, end = summary.marks(name)
+    return TEXT.partition(begin)[2].partition(end)[0].strip()
+
+
 def test_figures_are_those_of_the_committed_runs() -> None:
-    block = TEXT.partition(summary.BEGIN)[2].partition(summary.END)[0].strip()
-    assert block == summary.readme_block(catalog.COMMITTED)
+    assert block_of(summary.FIGURES) == summary.readme_block(catalog.COMMITTED)
 
 
-def test_table_of_smaller_weights_is_that_of_the_committed_run() -> None:
-    block = TEXT.partition("<!-- quantization -->")[2].partition("<!-- /quantization -->")[0].strip()
-    assert block == quantization.markdown(table.read(quantization.DEFAULT, quantization.Row))
+@pytest.mark.parametrize("name", summary.UNTIMED)
+def test_tables_of_what_is_not_timed_are_those_of_the_committed_runs(name: str) -> None:
+    suite = summary.UNTIMED[name]
+    assert block_of(name) == suite.markdown(table.read(suite.DEFAULT, suite.Row))
 
 
 def test_pictures_are_there_when_the_run_is() -> None:
@@ -112,3 +118,11 @@ def test_pictures_are_there_when_the_run_is() -> None:
     assert pictures[0] == "benchmarks/results/pattern.png"
     for path in pictures if catalog.CPU.exists() else pictures[:1]:
         assert (ROOT / path).exists(), path
+
+
+def test_pictures_are_followed_by_their_command() -> None:
+    """Pictures may stand together; the first words after them say how they are drawn."""
+    after = re.findall(r"(?:^!\[.*\]\(.*\)\n)+\n?(.*)$", TEXT, flags=re.MULTILINE)
+    assert len(after) >= 2
+    for line in after:
+        assert re.match(r"Drawn by `python -m [\w.]+`", line), line

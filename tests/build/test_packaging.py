@@ -98,9 +98,10 @@ def test_layers(path):
     module, names = module_name(path), imported(path)
     if within(module, "led_kernels"):
         assert not [name for name in names if within(name, "led_model")]
-    if any(within(name, "transformers") for name in names) and not within(module, "led_kernels.hf"):
+    may_use_transformers = within(module, "led_kernels.hf") or within(module, "led_model.training")
+    if any(within(name, "transformers") for name in names) and not may_use_transformers:
         assert module == "led_model.cli.demo", (
-            "only led_kernels.hf, and led demo for its comparison, use transformers"
+            "only led_kernels.hf, led finetune, and led demo for its comparison, use transformers"
         )
 
 
@@ -113,9 +114,11 @@ def test_imports_are_declared(path):
         at_import -= requirements("hf")
     if within(module, "led_kernels.backends.triton"):
         at_import -= requirements("triton")
+    if within(module, "led_model.training"):
+        at_import -= requirements("train") | requirements("hf")
     assert not at_import
     lazily = {name.partition(".")[0] for name in imported(path)} - own - requirements()
-    assert lazily <= set().union(*map(requirements, ("hf", "text", "quant", "demo", "triton")))
+    assert lazily <= set().union(*map(requirements, ("hf", "text", "quant", "demo", "triton", "train")))
 
 
 def test_version_and_console_script():
