@@ -63,23 +63,25 @@ def vocabulary_loss(
     return loss, logits.unflatten(0, hidden.shape[:-1])
 
 
-def mean_cross_entropy(logits: Tensor, labels: Tensor, num_items: Tensor | int | None = None) -> Tensor:
-    """Returns the mean cross-entropy of all labels but -100, or their sum divided by ``num_items``.
+def mean_cross_entropy(
+    logits: Tensor, labels: Tensor, num_items_in_batch: Tensor | int | None = None
+) -> Tensor:
+    """Returns the mean cross-entropy of all labels but -100, or their sum divided by ``num_items_in_batch``.
 
     Args:
         logits: ``[..., vocab_size]``.
         labels: int ``[...]``, -100 where no loss is wanted.
-        num_items: the number of labels of all batches whose gradients are added, if there are others; a scalar.
+        num_items_in_batch: how many labels all batches have whose gradients are added, if there are others; a scalar.
 
     Returns:
         a scalar, fp32 (fp64 for fp64).
     """
     rows, labels = logits.flatten(0, -2), labels.flatten().long()
     rows = rows.to(torch.promote_types(rows.dtype, torch.float32))  # a sum leaves the range of fp16
-    if num_items is None:
+    if num_items_in_batch is None:
         return F.cross_entropy(rows, labels, ignore_index=IGNORED)
     total = F.cross_entropy(rows, labels, ignore_index=IGNORED, reduction="sum")
-    return total / num_items
+    return total / num_items_in_batch
 
 
 class _VocabularyLoss(torch.autograd.Function):

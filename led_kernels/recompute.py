@@ -109,7 +109,7 @@ def _is_repeatable(activation: Callable[[Tensor], Tensor]) -> bool:
     )
 
 
-class _Draw:
+class _RedrawnDropout:
     """A dropout that keeps the generator's state, and not its mask, to be drawn once more.
 
     A draw depends on dtype and shape; those of a gradient are its tensor's. While it is drawn again the generator has
@@ -146,7 +146,9 @@ class _Recomputed(torch.autograd.Function):
         w_output, b_output, *norm, w1, b1, w2, b2, w_final, b_final = weights
         dtype = attended.dtype
         ctx.tail = tail
-        ctx.draws = [_Draw(p, hidden) for p in (tail.dropout, tail.activation_dropout, tail.dropout)]
+        ctx.draws = [
+            _RedrawnDropout(p, hidden) for p in (tail.dropout, tail.activation_dropout, tail.dropout)
+        ]
         after_output, after_activation, after_fc2 = ctx.draws
         with torch.autocast(hidden.device.type, enabled=False):
             normed = _attention_block(tail, after_output, hidden, attended, w_output, b_output, *norm)
@@ -193,7 +195,7 @@ class _Recomputed(torch.autograd.Function):
 
 def _attention_block(
     tail: LayerTail,
-    dropped: _Draw,
+    dropped: _RedrawnDropout,
     hidden: Tensor,
     attended: Tensor,
     w_output: Tensor,
@@ -221,7 +223,7 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 def _feed_forward_backward(
     tail: LayerTail,
-    dropped: _Draw,
+    dropped: _RedrawnDropout,
     normed: Tensor,
     expanded: Tensor,
     d_out: Tensor,

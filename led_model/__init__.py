@@ -9,7 +9,6 @@ if TYPE_CHECKING:
     from led_model.data.batching import LengthBatchSampler, TokenBatchSampler
     from led_model.data.collator import LEDDataCollator
     from led_model.data.global_tokens import EveryKthToken, FirstTokens, QuestionTokens, TokensWithId
-    from led_model.data.packing import unpack
     from led_model.generation.cache import BeamKVCache, StaticKVCache
     from led_model.generation.generate import GenerateOutput
     from led_model.generation.generation_config import GenerationConfig
@@ -21,6 +20,7 @@ if TYPE_CHECKING:
         Seq2SeqQuestionAnsweringModelOutput,
         Seq2SeqSequenceClassifierOutput,
     )
+    from led_model.packing import unpack
     from led_model.tokenization.tokenizer import LEDTokenizer
 
 _MODULE_OF = {
@@ -34,7 +34,7 @@ _MODULE_OF = {
     "FirstTokens": "led_model.data.global_tokens",
     "QuestionTokens": "led_model.data.global_tokens",
     "TokensWithId": "led_model.data.global_tokens",
-    "unpack": "led_model.data.packing",
+    "unpack": "led_model.packing",
     "GenerateOutput": "led_model.generation.generate",
     "GenerationConfig": "led_model.generation.generation_config",
     "LEDForQuestionAnswering": "led_model.modeling.heads",

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import reprlib
+from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
@@ -38,13 +39,40 @@ class PackedLengths:
 
 @dataclass(frozen=True)
 class PackedTargets:
-    """Says where the decoder's sequences begin and end, and how long the document of each is.
+    """Says where the decoder's sequences begin and end, how long they are and how long the document of each is.
 
     ``cu_seqlens`` is int ``[batch + 1]``, 0 and then the running total of the lengths.
     """
 
     cu_seqlens: Tensor
+    lengths: tuple[int, ...]
     source_lengths: tuple[int, ...]
+
+    @classmethod
+    def of(
+        cls,
+        cu_seqlens: Tensor,
+        sources: tuple[str, Tensor],
+        decoder_cu_seqlens: Tensor,
+        targets: tuple[str, Tensor],
+    ) -> PackedTargets:
+        """Returns the bounds of a batch, read before anything is computed: later a device would have to be waited for.
+
+        Args:
+            sources, targets: ids or embeddings ``[total, ...]`` of the documents and of the targets, with their names.
+
+        Raises:
+            ValueError: for bounds that do not fit these or each other.
+        """
+        (source_name, source), (target_name, target) = sources, targets
+        source_lengths = packed_lengths("cu_seqlens", cu_seqlens, len(source), source_name)
+        lengths = packed_lengths("decoder_cu_seqlens", decoder_cu_seqlens, len(target), target_name)
+        if len(lengths) != len(source_lengths):
+            raise ValueError(
+                f"decoder_cu_seqlens has {len(lengths)} sequences and cu_seqlens {len(source_lengths)}; give one for "
+                "each document."
+            )
+        return cls(decoder_cu_seqlens, lengths, source_lengths)
 
 
 def packed_lengths(name: str, cu_seqlens: Any, total: int, of: str) -> tuple[int, ...]:
@@ -122,3 +150,30 @@ def packed_inputs(ids_name: str, ids: Any, embeds_name: str, embeds: Any) -> tup
     if not is_dense(given) or given.dim() != shape.count(",") + 1:
         raise ValueError(f"{name} {describe(given)}; give {shape}, as the sequences are packed.")
     return name, given
+
+
+def pack(rows: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """Returns rows ``[length]`` as one tensor ``[total]``, and where they lie in it.
+
+    The latter, ``cu_seqlens``, is int32 ``[rows + 1]``: row ``b`` is ``cu_seqlens[b]`` to ``cu_seqlens[b + 1]``.
+    """
+    ends = accumulate((row.shape[0] for row in rows), initial=0)
+    return torch.cat(list(rows)), torch.tensor(list(ends), dtype=torch.int32)
+
+
+def unpack(packed: Tensor, cu_seqlens: Tensor) -> list[Tensor]:
+    """Returns the rows of a packed tensor ``[total, ...]``, views ``[length, ...]``: ids, labels or logits.
+
+    Args:
+        cu_seqlens: int ``[rows + 1]``, as the collator returns it: ``cu_seqlens`` for what belongs to the documents,
+            ``decoder_cu_seqlens`` for what belongs to the labels.
+
+    Raises:
+        ValueError: when they do not fit each other.
+    """
+    ends = cu_seqlens.tolist()
+    if not ends or ends[0] != 0 or ends[-1] != packed.shape[0] or ends != sorted(ends):
+        raise ValueError(
+            f"cu_seqlens does not ascend from 0 to the {packed.shape[0]} rows of packed; give those of its batch."
+        )
+    return list(packed.split([end - start for start, end in pairwise(ends)]))

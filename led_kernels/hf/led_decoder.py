@@ -58,6 +58,7 @@ class FusedLEDDecoderAttention(LEDDecoderAttention):
         attention_mask: Tensor | None = None,
         output_attentions: bool = False,
         cache_position: Tensor | None = None,
+        is_causal: bool = False,
     ) -> tuple[Tensor, Tensor | None, Cache | None]:
         """Computes the attention and its output projection.
 
@@ -66,10 +67,10 @@ class FusedLEDDecoderAttention(LEDDecoderAttention):
             key_value_states: ``[batch, src_len, d_model]``, the encoder's states; makes this a cross-attention,
                 whose keys and values are projected once per cache.
             attention_mask: broadcasts to ``[batch, heads, tgt_len, keys]``; bool, true where a query sees a key,
-                or a number to add to each score. A query that sees no key gets zeros. Default: a token sees those up to
-                itself without a cache, and all keys with one or in a cross-attention.
+                or a number to add to each score. A query that sees no key gets zeros.
             output_attentions: also return the probabilities, before dropout.
             cache_position: int64 ``[tgt_len]``, where a static cache before 5.23 stores the tokens.
+            is_causal: a token sees those up to itself, in place of ``attention_mask``, which SDPA would keep.
 
         Returns:
             ``[batch, tgt_len, d_model]``; the probabilities ``[batch, heads, tgt_len, keys]`` or None; the cache.
@@ -79,13 +80,9 @@ class FusedLEDDecoderAttention(LEDDecoderAttention):
         if attention_mask is not None and attention_mask.is_floating_point():
             attention_mask = attention_mask.to(q.dtype)
         dropout_p = (self.dropout or 0.0) if self.training else 0.0
-        # So SDPA keeps and reads no mask.
-        is_causal = attention_mask is None and key_value_states is None and cache is None
         if is_causal and output_attentions:
-            attention_mask, is_causal = (
-                _causal_mask(torch.arange(q.shape[2], device=q.device), None, None),
-                False,
-            )
+            attention_mask = _causal_mask(torch.arange(q.shape[2], device=q.device), None, None)
+            is_causal = False
         weights = _probabilities(q, k, attention_mask) if output_attentions else None
         if weights is not None and torch.is_grad_enabled():  # SDPA would give them no gradient
             out = nn.functional.dropout(weights, dropout_p) @ v
@@ -139,11 +136,16 @@ class FusedLEDDecoderLayer(FusedLayer, LEDDecoderLayer):
         output_attentions: bool = False,
         use_cache: bool = True,
         cache_position: Tensor | None = None,
+        is_causal: bool = False,
     ) -> tuple:
         """Takes the arguments of :class:`FusedLEDDecoderAttention`, and returns what transformers' layer does."""
         common = {_ATTENTION_CACHE: cache, "output_attentions": output_attentions}
         attended, weights, _ = self.self_attn(
-            hidden_states, attention_mask=attention_mask, **common, **_positions(cache_position)
+            hidden_states,
+            attention_mask=attention_mask,
+            **common,
+            **_positions(cache_position),
+            **_causality(is_causal),
         )
         hidden_states = self.self_attn_layer_norm(hidden_states + self._dropout(attended, self.dropout))
         cross_weights = None
@@ -242,8 +244,8 @@ class FusedLEDDecoder(LEDDecoder):
             cache_position = torch.arange(shape[1], device=inputs_embeds.device) + past_length
 
         mask = None
-        own_layers = not all(isinstance(layer, FusedLEDDecoderLayer) for layer in self.layers)
-        if attention_mask is not None or cache is not None or own_layers:
+        is_causal = attention_mask is None and cache is None and all(map(_takes_is_causal, self.layers))
+        if not is_causal:
             mask = _causal_mask(cache_position, attention_mask, cache)
         cross_mask = encoder_attention_mask
         if cross_mask is not None and cross_mask.dim() == 2:
@@ -272,6 +274,7 @@ class FusedLEDDecoder(LEDDecoder):
                 use_cache=False,
                 **{_LAYER_CACHE: cache},
                 **_positions(cache_position),
+                **_causality(is_causal),
             )
             attentions += weights[:1]
             cross_attentions += weights[1:]
@@ -288,6 +291,16 @@ class FusedLEDDecoder(LEDDecoder):
 def _positions(cache_position: Tensor | None) -> dict[str, Tensor | None]:
     """Returns the argument that says where a static cache stores the tokens, in releases that have it."""
     return {"cache_position": cache_position} if _PASSES_POSITIONS else {}
+
+
+def _causality(is_causal: bool) -> dict[str, bool]:
+    """Returns the argument that asks for causal attention without a mask, which only layers of ours are given."""
+    return {"is_causal": True} if is_causal else {}
+
+
+def _takes_is_causal(layer: nn.Module) -> bool:
+    """Tells whether a layer and its self-attention are ours."""
+    return isinstance(layer, FusedLEDDecoderLayer) and isinstance(layer.self_attn, FusedLEDDecoderAttention)
 
 
 def _causal_mask(positions: Tensor, attention_mask: Tensor | None, cache: Cache | None) -> Tensor:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from led_model.data.features import Document, read_document
 from led_model.data.global_tokens import GlobalRule, rule_of
-from led_model.data.packing import pack, unpack
+from led_model.packing import pack, unpack
 from led_model.schema import BOOLEAN, check_values, integer
 from led_model.tokenization.batch_encoding import BatchEncoding
 

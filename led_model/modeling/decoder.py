@@ -18,13 +18,7 @@ from led_model.modeling.embedding import EmbeddedStack
 from led_model.modeling.layers import DecoderLayer
 from led_model.modeling.module_list import ModuleList
 from led_model.modeling.outputs import DecoderRecord
-from led_model.packing import (
-    PackedLengths,
-    PackedTargets,
-    packed_inputs,
-    packed_lengths,
-    packed_positions,
-)
+from led_model.packing import PackedLengths, PackedTargets, packed_positions
 
 
 class LEDDecoder(EmbeddedStack):
@@ -122,18 +116,12 @@ class LEDDecoder(EmbeddedStack):
     ) -> Tensor:
         """Returns ``[total, d_model]`` for token ids ``[total]`` of sequences that are stored one after another."""
         given = ("decoder_input_ids", input_ids, "decoder_inputs_embeds", inputs_embeds)
-        name, tokens = packed_inputs(*given)
-        lengths = packed_lengths("decoder_cu_seqlens", packing.cu_seqlens, len(tokens), name)
-        if len(lengths) != len(packing.source_lengths):
-            raise ValueError(
-                f"decoder_cu_seqlens has {len(lengths)} sequences and cu_seqlens {len(packing.source_lengths)}; give "
-                "one for each document."
-            )
-        embedded = self.embed_packed(*given, max(lengths))
-        position = packed_positions(packing.cu_seqlens[:-1], packing.cu_seqlens.diff(), len(tokens))
+        embedded = self.embed_packed(*given, max(packing.lengths))
+        position = packed_positions(packing.cu_seqlens[:-1], packing.cu_seqlens.diff(), embedded.shape[1])
         hidden = self.normed_embeddings(embedded, position)
         documents = self._documents(encoder_hidden_states[None])
-        own, cross = PackedLengths(lengths, lengths), PackedLengths(lengths, packing.source_lengths)
+        own = PackedLengths(packing.lengths, packing.lengths)
+        cross = PackedLengths(packing.lengths, packing.source_lengths)
         return self.run_layers(hidden, own, None, documents, cross, None)[0]
 
     def _documents(self, encoder_hidden_states: Tensor) -> list[Tensor]:

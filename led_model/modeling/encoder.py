@@ -45,9 +45,8 @@ class LEDEncoder(EmbeddedStack):
         given = ("input_ids", input_ids, "inputs_embeds", inputs_embeds)
         if mask.is_packed:
             longest = mask.max_seqlen
-            if (
-                longest > self.embed_positions.weight.shape[0]
-            ):  # a bound, where the mask was made without a sync
+            if longest > self.embed_positions.weight.shape[0]:
+                # It is only a bound where the mask was made without a sync.
                 longest = int(mask.seq_len.max())
             embedded = self.embed_packed(*given, longest)
             position = packed_positions(mask.seq_start, mask.seq_len, embedded.shape[1])

@@ -34,7 +34,7 @@ from led_model.modeling.encoder import LEDEncoder
 from led_model.modeling.layers import DecoderLayer
 from led_model.modeling.output_attentions import cross_attentions, decoder_attentions, encoder_attentions
 from led_model.modeling.outputs import DecoderRecord, EncoderRecord, Seq2SeqLMOutput, Seq2SeqModelOutput
-from led_model.packing import PackedTargets, check_packing, packed_inputs, packed_lengths
+from led_model.packing import PackedTargets, check_packing, packed_inputs
 
 
 class LEDModel(LEDPreTrainedModel):
@@ -138,6 +138,13 @@ class LEDModel(LEDPreTrainedModel):
                 )
             decoder_input_ids = self.shift_right(input_ids, "input_ids", cu_seqlens)
             decoder_cu_seqlens = cu_seqlens
+        packing = None
+        if cu_seqlens is not None and decoder_cu_seqlens is not None:
+            sources = packed_inputs("input_ids", input_ids, "inputs_embeds", inputs_embeds)
+            targets = packed_inputs(
+                "decoder_input_ids", decoder_input_ids, "decoder_inputs_embeds", decoder_inputs_embeds
+            )
+            packing = PackedTargets.of(cu_seqlens, sources, decoder_cu_seqlens, targets)
         encoder_record, decoder_record = (EncoderRecord(), DecoderRecord()) if keep else (None, None)
         encoder_states = self.encode(
             input_ids,
@@ -148,10 +155,6 @@ class LEDModel(LEDPreTrainedModel):
             max_globals=max_globals,
             record=encoder_record,
         )
-        packing = None
-        if cu_seqlens is not None and decoder_cu_seqlens is not None:
-            source_lengths = packed_lengths("cu_seqlens", cu_seqlens, len(encoder_states), "the documents")
-            packing = PackedTargets(decoder_cu_seqlens, source_lengths)
         decoder_states = self.decoder(
             decoder_input_ids,
             encoder_hidden_states=encoder_states,

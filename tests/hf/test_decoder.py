@@ -198,6 +198,18 @@ def test_decoder_attention_mask(padding, stock):
         assert_close(decoded(fused(stock), **inputs), decoded(stock, **inputs), 1e-10)
 
 
+def test_attention_called_by_itself_has_the_mask_that_it_is_given(stock):
+    states = torch.randn(2, 4, stock.config.d_model, generator=torch.Generator().manual_seed(0)).double()
+    fast = fused(stock)
+    with torch.no_grad(), true_fp64():
+        for mask in (None, torch.zeros(2, 1, 4, 4).double()):
+            expected, ours = (
+                model.led.decoder.layers[0].self_attn(states, attention_mask=mask)[0]
+                for model in (stock, fast)
+            )
+            torch.testing.assert_close(ours, expected, rtol=0, atol=1e-6)
+
+
 def test_four_dimensional_mask_is_taken_as_it_is(stock):
     ids = torch.tensor([[2, 7, 9, 30], [2, 8, 8, 41]])
     allowed = torch.ones(4, 4).tril().bool().expand(2, 1, 4, 4)

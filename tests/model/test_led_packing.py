@@ -191,7 +191,10 @@ def test_autocast(dtype):
         ({"cu_seqlens": [0, 69]}, r"cu_seqlens is a list of 2; give int32 or int64 \[batch \+ 1\]"),
         ({"cu_seqlens": cu_seqlens((23, 5, 40))}, "cu_seqlens is .* for the 69 tokens of input_ids"),
         ({"cu_seqlens": cu_seqlens((23, 0, 45, 1))}, "each 1 or more"),
-        ({"cu_seqlens": cu_seqlens((23, 5, 41))}, r"input_ids has a sequence of 41 tokens but .* holds 40"),
+        (
+            {"cu_seqlens": cu_seqlens((23, 5, 41)), "decoder_cu_seqlens": cu_seqlens((7, 11, 5))},
+            r"input_ids has a sequence of 41 tokens but .* holds 40",
+        ),
         (
             {"decoder_cu_seqlens": cu_seqlens((7, 11, 1))},
             "decoder_cu_seqlens is .* for the 23 tokens of labels",
