@@ -1,4 +1,4 @@
-"""Serves sequences that are stored one after another without padding: their bounds, positions and attention."""
+"""Serves sequences that are stored one after another without padding: bounds, positions, targets and attention."""
 
 from __future__ import annotations
 
@@ -150,6 +150,19 @@ def packed_inputs(ids_name: str, ids: Any, embeds_name: str, embeds: Any) -> tup
     if not is_dense(given) or given.dim() != shape.count(",") + 1:
         raise ValueError(f"{name} {describe(given)}; give {shape}, as the sequences are packed.")
     return name, given
+
+
+def shift_right(ids: Tensor, start: int, padding: int | None, cu_seqlens: Tensor | None = None) -> Tensor:
+    """Returns what a decoder reads to write ``ids``: a start token, then all but the last of them.
+
+    Args:
+        ids: int ``[batch, target]``, or ``[total]`` with ``cu_seqlens``, int ``[batch + 1]``.
+        padding: takes the place of -100, if there is such a token.
+    """
+    shifted = torch.cat([torch.full_like(ids[..., :1], start), ids[..., :-1]], -1)
+    if cu_seqlens is not None:
+        shifted[cu_seqlens[:-1].long()] = start
+    return shifted if padding is None else shifted.masked_fill(shifted == -100, padding)
 
 
 def pack(rows: Sequence[Tensor]) -> tuple[Tensor, Tensor]:

@@ -21,7 +21,7 @@ from led_model.checkpoint.trained_model import TrainedModel
 from led_model.checkpoint.weights import WEIGHT_DTYPES
 from led_model.checks import check_id_shape
 from led_model.config import LEDConfig
-from led_model.packing import packed_inputs, packed_lengths
+from led_model.packing import packed_inputs, packed_lengths, shift_right
 from led_model.schema import check_names
 
 
@@ -212,18 +212,12 @@ class LEDPreTrainedModel(TrainedModel):
         Raises:
             ValueError: with the ``name`` of ids that are of another shape.
         """
-        start = self.config.decoder_start_token_id
         if cu_seqlens is None:
             check_id_shape(name, ids)
-            shifted = torch.cat([torch.full_like(ids[:, :1], start), ids[:, :-1]], dim=1)
         else:
             check_id_shape(name, packed_inputs(name, ids, "", None)[1][None])
             packed_lengths("decoder_cu_seqlens", cu_seqlens, len(ids), name)
-            shifted = ids.roll(1)
-            shifted[cu_seqlens[:-1].long()] = start
-        if self.config.pad_token_id is None:
-            return shifted
-        return shifted.masked_fill(shifted == -100, self.config.pad_token_id)
+        return shift_right(ids, self.config.decoder_start_token_id, self.config.pad_token_id, cu_seqlens)
 
     def init_weights(self, module: nn.Module) -> None:
         """Fills the linear layers and embeddings in ``module`` as before training; biases and padding become 0."""

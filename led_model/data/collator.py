@@ -10,13 +10,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from led_kernels.loss import IGNORED
 from led_model.data.features import Document, read_document
 from led_model.data.global_tokens import GlobalRule, rule_of
-from led_model.packing import pack, unpack
+from led_model.packing import pack, shift_right
 from led_model.schema import BOOLEAN, check_values, integer
 from led_model.tokenization.batch_encoding import BatchEncoding
 
-_IGNORED = -100  # of cross-entropy: a label at which no loss is wanted
 _RULES = {
     "max_length": integer(2).optional,
     "max_target_length": integer(1).optional,
@@ -76,7 +76,7 @@ class LEDDataCollator:
         max_target_length: int | None = None,
         packing: bool = False,
         pad_to_multiple_of: int | None = None,
-        label_pad_token_id: int = _IGNORED,
+        label_pad_token_id: int = IGNORED,
         model: Any = None,
     ) -> None:
         self.max_length = max_length
@@ -103,9 +103,9 @@ class LEDDataCollator:
         batch = self._packed(documents) if self.packing else self._padded(documents)
         labels = batch.get("labels")
         if self.decoder_ids is not None and labels is not None and documents[0].has_token_labels:
-            start, padding = self.decoder_ids
-            rows = unpack(labels, batch["decoder_cu_seqlens"]) if self.packing else [labels]
-            batch["decoder_input_ids"] = torch.cat([_shifted(row, start, padding) for row in rows])
+            batch["decoder_input_ids"] = shift_right(
+                labels, *self.decoder_ids, batch.get("decoder_cu_seqlens")
+            )
         return BatchEncoding(batch)
 
     def _prepared(self, document: Document, number: int) -> Document:
@@ -152,7 +152,7 @@ class LEDDataCollator:
 
     def _without_padding(self, labels: Tensor) -> Tensor:
         """Returns the labels without padding at their end; one at least, which may be it."""
-        padding = {_IGNORED, self.label_pad_token_id, self.pad_token_id} - self.last_token_ids
+        padding = {IGNORED, self.label_pad_token_id, self.pad_token_id} - self.last_token_ids
         kept = (~torch.isin(labels, torch.tensor(sorted(padding)))).nonzero()
         return labels[: int(kept[-1]) + 1 if kept.shape[0] else 1]
 
@@ -229,9 +229,3 @@ def _decoder_ids(model: Any) -> tuple[int, int]:
     if start is None or padding is None:
         raise ValueError("the model's config has no decoder_start_token_id or no pad_token_id; set both.")
     return start, padding
-
-
-def _shifted(labels: Tensor, start: int, padding: int) -> Tensor:
-    """Returns the decoder's input for labels ``[..., target]``, as the models shift them."""
-    shifted = F.pad(labels[..., :-1], (1, 0), value=start)
-    return shifted.masked_fill(shifted == _IGNORED, padding)
