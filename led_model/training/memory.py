@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from led_model.config import LEDConfig
+from led_model.modeling.model import LEDForConditionalGeneration
 
 _SHARE = 0.8  # of the free memory that activations may take, as not all of it is in one piece
 # A layer keeps so many numbers for each token, in units of d_model, beside those of its FFN.
@@ -49,17 +50,9 @@ def model_bytes(parameters: int) -> int:
 
 
 def count_parameters(config: LEDConfig) -> int:
-    """Returns about how many parameters a model has, without biases and norms."""
-    attention = 4 * config.d_model**2
-    encoder = 7 * config.d_model**2 + 2 * config.d_model * config.encoder_ffn_dim
-    decoder = 2 * attention + 2 * config.d_model * config.decoder_ffn_dim
-    positions = config.max_encoder_position_embeddings + config.max_decoder_position_embeddings
-    tables = config.vocab_size * (1 if config.tie_word_embeddings else 4)
-    return (
-        config.encoder_layers * encoder
-        + config.decoder_layers * decoder
-        + (positions + tables) * config.d_model
-    )
+    """Returns how many parameters a model has, each counted once."""
+    with torch.device("meta"):
+        return LEDForConditionalGeneration(config).num_parameters()
 
 
 def free_bytes(device: str) -> int | None:

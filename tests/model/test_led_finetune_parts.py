@@ -46,7 +46,7 @@ def test_what_a_step_keeps_is_counted(ffn, dtype):
         max_encoder_position_embeddings=1024, max_decoder_position_embeddings=512,
     )  # fmt: skip
     model = LEDForConditionalGeneration(config).train()
-    assert count_parameters(config) == pytest.approx(model.num_parameters(), rel=0.05)
+    assert count_parameters(config) == model.num_parameters()
     long, short = (1024, 256), (512, 128)
 
     def counted(checkpointing: bool) -> int:
