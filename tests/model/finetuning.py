@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import multiprocessing
 import os
@@ -47,22 +48,24 @@ def arguments(model: Path, train: Path, output: Path, *others: object) -> list[s
 
 def start(
     argv: list[str],
+    kill_at_call: int | None = None,
     kill_at_sync: int | None = None,
-    kill_after: float | None = None,
+    counts: Path | None = None,
     largest: int | None = None,
 ) -> Any:
     """Starts a run in a process that is forked from one that has imported everything; it writes stderr.txt.
 
     Args:
-        kill_at_sync: the process kills itself in its so-manieth ``os.fsync``.
-        kill_after: it is killed after so many seconds, whatever it does.
+        kill_at_call: the process kills itself in its so-manieth call of a function, whatever it does there. A clock
+            would find it at another place on every machine.
+        kill_at_sync: it kills itself in its so-manieth ``os.fsync``.
+        counts: the run writes into this file how many of both there were, as ``{"calls": …, "syncs": …}``.
         largest: no file can grow beyond so many bytes, as on a full disk.
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["tests.model.finetuning_imports"])
-    process = context.Process(
-        target=_run, args=([*argv, "--threads", "1"], os.getcwd(), kill_at_sync, kill_after, largest)
-    )
+    limits = (kill_at_call, kill_at_sync, counts, largest)
+    process = context.Process(target=_run, args=([*argv, "--threads", "1"], os.getcwd(), *limits))
     process.start()
     return process
 
@@ -76,25 +79,35 @@ def finish(argv: list[str], **limits: Any) -> int:
 
 
 def _run(
-    argv: list[str], folder: str, kill_at_sync: int | None, kill_after: float | None, largest: int | None
+    argv: list[str],
+    folder: str,
+    kill_at_call: int | None,
+    kill_at_sync: int | None,
+    counts: Path | None,
+    largest: int | None,
 ) -> None:
     from led_model.cli.parser import main
 
     os.chdir(folder)
     sys.stderr = open("stderr.txt", "w", encoding="utf-8")  # noqa: SIM115
-    if kill_at_sync is not None:
-        left, sync = kill_at_sync, os.fsync
+    calls, syncs, sync = itertools.count(1), itertools.count(1), os.fsync
 
-        def counted(descriptor: int) -> None:
-            nonlocal left
-            left -= 1
-            if left == 0:
-                os.kill(os.getpid(), signal.SIGKILL)
-            sync(descriptor)
+    def count_call(frame: object, event: str, argument: object) -> None:
+        if event in ("call", "c_call") and next(calls) == kill_at_call:
+            os.kill(os.getpid(), signal.SIGKILL)
 
-        os.fsync = counted
-    if kill_after is not None:
-        signal.setitimer(signal.ITIMER_REAL, kill_after)  # nobody handles the signal, which ends the process
+    def count_sync(descriptor: int) -> None:
+        if next(syncs) == kill_at_sync:
+            os.kill(os.getpid(), signal.SIGKILL)
+        sync(descriptor)
+
     if largest is not None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (largest, largest))
-    sys.exit(main(argv))
+    os.fsync = count_sync
+    if counts is not None or kill_at_call is not None:
+        sys.setprofile(count_call)
+    status = main(argv)
+    sys.setprofile(None)
+    if counts is not None:
+        counts.write_text(json.dumps({"calls": next(calls) - 1, "syncs": next(syncs) - 1}))
+    sys.exit(status)

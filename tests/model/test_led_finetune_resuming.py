@@ -33,28 +33,25 @@ def run(save, tmp_path):
     return make
 
 
-def test_killed_anywhere(run, tmp_path):
+@pytest.mark.parametrize("event", ["call", "sync"])
+def test_killed_anywhere(run, tmp_path, event):
+    """Each third of a run is killed somewhere, and so is what goes on with it, if it gets that far."""
     settings = ("--max-steps", 8, "--save-every", 3, "--learning-rate", 1e-3, "--quiet")
-    assert finish(run("whole", *settings)) == 0
+    assert finish(run("whole", *settings), counts=tmp_path / "counts.json") == 0
+    count = json.loads((tmp_path / "counts.json").read_text())[f"{event}s"]
     draw = random.Random(0)
-    statuses = []
-    while not statuses or statuses[-1]:
-        assert len(statuses) < 30
-        kill = (
-            {"kill_at_sync": draw.randint(1, 60)}
-            if len(statuses) % 2
-            else {"kill_after": draw.uniform(0.5, 2)}
-        )
-        statuses.append(finish(run("killed", *settings), **(kill if len(statuses) < 6 else {})))
-        assert statuses[-1] in (0, -signal.SIGKILL, -signal.SIGALRM)
-    assert len(statuses) > 3
-    assert contents(tmp_path / "killed") == contents(tmp_path / "whole")
-    log = [json.loads(line) for line in (tmp_path / "killed/training_log.jsonl").read_text().splitlines()]
-    assert [entry["step"] for entry in log if "loss" in entry] == list(range(1, 9))
-    assert [entry["step"] for entry in log if "eval_loss" in entry] == [4, 8]
-    assert not [
-        path for path in (tmp_path / "killed").iterdir() if path.is_dir() or path.name.startswith(".")
-    ]
+    for third in range(3):
+        output = tmp_path / f"killed-{third}"
+        argv = run(output.name, *settings)
+        first = int(count * (third + draw.uniform(0.02, 0.98)) / 3)
+        assert finish(argv, **{f"kill_at_{event}": first}) == -signal.SIGKILL
+        assert finish(argv, **{f"kill_at_{event}": draw.randint(1, count)}) in (0, -signal.SIGKILL)
+        assert finish(argv) == 0
+        assert contents(output) == contents(tmp_path / "whole")
+        log = [json.loads(line) for line in (output / "training_log.jsonl").read_text().splitlines()]
+        assert [entry["step"] for entry in log if "loss" in entry] == list(range(1, 9))
+        assert [entry["step"] for entry in log if "eval_loss" in entry] == [4, 8]
+        assert not [path for path in output.iterdir() if path.is_dir() or path.name.startswith(".")]
 
 
 def test_a_full_disk(run, tmp_path, monkeypatch):
