@@ -20,8 +20,9 @@ def contents(directory: Path) -> dict[str, bytes]:
 
 
 @pytest.fixture
-def run(save, tmp_path):
-    """The arguments of a run with dropout, into a directory of a name."""
+def run(save, tmp_path, monkeypatch):
+    """The arguments of a run with dropout, into a directory of a name; the working directory is the test's own."""
+    monkeypatch.chdir(tmp_path)
     model = save(dropout=0.1)
     write_examples(tmp_path / "train.jsonl", 20)
     write_examples(tmp_path / "dev.jsonl", 3, seed=1)
@@ -54,16 +55,15 @@ def test_killed_anywhere(run, tmp_path, event):
         assert not [path for path in output.iterdir() if path.is_dir() or path.name.startswith(".")]
 
 
-def test_a_full_disk(run, tmp_path, monkeypatch):
+def test_a_full_disk(run):
     """It is told in a sentence, whichever file is cut short; a later run goes on."""
-    monkeypatch.chdir(tmp_path)
     settings = ("--max-steps", 4, "--quiet")
     sizes = {"model.safetensors": 50_000, "optimizer.pt": 700_000}  # of 365 kB, and of twice that
     for size in sizes.values():
         assert finish(run("full", *settings), largest=size) == 1
         assert "full cannot be written (" in (error := Path("stderr.txt").read_text())
         assert "make room and give the same command again" in error
-        assert {path.name for path in (tmp_path / "full").iterdir()} == {
+        assert {path.name for path in Path("full").iterdir()} == {
             "finetune.json",
             "training_log.jsonl",
         }
