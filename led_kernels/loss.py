@@ -21,7 +21,7 @@ from led_kernels.modules import is_plain_linear
 from led_kernels.sums import add_product
 
 IGNORED = -100  # a label that stands for no target, as in torch and transformers
-_PIECE = 2**24  # numbers of a piece's logits, 64 MiB in fp32
+PIECE = 2**24  # numbers of a piece's logits, 64 MiB in fp32
 
 
 def vocabulary_loss(
@@ -99,7 +99,7 @@ class _VocabularyLoss(torch.autograd.Function):
             d_weight = torch.zeros_like(weight, dtype=sums) if needs_weight else None
             is_target = labels != IGNORED
             targets = labels.masked_fill(~is_target, 0)[:, None]
-            step = max(1, _PIECE // len(weight))
+            step = max(1, PIECE // len(weight))
             for start in range(0, len(hidden), step):
                 piece = slice(start, start + step)
                 torch.mm(hidden[piece], computed.t(), out=logits[piece])

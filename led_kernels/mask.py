@@ -11,6 +11,7 @@ from torch import Tensor
 from led_kernels.argument_checks import as_integers, check_marks, check_size, whole_numbers
 from led_kernels.mask_checks import (
     capacity_for,
+    check_ascending,
     check_capacity,
     check_index,
     check_rank,
@@ -274,10 +275,7 @@ class LongformerMask:
             is_ascending, is_index, total, longest, most = read_values(
                 ascending, index_ok, cu_seqlens[-1], largest(lengths), largest(counts)
             )
-            if not is_ascending:
-                raise ValueError(
-                    "cu_seqlens does not start at 0 and ascend; give the running total of the lengths."
-                )
+            check_ascending(is_ascending)
             check_index(is_index)
             if total_rows is not None and total_rows != total:
                 raise ValueError(

@@ -127,6 +127,16 @@ def check_rank(x: Tensor, name: str, rank: int, shape: str) -> None:
         raise ValueError(f"{name} has no columns; a sequence holds at least 1 position.")
 
 
+def check_ascending(is_ascending: int) -> None:
+    """Checks what was read of the bounds of packed sequences.
+
+    Raises:
+        ValueError: when they are no running total.
+    """
+    if not is_ascending:
+        raise ValueError("cu_seqlens does not start at 0 and ascend; give the running total of the lengths.")
+
+
 def check_index(is_inside: int) -> None:
     """Checks that no global position lies outside of its sequence, as a constructor has found.
 
@@ -144,8 +154,8 @@ def global_index_of(marks: Tensor, global_index: object, cu_seqlens: Tensor) -> 
 
     Raises:
         TypeError: for marks that are no tensor of real numbers.
-        ValueError: for another shape or device than that of the rows, other marks than 0 and 1, and positions that are
-            given twice.
+        ValueError: for another shape or device than that of the rows, other marks than 0 and 1, bounds that do not
+            ascend, and positions that are given twice.
     """
     check_marks(marks, "global_attention_mask")
     if global_index is not None:
@@ -154,13 +164,15 @@ def global_index_of(marks: Tensor, global_index: object, cu_seqlens: Tensor) -> 
         raise ValueError(
             f"global_attention_mask is on {marks.device} and cu_seqlens on {cu_seqlens.device}; move both to one."
         )
-    total, valid = read_values(cu_seqlens[-1], whole_numbers(marks, 0, 1)[1])
+    ascending = (cu_seqlens[0] == 0) & (cu_seqlens.diff() >= 0).all()
+    total, valid, is_ascending = read_values(cu_seqlens[-1], whole_numbers(marks, 0, 1)[1], ascending)
     if marks.shape != (total,):
         raise ValueError(
             f"global_attention_mask has shape {tuple(marks.shape)}; give a mark for each of the {total} rows."
         )
     if not valid:
         raise ValueError("global_attention_mask holds another value than 0 and 1; use these only.")
+    check_ascending(is_ascending)
     return index_of_marks(marks != 0, cu_seqlens)
 
 

@@ -79,13 +79,15 @@ def index_of_marks(marks: Tensor, cu_seqlens: Tensor) -> Tensor:
 
     Args:
         marks: ``[total_rows]``, true where a row is marked.
-        cu_seqlens: int64 ``[batch + 1]``, as of :meth:`led_kernels.LongformerMask.packed`.
+        cu_seqlens: int64 ``[batch + 1]``, 0 and then ascending to the number of rows.
     """
     rows = marks.nonzero()[:, 0]
     batch = cu_seqlens.shape[0] - 1
     sequence = torch.searchsorted(cu_seqlens, rows, right=True) - 1  # the last that begins here or before
-    sequence = sequence.clamp(0, batch - 1)  # cu_seqlens that do not ascend are refused later
-    counts = torch.bincount(sequence, minlength=batch)
+    # Not bincount, which reads the largest value back from a GPU.
+    counts = torch.zeros(batch, dtype=torch.int64, device=rows.device).scatter_add_(
+        0, sequence, torch.ones_like(sequence)
+    )
     slot = torch.arange(rows.shape[0], device=rows.device) - (counts.cumsum(0) - counts)[sequence]
     most = int(counts.max()) if counts.numel() else 0
     index = torch.full((batch, most), -1, device=rows.device)

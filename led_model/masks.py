@@ -35,7 +35,6 @@ def encoder_mask(
             raise ValueError(
                 "attention_mask and cu_seqlens are both given; packed sequences have no padding."
             )
-        check_traceable("the bounds of packed sequences are looked at", None, "give padded ones")
         packed_lengths("cu_seqlens", cu_seqlens, given.shape[0], name)
         return LongformerMask.packed(
             cu_seqlens, max_globals=max_globals, global_attention_mask=global_attention_mask

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from led_model.checks import describe, is_dense
+from led_model.checks import check_traceable, describe, is_dense
 
 
 @dataclass(frozen=True)
@@ -85,6 +85,7 @@ def packed_lengths(name: str, cu_seqlens: Any, total: int, of: str) -> tuple[int
     Raises:
         ValueError: for something else, and for sequences without a token.
     """
+    check_traceable(f"the bounds in {name} are looked at", None, "give padded sequences")
     if (
         not is_dense(cu_seqlens)
         or cu_seqlens.dim() != 1
@@ -116,7 +117,7 @@ def check_packing(
     decoder_attention_mask: Tensor | None,
     is_recorded: bool | None,
 ) -> None:
-    """Checks that documents and targets are packed both or neither, and that nothing is asked for that needs padding.
+    """Checks that targets are not packed without documents, and that nothing is asked for that needs padding.
 
     Raises:
         ValueError: naming the arguments.

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
+from benchmarks.harness import table
 from benchmarks.harness.cases import FORWARD
 from benchmarks.harness.table import Row
 
@@ -33,6 +35,12 @@ class Figure:
             self.name, f"{self.seqlen:,}", f"{sign} {self.reach:g}{self.unit}", seen, "yes" if self.is_met
             else "no",
         )  # fmt: skip
+
+
+def markdown(figures: Iterable[Figure]) -> str:
+    """Returns the README's table of figures."""
+    header = ("figure", "tokens", "to reach", "seen", "met")
+    return table.markdown(header, (figure.cells() for figure in figures))
 
 
 class Run:

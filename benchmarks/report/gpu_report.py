@@ -213,20 +213,19 @@ def rows_as_markdown(rows: list[table.Row]) -> str:
         if row.provider.startswith("led_kernels"):
             work = (row.what, row.direction)
             ours[work] = min(row.median_ms, ours.get(work, row.median_ms))
-    lines = [
-        "| what | provider | direction | median ms | min ms | rounds | TFLOP/s | time ÷ our best | error |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
-    ]
+    header = (
+        "what", "provider", "direction", "median ms", "min ms", "rounds", "TFLOP/s", "time ÷ our best", "error",
+    )  # fmt: skip
+    lines = []
     for row in rows:
         own = ours.get((row.what, row.direction))
-        cells = (
+        lines.append((
             row.what, row.provider, row.direction, f"{row.median_ms:.4f}", f"{row.min_ms:.4f}", str(row.repeats),
             f"{row.flop / row.median_ms / 1e9:.2f}" if row.flop else "",
             f"{row.median_ms / own:.2f}" if own else "",
             "" if row.what in YARDSTICKS else f"{row.error:.1e}",
-        )  # fmt: skip
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+        ))  # fmt: skip
+    return table.markdown(header, lines)
 
 
 def _plan(groups: list[Group]) -> list[str]:

@@ -142,27 +142,17 @@ def plot_learning(rows: list[learning.Row], path: Path) -> None:
     """Draws the losses of a training run over its steps, and a unigram model's as a line."""
     figure, axes = plt.subplots(figsize=(6.4, 3.2), layout="constrained")
     steps = [row.step for row in rows]
-    seen = [row for row in rows if row.training_loss is not None]
     # A training loss is a mean over the steps since the row before, and stands in their middle.
     middles = [(row.step + before.step) / 2 for before, row in pairwise(rows)]
-    axes.plot(middles, [row.training_loss for row in seen], color=PEER, label="training")
-    axes.plot(
-        steps, [row.validation_loss for row in rows], color=OURS, marker="o", markersize=3, label="validation"
-    )
+    axes.plot(middles, [row.training_loss for row in rows[1:]], color=PEER, label="training")
+    validation = [row.validation_loss for row in rows]
+    axes.plot(steps, validation, color=OURS, marker="o", markersize=3, label="validation")
     unigram = rows[-1].unigram_loss
     axes.axhline(unigram, color=GLOBAL_QUERIES, linestyle="--", label="validation, unigram model")
-    axes.annotate(
-        f"{unigram:.2f}",
-        (steps[-1], unigram),
-        (0, 3),
-        textcoords="offset points",
-        ha="right",
-        color=GLOBAL_QUERIES,
-    )
-    axes.annotate(
-        f"{rows[-1].validation_loss:.2f}", (steps[-1], rows[-1].validation_loss), (0, 5),
-        textcoords="offset points", ha="right", color=OURS,
-    )  # fmt: skip
+    for loss, color in ((unigram, GLOBAL_QUERIES), (validation[-1], OURS)):
+        axes.annotate(
+            f"{loss:.2f}", (steps[-1], loss), (0, 4), textcoords="offset points", ha="right", color=color
+        )
     axes.set(xlabel="step", ylabel="loss, nats per token", xlim=(0, None))
     axes.grid(axis="y", color=GRID)
     axes.tick_params(length=0)
@@ -183,7 +173,10 @@ def plot_memory(path: Path) -> None:
             for checkpointing, style in ((False, "-"), (True, "--")):
                 totals = [memory.total_gb(model, provider, n, checkpointing) for n in memory.LENGTHS]
                 label = f"{provider}{', checkpointed' if checkpointing else ''}"
-                axes.plot(memory.LENGTHS, totals, style, color=color, marker="o", markersize=3, label=label)
+                # Both of ours take the same, so the line below is wide enough to be seen.
+                width, size = (5, 7) if provider == encoder.DROP_IN else (1.5, 3)
+                axes.plot(memory.LENGTHS, totals, style, color=color, linewidth=width, marker="o", markersize=size,
+                          label=label)  # fmt: skip
         axes.set(title=model, xlabel="tokens", xscale="log", yscale="log")
         axes.set_xticks(memory.LENGTHS, [f"{n // 1024}k" for n in memory.LENGTHS])
         axes.set_yticks((4, 8, 16, 32, 64, 128, 256), ("4", "8", "16", "32", "64", "128", "256"))
@@ -227,8 +220,7 @@ def main(argv: list[str] | None = None) -> int:
     with plt.rc_context(STYLE):
         plot_pattern(arguments.out / "pattern.png")
         plot_memory(arguments.out / "memory.png")
-        if learning.DEFAULT.exists():
-            plot_learning(table.read(learning.DEFAULT, learning.Row), arguments.out / "learning.png")
+        plot_learning(table.read(learning.DEFAULT, learning.Row), arguments.out / "learning.png")
         if not arguments.csv.exists():
             print(f"{arguments.csv} is not there; run python -m benchmarks first.", file=sys.stderr)
             return 1

@@ -1,7 +1,7 @@
 """``python -m benchmarks.report.summary`` tells what was to be reached and what runs saw, from their CSVs alone.
 
-``--update-readme`` writes the tables between the README's marks: ``<!-- figures -->``, ``<!-- quantization -->`` and
-``<!-- memory -->``.
+``--update-readme`` writes the tables between the README's marks: ``<!-- figures -->``, and a pair of marks for each of
+:data:`UNTIMED`.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from pathlib import Path
 
 from benchmarks.harness import runner, table
 from benchmarks.harness.figures import Figure, Run
+from benchmarks.harness.figures import markdown as figures_markdown
 from benchmarks.harness.table import Row
 from benchmarks.suites import learning, memory, quantization
 from benchmarks.suites.catalog import COMMITTED, SUITES, TOGETHER
@@ -32,8 +33,6 @@ def figures(rows: list[Row]) -> list[Figure]:
 
 def markdown(rows: list[Row]) -> str:
     """Returns the table, and a line that says what it was measured on."""
-    header = ("figure", "tokens", "to reach", "seen", "met")
-    lines = [header, ("---",) * len(header), *(figure.cells() for figure in figures(rows))]
     first = rows[0]
     shape = (
         f"{first.heads} heads, head_dim {first.head_dim}, window ±{first.window}, "
@@ -43,7 +42,7 @@ def markdown(rows: list[Row]) -> str:
         f"One run of {first.threads} threads on {first.cpu} ({first.isa}), torch {first.torch}, "
         f"transformers {first.transformers}: {first.dtype}, batch 1, {shape}."
     )
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines) + f"\n\n{setting}"
+    return f"{figures_markdown(figures(rows))}\n\n{setting}"
 
 
 def floors(rows: list[Row]) -> str:

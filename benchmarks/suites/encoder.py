@@ -72,10 +72,10 @@ def make_arguments(shape: Shape) -> tuple[Tensor, Tensor, Tensor]:
     return ids, torch.ones_like(ids), global_attention_mask
 
 
-def stock_model(shape: Shape, **settings: int) -> nn.Module:
+def stock_model(shape: Shape, **settings: float) -> nn.Module:
     """Builds transformers' LED with seeded weights, wide enough (std 0.05) that attention is far from uniform.
 
-    ``settings`` replace those of the config that concern the vocabulary and the decoder.
+    ``settings`` replace those of the config that concern the vocabulary, the decoder and the width of the weights.
     """
     from transformers import LEDConfig, LEDForConditionalGeneration
 

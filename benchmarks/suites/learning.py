@@ -269,19 +269,24 @@ def texts_of_smoke() -> list[str]:
 
 
 def run(out: Path, *, smoke: bool, threads: int) -> int:
-    """Trains into a new CSV, a row at a time, prints the README's text and returns a command's exit status."""
+    """Trains into a new CSV, prints the README's text and returns a command's exit status.
+
+    Until it ends, its rows are in OUT.partial, so that OUT always holds one whole run.
+    """
     torch.set_num_threads(threads)
     settings = SMOKE if smoke else Settings()
     texts = texts_of_smoke() if smoke else papers.read_papers(papers.download(papers.default_cache()))
     about = {"threads": threads, "cpu": table.cpu_model(), "torch": torch.__version__}
+    partial = out.with_suffix(out.suffix + ".partial")
     rows: list[Row] = []
     for row in train(read_corpus(texts, settings), **about):
         rows.append(row)
-        table.write(out, rows)
+        table.write(partial, rows)
         print(
             f"step {row.step:6,}  validation {row.validation_loss:.3f}  unigram {row.unigram_loss:.3f}  "
             f"{row.seconds:,.0f} s",
             flush=True,
         )
+    partial.replace(out)
     print(markdown(rows))
     return 0

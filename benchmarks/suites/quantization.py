@@ -146,17 +146,24 @@ def _bytes(tensor: Tensor) -> int:
 
 def markdown(rows: list[Row]) -> str:
     """Returns the README's table and what it was measured on."""
-    lines = [
-        "| weights | MiB | of fp32 | layers of fp32 | logit error | same top-1 | same greedy tokens |",
-        "| --- | --- | --- | --- | --- | --- | --- |",
-    ]
     full = rows[0]
-    for row in rows:
-        lines.append(
-            f"| {row.weights} | {row.weights_mib:,.1f} | {row.weights_mib / full.weights_mib:.2f} "
-            f"| {row.layers_mib / full.layers_mib:.2f} | {row.logit_error:.1%} | {row.top1_agreement:.1%} "
-            f"| {row.greedy_agreement:.1%} |"
+    header = (
+        "weights",
+        "MiB",
+        "of fp32",
+        "layers of fp32",
+        "logit error",
+        "same top-1",
+        "same greedy tokens",
+    )
+    lines = [
+        (
+            row.weights, f"{row.weights_mib:,.1f}", f"{row.weights_mib / full.weights_mib:.2f}",
+            f"{row.layers_mib / full.layers_mib:.2f}", f"{row.logit_error:.1%}", f"{row.top1_agreement:.1%}",
+            f"{row.greedy_agreement:.1%}",
         )
+        for row in rows
+    ]  # fmt: skip
     about = (
         f"led-base's shape with random weights, {full.documents} documents of {full.source_tokens:,} tokens, "
         f"{full.target_tokens} teacher-forced (fp32 finds {full.distinct_tokens} different ones) and "
@@ -164,7 +171,7 @@ def markdown(rows: list[Row]) -> str:
         f"torch {full.torch}, bitsandbytes {full.bitsandbytes}, torchao {full.torchao}."
     )
     command = f"Made by `python -m benchmarks quantization --threads {full.threads}`."
-    return "\n".join([*lines, "", about, "", command])
+    return "\n\n".join([table.markdown(header, lines), about, command])
 
 
 def run(out: Path, *, smoke: bool, threads: int) -> int:

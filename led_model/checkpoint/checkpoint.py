@@ -198,6 +198,8 @@ def save_pretrained(model: StoredModel, directory: Path) -> None:
         settings: dict[str, Any] = dict(vars(model.generation_config))
         settings |= settings.pop("unsupported")
         settings = {key: value for key, value in settings.items() if value is not None and key != "seed"}
+        if config.bos_token_id is not None:
+            settings.setdefault("bos_token_id", config.bos_token_id)
         _write_json(directory / "generation_config.json", settings)
 
 

@@ -216,7 +216,9 @@ class LEDPreTrainedModel(TrainedModel):
             check_id_shape(name, ids)
         else:
             check_id_shape(name, packed_inputs(name, ids, "", None)[1][None])
-            packed_lengths("decoder_cu_seqlens", cu_seqlens, len(ids), name)
+            # Labels are packed beside documents that have bounds of their own.
+            bounds_name = "decoder_cu_seqlens" if name == "labels" else "cu_seqlens"
+            packed_lengths(bounds_name, cu_seqlens, len(ids), name)
         return shift_right(ids, self.config.decoder_start_token_id, self.config.pad_token_id, cu_seqlens)
 
     def init_weights(self, module: nn.Module) -> None:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -51,7 +52,7 @@ def write_file(tensors: Mapping[str, Tensor], path: Path) -> None:
     mode = path.stat().st_mode & 0o777
     try:
         save_file(dict(tensors), path, metadata={"format": "pt"})
-    except Exception as error:  # safetensors has an exception of its own for a full disk
+    except SafetensorError as error:  # of its own, for a full disk, too
         raise OSError(
             f"{path} cannot be written ({first_line(error)}); free space, or name another place."
         ) from None

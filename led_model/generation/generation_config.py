@@ -204,7 +204,11 @@ class GenerationConfig:
         return {"max_length": self.max_sequence_length()}
 
     def update(self, defaults_only: bool = False, **settings: Any) -> None:
-        """Changes settings, or those alone that are ``None``, as transformers' class of this name does."""
+        """Changes settings, or those alone that are ``None``; transformers' Trainer calls it.
+
+        Raises:
+            TypeError: for a name that is no setting.
+        """
         taken = {
             name: value
             for name, value in settings.items()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -82,7 +83,7 @@ class LEDDecoder(EmbeddedStack):
         embedded = self.embed_inputs(
             "decoder_input_ids", input_ids, "decoder_inputs_embeds", inputs_embeds, cache is None
         )
-        documents: Sequence[Tensor | tuple[Tensor, Tensor]] = cross_keys_values or ()
+        documents: Any = cross_keys_values
         if encoder_hidden_states is not None:
             documents = self._documents(encoder_hidden_states)
         check_decoder_call(

@@ -21,8 +21,6 @@ from led_model.packing import PackedLengths
 
 # In inference this many rows of the feed-forward are computed at a time, so that [rows, ffn_dim] stays small.
 _FEED_FORWARD_ROWS = 1024
-
-
 # It is taken at import, so that what a caller puts in its place later is told apart.
 _ATTENTION_FORWARD = EncoderSelfAttention.forward
 

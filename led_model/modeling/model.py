@@ -17,11 +17,7 @@ from led_kernels.gemv import few_rows_linear
 from led_kernels.loss import vocabulary_loss
 from led_kernels.trainer import AcceptsNumItems
 from led_model.checkpoint.pretrained import LEDPreTrainedModel, resized
-from led_model.checks import (
-    check_inputs,
-    check_return_dict,
-    check_targets,
-)
+from led_model.checks import check_inputs, check_return_dict, check_targets
 from led_model.config import LEDConfig
 from led_model.generation.captured import allow_capture
 from led_model.generation.generate import generate
@@ -136,8 +132,16 @@ class LEDModel(LEDPreTrainedModel):
                     "decoder_input_ids and decoder_inputs_embeds are both missing, and there are no input_ids "
                     "to shift; give one of them."
                 )
+            if decoder_cu_seqlens is not None:
+                raise ValueError(
+                    "decoder_cu_seqlens is given and the decoder's input is not; give both, or neither."
+                )
             decoder_input_ids = self.shift_right(input_ids, "input_ids", cu_seqlens)
             decoder_cu_seqlens = cu_seqlens
+        elif cu_seqlens is not None and decoder_cu_seqlens is None:
+            raise ValueError(
+                "cu_seqlens is given and decoder_cu_seqlens is not; pack the decoder's input, too."
+            )
         packing = None
         if cu_seqlens is not None and decoder_cu_seqlens is not None:
             sources = packed_inputs("input_ids", input_ids, "inputs_embeds", inputs_embeds)
@@ -167,17 +171,20 @@ class LEDModel(LEDPreTrainedModel):
             packing=packing,
         )
         recorded: dict[str, Any] = {}
-        if output_hidden_states and encoder_record is not None and decoder_record is not None:
-            recorded["encoder_hidden_states"] = (*encoder_record.hidden_states, encoder_states)
-            recorded["decoder_hidden_states"] = (*decoder_record.hidden_states, decoder_states)
-        if output_attentions and encoder_record is not None and decoder_record is not None:
-            with unsharded(self):  # which uses weights of layers outside of their forwards
-                local, of_globals = encoder_attentions(encoder_record)
-                recorded["encoder_attentions"], recorded["encoder_global_attentions"] = local, of_globals
-                recorded["decoder_attentions"] = decoder_attentions(decoder_record, decoder_attention_mask)
-                recorded["cross_attentions"] = cross_attentions(
-                    decoder_record, encoder_states, attention_mask
-                )
+        if encoder_record is not None and decoder_record is not None:
+            if output_hidden_states:
+                recorded["encoder_hidden_states"] = (*encoder_record.hidden_states, encoder_states)
+                recorded["decoder_hidden_states"] = (*decoder_record.hidden_states, decoder_states)
+            if output_attentions:
+                with unsharded(self):  # which uses weights of layers outside of their forwards
+                    local, of_globals = encoder_attentions(encoder_record)
+                    recorded["encoder_attentions"], recorded["encoder_global_attentions"] = local, of_globals
+                    recorded["decoder_attentions"] = decoder_attentions(
+                        decoder_record, decoder_attention_mask
+                    )
+                    recorded["cross_attentions"] = cross_attentions(
+                        decoder_record, encoder_states, attention_mask
+                    )
         return Seq2SeqModelOutput(
             last_hidden_state=decoder_states, encoder_last_hidden_state=encoder_states, **recorded
         )

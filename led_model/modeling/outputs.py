@@ -96,6 +96,11 @@ class Seq2SeqOutput(dict[str, Any]):
             raise KeyError(key)
         return self.get(key)
 
+    def __setitem__(self, name: str, value: Any) -> None:
+        if name not in self.own_fields and name not in SHARED_FIELDS:  # wrappers would find a field too many
+            raise KeyError(name)
+        super().__setitem__(name, value)
+
     def __setattr__(self, name: str, value: Any) -> None:
         raise AttributeError(f"{type(self).__name__} holds what a model returned; give {name} another name.")
 

@@ -17,7 +17,7 @@ from benchmarks.harness.cases import MemoryCase
 from benchmarks.harness.shapes import SMOKE, Shape, attention_pairs
 from benchmarks.report import plot, summary
 from benchmarks.suites import attention_providers as providers
-from benchmarks.suites import attention_truth, catalog, generation, learning
+from benchmarks.suites import attention_truth, catalog, generation
 from benchmarks.suites.attention_truth import LEAVES, make_inputs, truth_of
 from led_kernels import banded_attention, longformer_attention
 
@@ -49,9 +49,7 @@ def test_smoke_run_writes_every_case(smoke_csv: Path) -> None:
 
 def test_plots_come_from_the_csv_alone(smoke_csv: Path, tmp_path: Path) -> None:
     assert plot.main([str(smoke_csv), "--out", str(tmp_path)]) == 0
-    names = {"pattern.png", "memory.png", "efficiency.png", "speedup.png", "encoder.png"}
-    if learning.DEFAULT.exists():
-        names.add("learning.png")
+    names = {"pattern.png", "memory.png", "learning.png", "efficiency.png", "speedup.png", "encoder.png"}
     assert {path.name for path in tmp_path.iterdir()} == names
 
 

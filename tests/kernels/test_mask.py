@@ -212,6 +212,7 @@ class TestPacked:
             ([0, 2], [-1, 0], {}, "another value than 0 and 1"),
             ([0, 5, 3], [1, 1, 1], {}, "cu_seqlens does not start at 0 and ascend"),
             ([2, 3], [1, 1, 1], {}, "cu_seqlens does not start at 0 and ascend"),
+            ([3], [1, 1, 1], {}, "cu_seqlens does not start at 0 and ascend"),
             ([0, 2], [1, 0], {"global_index": [0]}, "are both given; give one of them"),
         ],
     )

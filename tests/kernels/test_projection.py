@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from benchmarks.harness.saved_tensors import saved_tensors
 from led_kernels import longformer_attention, projection
 from led_kernels.projection import encoder_self_attention
 from led_kernels.testing import AttentionCase
@@ -226,17 +227,10 @@ def test_what_is_kept_for_the_backward(packed, behind):
     case = AttentionCase(globals_per_row=((0, 7), (3,)), padding=None if packed else "right", packed=packed)
     mask = case.mask()
     layer, hidden = Layer(case), hidden_states(case, mask)
-    parameters = {p.untyped_storage().data_ptr() for p in layer.parameters()}
-    kept = {}
-
-    def note(x: Tensor) -> Tensor:
-        if x.untyped_storage().data_ptr() not in parameters:
-            kept[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes() / hidden.nbytes
-        return x
-
-    with torch.autograd.graph.saved_tensors_hooks(note, lambda x: x):
-        layer(hidden, mask, behind)
+    kept = [
+        saved.nbytes / hidden.nbytes for saved in saved_tensors(layer, lambda: layer(hidden, mask, behind))
+    ]
     # The input, q, k, v and the result, in which the global tokens' rows have been put; and their own keys and values.
-    of_rows = 5 if behind is not nn.Sequential else 7
-    assert sum(size >= 1 for size in kept.values()) == of_rows
-    assert sum(kept.values()) < of_rows + 1
+    of_rows = 7 if behind is nn.Sequential else 5
+    assert sum(size >= 1 for size in kept) == of_rows
+    assert sum(kept) < of_rows + 1

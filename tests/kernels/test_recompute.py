@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from benchmarks.harness.saved_tensors import saved_tensors
 from led_kernels import recompute
 from led_kernels.modules import calls_only
 from led_kernels.recompute import LayerTail, limit_overflow
@@ -152,18 +153,9 @@ def test_overflow_of_fp16_is_limited_and_sends_no_gradient():
 def test_what_is_kept():
     tail = build(dtype=torch.float32, dropout=0.1)
     hidden, attended, _ = inputs(torch.float32)
-    weights = {p.untyped_storage().data_ptr() for p in parameters(tail)}
-    kept = {}
-
-    def note(x: Tensor) -> Tensor:
-        kept[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
-        return x
-
-    with torch.autograd.graph.saved_tensors_hooks(note, lambda x: x):
-        recomputed(tail, hidden, attended)
-    unit = hidden.numel() * hidden.itemsize
+    kept = saved_tensors(nn.ModuleList(tail[:5]), lambda: recomputed(tail, hidden, attended))
     # The layer's input, the attention's output, the feed-forward's first half and the input of the last norm.
-    assert sum(size for at, size in kept.items() if at not in weights) == 7 * unit
+    assert sum(saved.nbytes for saved in kept) == 7 * hidden.nbytes
 
 
 def test_modules_that_are_more_than_their_weights_are_called():

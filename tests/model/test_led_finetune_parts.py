@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from benchmarks.harness.saved_tensors import saved_tensors
 from led_model import LEDConfig, LEDForConditionalGeneration
 from led_model.training import interruption, run_directory
 from led_model.training.memory import activation_bytes, count_parameters, has_room
@@ -21,19 +22,16 @@ rouge_scorer = pytest.importorskip("rouge_score.rouge_scorer")
 
 def kept_bytes(model: LEDForConditionalGeneration, sources: int, targets: int, dtype: torch.dtype) -> int:
     """Returns what autograd keeps of a step, and the logits."""
-    kept: dict[int, torch.Tensor] = {}
-
-    def keep(tensor: torch.Tensor) -> torch.Tensor:
-        kept.setdefault(tensor.untyped_storage().data_ptr(), tensor)
-        return tensor
-
     ids, labels = torch.randint(4, 300, (1, sources)), torch.randint(4, 300, (1, targets))
     marks = (torch.arange(sources) == 0).long()[None]
-    autocast = torch.autocast("cpu", dtype, enabled=dtype != torch.float32)
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), autocast:
-        output = model(ids, torch.ones_like(ids), global_attention_mask=marks, labels=labels)
-    keep(output.logits)
-    return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
+    outputs = []
+
+    def forward() -> None:
+        outputs.append(model(ids, torch.ones_like(ids), global_attention_mask=marks, labels=labels))
+
+    with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+        kept = saved_tensors(model, forward)
+    return sum(saved.nbytes for saved in kept) + outputs[0].logits.nbytes
 
 
 @pytest.mark.parametrize("ffn", [256, 512])

@@ -100,6 +100,7 @@ def test_forward_names_what_does_not_fit(model, name, value, grad):
         ("cross_keys_values", lambda kv: kv[:0]),
         ("cross_keys_values", lambda kv: [(None, None) for _ in kv]),
         ("cross_keys_values", lambda kv: kv[0]),
+        ("cross_keys_values", lambda kv: kv[0][0]),
         ("cross_keys_values", lambda kv: None),
         ("cross_mask", lambda kv: torch.ones(BATCH, 1, 1, SOURCE + 1, dtype=torch.bool)),
         ("cross_mask", lambda kv: torch.ones(2, 1, 1, SOURCE, dtype=torch.bool)),

@@ -7,6 +7,7 @@ import copy
 import pytest
 import torch
 from torch import Tensor
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.utils.rnn import pad_sequence
 
 from led_kernels import LongformerMask
@@ -110,8 +111,7 @@ def test_any_split_of_the_documents_gives_the_same_gradients():
     ids, marks, labels = sequences()
     items = sum(int((x != -100).sum()) for x in labels)
     _, _, expected = step(model, packed(ids, marks, labels))
-    expected = copy.deepcopy(expected)
-    model.zero_grad()
+    model.zero_grad()  # sets them to None, and leaves the tensors
     for b in range(len(ids)):
         one = {
             "input_ids": ids[b],
@@ -215,3 +215,27 @@ def test_autocast(dtype):
 def test_what_does_not_fit_is_named(change, message):
     with pytest.raises(ValueError, match=message):
         build()(**packed(*sequences()) | change)
+
+
+def test_targets_are_packed_as_documents_are():
+    model, (ids, _, _) = build(), sequences()
+    source, bounds = torch.cat(ids), cu_seqlens(SOURCES)
+    model.led.encoder.register_forward_pre_hook(lambda *_: pytest.fail("the encoder ran before the check"))
+    with pytest.raises(
+        ValueError, match="cu_seqlens is given and decoder_cu_seqlens is not; pack the decoder's"
+    ):
+        model(source, cu_seqlens=bounds, decoder_input_ids=torch.ones(4, 3).long())
+    with pytest.raises(ValueError, match="decoder_cu_seqlens is given and the decoder's input is not"):
+        model.led(source, cu_seqlens=bounds, decoder_cu_seqlens=cu_seqlens((60, 3, 3, 3)))
+    with pytest.raises(ValueError, match=r"^cu_seqlens is \[0, 68\] for the 69 tokens of input_ids"):
+        model.led(source, cu_seqlens=torch.tensor([0, 68]))
+
+
+def test_bounds_cannot_be_traced():
+    model, (ids, _, _) = build().eval(), sequences()
+    with pytest.raises(
+        ValueError, match="cu_seqlens are looked at, and cannot be traced; give padded sequences"
+    ):
+        make_fx(lambda x, bounds: model.led(x, cu_seqlens=bounds).last_hidden_state, tracing_mode="fake")(
+            torch.cat(ids), cu_seqlens(SOURCES)
+        )

@@ -26,20 +26,8 @@ _LAYER = re.compile(r"(encoder|decoder)\.layers\.(\d+)")
 _STACK = re.compile(r"(encoder|decoder)\b")
 # The names of linear layers by what goes into them, in transformers and in led_model.
 _READS_HIDDEN = {
-    *(
-        "query",
-        "key",
-        "value",
-        "key_global",
-        "value_global",
-        "qkv",
-        "q_proj",
-        "k_proj",
-        "v_proj",
-        "fc1",
-        "lm_head",
-    ),
-}
+    "query", "key", "value", "key_global", "value_global", "qkv", "q_proj", "k_proj", "v_proj", "fc1", "lm_head",
+}  # fmt: skip
 _READS_ATTENDED = {"output", "out_proj"}
 _TAIL = "recomputed"  # the function of led_kernels that keeps what follows an attention
 

@@ -8,35 +8,24 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
-from benchmarks.suites.encoder import DROP_IN, OWN, STOCK, own_model
+from benchmarks.harness.shapes import Shape
+from benchmarks.suites.encoder import DROP_IN, OWN, STOCK, own_model, stock_model
 from benchmarks.suites.step_memory.step import AUTOCAST, BF16, Step
 
 PROVIDERS = (STOCK, DROP_IN, OWN)
 
 
 def build(provider: str, step: Step) -> nn.Module:
-    """Builds one of :data:`PROVIDERS`, in training mode."""
-    from transformers import LEDConfig, LEDForConditionalGeneration
-
+    """Builds one of :data:`PROVIDERS`, in training mode, with the dropout of released checkpoints."""
     sizes = step.sizes
-    torch.manual_seed(0)
-    config = LEDConfig(
-        vocab_size=sizes.vocab_size,
-        d_model=sizes.d_model,
-        encoder_layers=sizes.encoder_layers,
-        decoder_layers=sizes.decoder_layers,
-        encoder_attention_heads=sizes.heads,
-        decoder_attention_heads=sizes.heads,
-        encoder_ffn_dim=sizes.ffn_dim,
-        decoder_ffn_dim=sizes.ffn_dim,
-        attention_window=2 * sizes.window,
-        max_encoder_position_embeddings=sizes.max_source,
-        max_decoder_position_embeddings=sizes.max_target,
-        dropout=0.1,
-        attention_dropout=0.0,
-        activation_dropout=0.0,
-    )
-    model = LEDForConditionalGeneration(config)
+    shape = Shape(
+        seqlen=sizes.max_source, heads=sizes.heads, head_dim=sizes.head_dim, window=sizes.window,
+        layers=sizes.encoder_layers, ffn_dim=sizes.ffn_dim,
+    )  # fmt: skip
+    model = stock_model(
+        shape, vocab_size=sizes.vocab_size, decoder_layers=sizes.decoder_layers,
+        max_decoder_position_embeddings=sizes.max_target, init_std=0.02,
+    )  # fmt: skip
     if provider == OWN:
         model = own_model(model)
     elif provider == DROP_IN:

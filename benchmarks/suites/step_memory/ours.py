@@ -6,6 +6,7 @@ from benchmarks.suites.encoder import OWN
 from benchmarks.suites.step_memory import kinds
 from benchmarks.suites.step_memory.parts import Part, embeddings
 from benchmarks.suites.step_memory.step import Step
+from led_kernels.loss import PIECE
 from led_kernels.recompute import PIECE_ROWS
 
 
@@ -100,7 +101,7 @@ def loss(step: Step) -> Part:
     part.add(kinds.LOGITS, "gradient of the weight", sizes.table, 4)
     part.add(kinds.SMALL, "what both are multiplied by", 1, 4)
     in_backward = 4 * sizes.table  # the same, times the gradient of the loss
-    piece = min(part.rows * sizes.vocab_size, 2**24)
+    piece = min(part.rows * sizes.vocab_size, PIECE)
     part.pass_by("logits", part.rows * sizes.vocab_size)
     part.pass_by("a piece of them with the bias", piece, step.weight_itemsize)
     part.pass_by("a piece of the log-softmax", piece, 4)

@@ -17,14 +17,12 @@ class Prediction:
     Attributes:
         weights, gradients, optimizer: of all parameters; AdamW has two numbers for each.
         activations: all else.
-        moment: the part of the model that is at work then.
     """
 
     weights: int
     gradients: int
     optimizer: int
     activations: int
-    moment: str
 
     @property
     def total(self) -> int:
@@ -39,18 +37,15 @@ def kept(provider: str, step: Step) -> list[Named]:
 def predict(provider: str, step: Step) -> Prediction:
     """Predicts a step whose gradients are there from its beginning, as under accumulation."""
     weights = step.sizes.parameters * step.weight_itemsize
-    held, fullest, moment = 0, 0, ""
+    held, fullest = 0, 0
     for part in _parts(provider, step):
         at_work = held + _nbytes(part.fullest)
-        if (
-            part.at_fullest is None or part.is_recomputed
-        ):  # in the backward the head's gradient waits for those of the embeddings,
-            # whose table is the same
+        is_in_backward = part.at_fullest is None or part.is_recomputed
+        if is_in_backward:  # The head's gradient waits for those of the embeddings, whose table is the same.
             at_work += step.sizes.table * step.weight_itemsize
-        if at_work > fullest:
-            fullest, moment = at_work, part.place
+        fullest = max(fullest, at_work)
         held += _nbytes(part.held)
-    return Prediction(weights, weights, 2 * weights, fullest, moment)
+    return Prediction(weights, weights, 2 * weights, fullest)
 
 
 def _parts(provider: str, step: Step) -> list[Part]:
