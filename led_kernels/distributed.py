@@ -42,7 +42,7 @@ def unsharded(model: Model) -> Generator[None]:
     states = [module._get_fsdp_state() for module in modules]
     for state in states:
         state._lazy_init()  # The outermost comes first; it takes those inside to itself.
-    groups = [group for state in states for group in state._fsdp_param_groups]
+    groups = [group for state in states for group in _parameter_groups(state)]
     kept = [group.post_forward_mesh_info for group in groups]
     held = [group.is_unsharded for group in groups]
     for module in modules:
@@ -56,6 +56,13 @@ def unsharded(model: Model) -> Generator[None]:
             group.post_forward_mesh_info = mesh_info
             if not was_unsharded:
                 group.reshard()
+
+
+def _parameter_groups(state: Any) -> list[Any]:
+    """Returns the groups of parameters that are gathered together; torch 2.11 has one at most, under its own name."""
+    if hasattr(state, "_fsdp_param_groups"):
+        return list(state._fsdp_param_groups)
+    return [] if state._fsdp_param_group is None else [state._fsdp_param_group]
 
 
 def _sharded_modules(model: Model) -> list[Any]:

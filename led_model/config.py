@@ -12,9 +12,13 @@ from typing import Any
 from led_model.activations import ACTIVATIONS
 from led_model.schema import (
     BOOLEAN,
+    EVEN,
+    LAYERS,
+    PROBABILITY,
     STRING,
     TOKEN_ID,
     TOKEN_IDS,
+    WIDTH,
     Rule,
     check_values,
     convert_numbers,
@@ -34,31 +38,27 @@ _ALIASES = {
     "initializer_range": "init_std",
 }
 
-# Building a layer takes milliseconds, whatever is in it, so that their number needs a low bound.
-_LAYERS, _WIDTH = integer(1, 256), integer(1, 2**20)
-_PROBABILITY = number(0, 1)
 _DIFFERENT = Rule("one at least and none twice", lambda labels: 0 < len(labels) == len(set(labels.values())))
-_EVEN = Rule("a positive even number", lambda value: integer(2).accepts(value) and value % 2 == 0)
 _RULES = {
     "vocab_size": integer(1),
     "max_encoder_position_embeddings": integer(1),
     "max_decoder_position_embeddings": integer(1),
-    "encoder_layers": _LAYERS,
-    "encoder_ffn_dim": _WIDTH,
+    "encoder_layers": LAYERS,
+    "encoder_ffn_dim": WIDTH,
     "encoder_attention_heads": integer(1),
-    "decoder_layers": _LAYERS,
-    "decoder_ffn_dim": _WIDTH,
+    "decoder_layers": LAYERS,
+    "decoder_ffn_dim": WIDTH,
     "decoder_attention_heads": integer(1),
-    "encoder_layerdrop": _PROBABILITY,
-    "decoder_layerdrop": _PROBABILITY,
+    "encoder_layerdrop": PROBABILITY,
+    "decoder_layerdrop": PROBABILITY,
     "activation_function": one_of(*ACTIVATIONS),
-    "d_model": _WIDTH,
-    "dropout": _PROBABILITY,
-    "attention_dropout": _PROBABILITY,
-    "activation_dropout": _PROBABILITY,
-    "classifier_dropout": _PROBABILITY,
+    "d_model": WIDTH,
+    "dropout": PROBABILITY,
+    "attention_dropout": PROBABILITY,
+    "activation_dropout": PROBABILITY,
+    "classifier_dropout": PROBABILITY,
     "init_std": number(0, 1e6),
-    "attention_window": _EVEN | list_of(_EVEN, "such numbers"),
+    "attention_window": EVEN | list_of(EVEN, "such numbers"),
     "decoder_start_token_id": TOKEN_ID,
     "pad_token_id": TOKEN_ID.optional,
     "bos_token_id": TOKEN_ID.optional,

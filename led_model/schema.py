@@ -70,6 +70,12 @@ def one_of(*values: Any) -> Rule:
     )
 
 
+# Building a layer takes milliseconds, whatever is in it, so that their number needs a low bound.
+LAYERS, WIDTH = integer(1, 256), integer(1, 2**20)
+PROBABILITY = number(0, 1)
+EVEN = Rule("a positive even number", lambda value: integer(2).accepts(value) and value % 2 == 0)
+
+
 def list_of(rule: Rule, what: str, least: int = 0, most: int = LARGEST) -> Rule:
     """Returns a rule for lists of ``least`` to ``most`` values that ``rule`` accepts."""
     return Rule(

@@ -13,12 +13,14 @@ import inspect
 from typing import Any
 
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 from transformers.models.longformer.modeling_longformer import LongformerEncoder, LongformerSelfAttention
 from transformers.models.roberta.modeling_roberta import RobertaSelfAttention
 
+from led_kernels.hf.heads import HeadWithMeanLoss
 from led_kernels.hf.longformer_encoder import FusedLongformerSelfAttention
-from led_kernels.hf.swap import stock_class
+from led_kernels.hf.swap import class_in_place_of, stock_class
 
 # The order in which this release's layers give arguments to their attention.
 _ORDER = tuple(inspect.signature(RobertaSelfAttention.forward).parameters)[1:]
@@ -64,7 +66,7 @@ class HostModel(nn.Module):
         try:
             return super().forward(*bound.args, **bound.kwargs)
         finally:
-            self.encoder.led_kernels_mask = None
+            del self.encoder.led_kernels_mask
 
 
 class HostEncoder(nn.Module):
@@ -88,6 +90,8 @@ class HostEncoder(nn.Module):
 
 def embedded_classes(model: nn.Module) -> dict[nn.Module, type[nn.Module]]:
     """Returns the classes that Longformer's attention outside Longformer's encoder gets, and the models around it.
+
+    Those with a head say that their loss is a mean.
 
     Raises:
         TypeError: for an attention that cannot be served: its forward does not call that of its base by ``super()``, or
@@ -122,7 +126,7 @@ def embedded_classes(model: nn.Module) -> dict[nn.Module, type[nn.Module]]:
             )
         for module in long:
             cls = stock_class(module)
-            planned[module] = _called_as_in_4(_fused_below(cls), cls)
+            planned[module] = class_in_place_of(cls, CalledAsIn4, _fused_below(cls))
         encoder = host.get_submodule("encoder")
         for module, mixin, needed in (
             (host, HostModel, {"attention_mask"}),
@@ -135,12 +139,17 @@ def embedded_classes(model: nn.Module) -> dict[nn.Module, type[nn.Module]]:
                     "mask can reach it; leave this model stock."
                 )
             planned[module] = _with(mixin, cls)
+    for head in model.modules():
+        base = head.base_model if isinstance(head, PreTrainedModel) else head
+        if base is not head and issubclass(planned.get(base, nn.Module), HostModel):
+            cls = stock_class(head)
+            planned[head] = class_in_place_of(cls, HeadWithMeanLoss, cls)
     return planned
 
 
 def _attention_of(host: nn.Module) -> list[nn.Module]:
     """Returns the self-attention of each layer of a model that is built like BERT; none for all other modules."""
-    layers = getattr(getattr(host, "encoder", None), "layer", None)
+    layers = getattr(host._modules.get("encoder"), "layer", None)  # wrappers have it as an attribute, too
     if not isinstance(layers, nn.ModuleList):
         return []
     found = [getattr(getattr(layer, "attention", None), "self", None) for layer in layers]
@@ -177,12 +186,7 @@ def _fused_below(cls: type[nn.Module]) -> type[nn.Module]:
         if cls is not LongformerSelfAttention
         else (FusedLongformerSelfAttention,)
     )
-    return _made(cls, bases)
-
-
-@functools.cache
-def _called_as_in_4(fused: type[nn.Module], cls: type[nn.Module]) -> type[nn.Module]:
-    return _made(cls, (CalledAsIn4, fused))
+    return class_in_place_of(cls, *bases)
 
 
 @functools.cache
@@ -193,11 +197,6 @@ def _with(mixin: type[nn.Module], cls: type[nn.Module]) -> type[nn.Module]:
     def forward(self, *args, **kwargs):
         return mixin.forward(self, *args, **kwargs)
 
-    made = _made(cls, (mixin, cls))
+    made = class_in_place_of(cls, mixin, cls)
     made.forward = forward
     return made
-
-
-def _made(cls: type[nn.Module], bases: tuple[type[nn.Module], ...]) -> type[nn.Module]:
-    """Makes a class with ``bases`` that takes the place of ``cls``."""
-    return type(cls.__name__, bases, {"__module__": cls.__module__, "stock_class": cls})

@@ -32,8 +32,9 @@ def apply_led_kernels(
     """Makes the encoder of LED or Longformer models of transformers run on the fused kernels.
 
     LED's decoder runs by SDPA, and with masks that make ``generate(..., cache_implementation="static")`` right, where
-    transformers returns other tokens. The first call tries both decoders on a tiny model: a release that is right
-    keeps its own, and where neither is right, static caches are refused from then on, after a warning.
+    transformers returns other tokens. The first call tries both decoders on a tiny model: ours is taken where it is
+    right, else a release that is right keeps its own, and where neither is, static caches are refused from then on,
+    after a warning.
 
     Outputs, gradients and state-dict keys stay those of transformers, with these differences: nothing is
     padded to a multiple of ``attention_window``, so ``global_attentions`` have the input's length; for a row with

@@ -11,10 +11,8 @@ from transformers.models.longformer.modeling_longformer import LongformerSelfAtt
 
 from led_kernels.positions import check_num_positions, resize_table
 
-_BUFFERS = (
-    "position_ids",
-    "token_type_ids",
-)  # one number a position, [1, positions], in embeddings of RoBERTa
+# One number a position, [1, positions], in embeddings of RoBERTa.
+_BUFFERS = ("position_ids", "token_type_ids")
 
 
 class _Table(NamedTuple):
@@ -52,8 +50,8 @@ def resize_position_embeddings(
         raise ValueError("max_positions and max_decoder_positions are both missing; give one of them.")
     planned: list[tuple[_Table, int]] = []
     for name, number, find in (
-        ("max_positions", max_positions, _tables_of_readers),
-        ("max_decoder_positions", max_decoder_positions, _tables_of_writers),
+        ("max_positions", max_positions, _encoder_tables),
+        ("max_decoder_positions", max_decoder_positions, _decoder_tables),
     ):
         if number is None:
             continue
@@ -76,7 +74,7 @@ def resize_position_embeddings(
             _resize_buffer(getattr(table.owner, "embeddings", None), name, rows)
 
 
-def _tables_of_readers(model: nn.Module) -> list[_Table]:
+def _encoder_tables(model: nn.Module) -> list[_Table]:
     """Returns the tables of positions of what an LED or a Longformer reads."""
     found = [
         _Table(module.embed_positions, module, "max_encoder_position_embeddings", "max_source_positions")
@@ -95,7 +93,7 @@ def _tables_of_readers(model: nn.Module) -> list[_Table]:
     return found
 
 
-def _tables_of_writers(model: nn.Module) -> list[_Table]:
+def _decoder_tables(model: nn.Module) -> list[_Table]:
     """Returns the tables of positions of what an LED writes."""
     return [
         _Table(module.embed_positions, module, "max_decoder_position_embeddings", "max_target_positions")

@@ -44,21 +44,21 @@ def fused_class(cls: type[nn.Module], table: ClassTable) -> type[nn.Module] | No
             continue
         # transformers wraps the forward of subclasses of checkpointed layers, also one that they inherit.
         if inspect.unwrap(cls.forward) is inspect.unwrap(stock.forward):
-            return _subclass_of_both(fused, cls)
+            return class_in_place_of(cls, fused, cls)
         if getattr(fused, "must_not_be_overridden", False):
             raise TypeError(
                 f"{cls.__name__} overrides the forward of {stock.__name__}, which led_kernels would "
                 "replace; leave this model stock."
             )
         if (cautious := getattr(fused, "where_overridden", None)) is not None:
-            return _subclass_of_both(cautious, cls)
+            return class_in_place_of(cls, cautious, cls)
     return None
 
 
 @functools.cache
-def _subclass_of_both(fused: type[nn.Module], cls: type[nn.Module]) -> type[nn.Module]:
-    """Makes a class, once for a pair, that has the methods of ``fused`` and is a ``cls`` in all other respects."""
-    return type(cls.__name__, (fused, cls), {"__module__": cls.__module__, "stock_class": cls})
+def class_in_place_of(stock: type[nn.Module], *bases: type[nn.Module]) -> type[nn.Module]:
+    """Makes a class, once, with the methods of the first of ``bases`` that has them and all else of ``stock``."""
+    return type(stock.__name__, bases, {"__module__": stock.__module__, "stock_class": stock})
 
 
 def swap(
@@ -95,7 +95,7 @@ def _replacement(module: nn.Module, table: ClassTable) -> type[nn.Module] | None
     fused = fused_class(stock, table)
     cautious = getattr(fused, "where_overridden", None)
     if cautious is not None and "forward" in vars(module) and not _bound_forwards(module):
-        return _subclass_of_both(cautious, stock)
+        return class_in_place_of(stock, cautious, stock)
     return fused
 
 

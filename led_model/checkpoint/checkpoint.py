@@ -193,14 +193,14 @@ def save_pretrained(model: StoredModel, directory: Path) -> None:
     tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
     write_file(tensors, directory / "model.safetensors")
     about = {"architectures": [type(model).__name__], "dtype": str(shared.dtype).removeprefix("torch.")}
-    _write_json(directory / "config.json", config.to_dict() | about)
+    write_json(directory / "config.json", config.to_dict() | about)
     if hasattr(model, "generation_config"):
         settings: dict[str, Any] = dict(vars(model.generation_config))
         settings |= settings.pop("unsupported")
         settings = {key: value for key, value in settings.items() if value is not None and key != "seed"}
         if config.bos_token_id is not None:
             settings.setdefault("bos_token_id", config.bos_token_id)
-        _write_json(directory / "generation_config.json", settings)
+        write_json(directory / "generation_config.json", settings)
 
 
 @contextmanager
@@ -212,5 +212,6 @@ def errors_about(what: str) -> Generator[None, None, None]:
         raise ValueError(f"{what}: {error}") from None
 
 
-def _write_json(path: Path, values: Mapping[str, Any]) -> None:
+def write_json(path: Path, values: Mapping[str, Any]) -> None:
+    """Writes a file as transformers writes its config.json."""
     path.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from collections.abc import Mapping
@@ -14,7 +13,7 @@ import torch
 from torch import Tensor
 
 from led_kernels.positions import check_num_positions
-from led_model.checkpoint.checkpoint import most_common_dtype
+from led_model.checkpoint.checkpoint import most_common_dtype, write_json
 from led_model.checkpoint.files import read_json
 from led_model.checkpoint.hub import Fetch, checkpoint_files
 from led_model.checkpoint.weight_formats import write_file
@@ -24,7 +23,7 @@ from led_model.conversion.led import led_from_bart, longer_led
 from led_model.conversion.longformer import longer_longformer, longformer_from_bert
 from led_model.conversion.new_directory import check_output, new_directory
 from led_model.conversion.tokenizer_files import TOKENIZER_FILES, carry_tokenizer, sep_token_id
-from led_model.schema import quoted
+from led_model.schema import EVEN, quoted
 
 CONVERTIBLE = ("bart", "led", "roberta", "xlm-roberta", "camembert", "bert", "longformer")
 _OWN_FILES = ("config.json", "generation_config.json", "model.safetensors", *TOKENIZER_FILES)
@@ -104,7 +103,7 @@ def convert_checkpoint(
     for name in ("max_positions", "max_decoder_positions"):
         if getattr(request, name) is not None:
             check_num_positions(name, getattr(request, name))
-    if attention_window is not None and (attention_window < 2 or attention_window % 2):
+    if attention_window is not None and not EVEN.accepts(attention_window):
         raise ValueError(f"attention_window is {attention_window}; give a positive even number.")
     output = Path(output)
     check_output(output, overwrite, _OWN_FILES)
@@ -120,9 +119,7 @@ def convert_checkpoint(
 
     with new_directory(output) as directory:
         write_file(tensors, directory / "model.safetensors")
-        (directory / "config.json").write_text(
-            json.dumps(converted.config, indent=2, sort_keys=True) + "\n", encoding="utf-8"
-        )
+        write_json(directory / "config.json", converted.config)
         if (path := fetch("generation_config.json")) is not None:
             shutil.copyfile(path, directory / path.name)
         longest = converted.reach.positions
@@ -155,7 +152,11 @@ def _convert(
         return (led_from_bart if model_type == "bart" else longer_led)(stored, tensors, request, source)
     if model_type == "longformer":
         return longer_longformer(stored, tensors, request, source)
-    separator = sep_token_id(fetch) if model_type == "bert" else stored.get("eos_token_id", 2)
+    if model_type == "bert":
+        separator = sep_token_id(fetch)
+    else:
+        ends = stored.get("eos_token_id", 2)
+        separator = ends[0] if isinstance(ends, list) and ends else ends
     return longformer_from_bert(stored, tensors, request, source, separator)
 
 

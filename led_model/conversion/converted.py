@@ -47,7 +47,10 @@ class Reach:
     def exact_length(self) -> int:
         """Returns up to how many tokens a text gives what the source gives."""
         both = min(self.positions, self.old_positions)
-        return both if self.windows == self.old_windows else min(both, min(self.windows) // 2 + 1)
+        old_windows = self.old_windows or [2 * both] * len(self.windows)
+        # A band that has changed gives the same as long as both see the whole text.
+        changed = [pair for pair in zip(self.windows, old_windows, strict=True) if pair[0] != pair[1]]
+        return min([both, *(min(pair) // 2 + 1 for pair in changed)])
 
 
 @dataclass

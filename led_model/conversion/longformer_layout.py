@@ -9,10 +9,13 @@ from led_model.checkpoint.checkpoint import errors_about
 from led_model.schema import (
     ANYTHING,
     BOOLEAN,
+    EVEN,
+    LAYERS,
+    PROBABILITY,
     STRING,
     TOKEN_ID,
     TOKEN_IDS,
-    Rule,
+    WIDTH,
     check_values,
     integer,
     list_of,
@@ -22,17 +25,15 @@ from led_model.schema import (
 
 BASE = "longformer."  # the encoder's tensors have it in checkpoints with a head
 
-_EVEN = Rule("a positive even number", lambda value: integer(2).accepts(value) and value % 2 == 0)
-_PROBABILITY = number(0, 1)
 _RULES = {
     "vocab_size": integer(1),
-    "hidden_size": integer(1, 2**20),
-    "num_hidden_layers": integer(1, 256),
+    "hidden_size": WIDTH,
+    "num_hidden_layers": LAYERS,
     "num_attention_heads": integer(1),
-    "intermediate_size": integer(1, 2**20),
+    "intermediate_size": WIDTH,
     "hidden_act": STRING,
-    "hidden_dropout_prob": _PROBABILITY,
-    "attention_probs_dropout_prob": _PROBABILITY,
+    "hidden_dropout_prob": PROBABILITY,
+    "attention_probs_dropout_prob": PROBABILITY,
     "max_position_embeddings": integer(1),
     "type_vocab_size": integer(1, 2**16),
     "initializer_range": number(0, 1e6),
@@ -42,7 +43,7 @@ _RULES = {
     "eos_token_id": (TOKEN_ID | TOKEN_IDS).optional,
     "sep_token_id": TOKEN_ID.optional,
     "tie_word_embeddings": BOOLEAN,
-    "attention_window": _EVEN | list_of(_EVEN, "such numbers"),
+    "attention_window": EVEN | list_of(EVEN, "such numbers"),
     "id2label": mapping_of(ANYTHING, STRING, "labels by their numbers").optional,
     "num_labels": integer(1, 2**16),
 }

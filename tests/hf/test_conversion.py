@@ -286,6 +286,28 @@ def test_wild_settings_end_in_one_sentence(save):
     assert not [case for case, text in refusals.items() if len(text.splitlines()) != 1]
 
 
+def test_a_wider_window_is_exact_as_far_as_the_old_one_reached(save):
+    _, source = save("Roberta", "Model")
+    narrow = convert(source, attention_window=8)
+    wide = narrow.with_name("wide")
+    done = convert_checkpoint(narrow, wide, attention_window=20)
+    assert done.reach.exact_length == 5
+    models = [transformers.LongformerModel.from_pretrained(path).eval() for path in (narrow, wide)]
+    for length, is_exact in ((5, True), (6, False)):
+        ids = torch.arange(4, 4 + length)[None]
+        with torch.no_grad():
+            a, b = (model(ids, attention_mask=torch.ones_like(ids)).last_hidden_state for model in models)
+        assert torch.allclose(a, b, rtol=0, atol=2e-6) is is_exact
+
+
+def test_several_tokens_that_end_a_text(save):
+    _, source = save("Roberta", "Model")
+    path = source / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"eos_token_id": [2, 3]}))
+    output = convert(source)
+    assert transformers.LongformerConfig.from_pretrained(output).sep_token_id == 2
+
+
 def test_no_decoder_to_lengthen(save):
     _, source = save("Bert", "Model")
     with pytest.raises(ValueError, match="max_decoder_positions is for LED, and bert has no decoder"):

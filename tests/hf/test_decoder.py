@@ -7,7 +7,7 @@ import pytest
 pytest.importorskip("transformers", reason="needs transformers: pip install '.[hf]'")
 
 import torch
-from decoding import CASE, STATIC, STEPS, VERSION, decoding_model, generate
+from decoding import CASE, STATIC, STEPS, decoding_model, generate, has_decoder_of_ours
 from hf_cases import PAD, assert_close, fused, true_fp64
 from torch import Tensor, nn
 from transformers import (
@@ -26,9 +26,7 @@ from led_kernels.hf import apply_led_kernels, revert_led_kernels
 from led_kernels.hf.compat import cache_argument, is_newer_than_tested
 from led_kernels.hf.led_decoder import FusedLEDDecoderAttention
 
-pytestmark = pytest.mark.skipif(
-    VERSION < (4, 56), reason="before 4.56 LED has no static cache and keeps its decoder"
-)
+pytestmark = has_decoder_of_ours
 known_release = pytest.mark.skipif(is_newer_than_tested(), reason="what a newer release does is not known")
 
 PROMPTS = {

@@ -281,6 +281,31 @@ def test_in_a_model_with_a_head():
     assert long.roberta.encoder.layer[0].attention.self.led_kernels_options.backend == "reference"
     real = texts()[1]
     close(states(long, real), states(short, real), atol=1e-5)
+    assert long.accepts_loss_kwargs is False  # Trainer would add up the means of accumulated batches
+    revert_led_kernels(long)
+    assert type(long) is RobertaForMaskedLM
+    assert not hasattr(long, "accepts_loss_kwargs")
+    assert "led_kernels_mask" not in vars(long.roberta.encoder)
+
+
+@pytest.mark.parametrize("adapter", ["lora", "prompt"])
+def test_under_peft(adapter):
+    peft = pytest.importorskip("peft", reason="needs peft: pip install '.[test]'")
+    long, _ = make(WithMasks)
+    config = {
+        "lora": lambda: peft.LoraConfig(target_modules=["query"]),
+        "prompt": lambda: peft.PromptTuningConfig(task_type="FEATURE_EXTRACTION", num_virtual_tokens=3),
+    }[adapter]()
+    model = peft.get_peft_model(long, config).eval()
+    apply_led_kernels(model)
+    real = texts()[1]
+    with torch.no_grad():
+        found = [
+            model(input_ids=texts()[0], attention_mask=mask)[0] for mask in (real, torch.ones_like(real))
+        ]
+    assert (found[0] - found[1])[1].abs().max() > 0.01
+    if adapter == "lora":  # which begins as nothing
+        close(found[0][real.bool()], states(long, real))
 
 
 def test_more_positions():

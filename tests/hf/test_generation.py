@@ -7,7 +7,7 @@ import pytest
 pytest.importorskip("transformers", reason="needs transformers: pip install '.[hf]'")
 
 import torch
-from decoding import CASE, STATIC, STEPS, VERSION, decoding_model, generate
+from decoding import CASE, STATIC, STEPS, VERSION, decoding_model, generate, has_decoder_of_ours
 from hf_cases import PAD, assert_close, fused, true_fp64
 from torch import Tensor, nn
 from transformers import EncoderDecoderCache, LEDForConditionalGeneration
@@ -15,9 +15,6 @@ from transformers import EncoderDecoderCache, LEDForConditionalGeneration
 from led_kernels.hf import apply_led_kernels
 from led_kernels.hf.compat import cache_argument
 
-has_decoder_of_ours = pytest.mark.skipif(
-    VERSION < (4, 56), reason="before 4.56 LED has no static cache and keeps its decoder"
-)
 CACHES = {"dynamic": {}, "static": STATIC, "none": {"use_cache": False}}
 every_cache = pytest.mark.parametrize(
     "cache",

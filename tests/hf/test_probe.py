@@ -12,6 +12,7 @@ pytest.importorskip("transformers", reason="needs transformers: pip install '.[h
 
 import torch
 import transformers
+from decoding import VERSION, has_decoder_of_ours
 from hf_cases import HFCase, true_fp64
 from torch import nn
 from transformers import LEDForConditionalGeneration, StaticCache
@@ -25,10 +26,6 @@ from led_kernels.hf.led_decoder import FusedLEDDecoder, FusedLEDDecoderAttention
 from led_kernels.hf.probe import Decoder, encoder_difference, right_decoder
 
 CASE = HFCase(globals_per_row=((0, 9), (4,)), padding=("none", "right"))
-VERSION = tuple(map(int, transformers.__version__.split(".")[:2]))
-has_decoder_of_ours = pytest.mark.skipif(
-    VERSION < (4, 56), reason="before 4.56 LED has no static cache and keeps its decoder"
-)
 MEMORIES = (right_decoder, encoder_difference, patching._warn_once)
 TABLES = {
     f"{stock.__name__}": (stock, ours)

@@ -304,6 +304,29 @@ def test_head_with_a_forward_of_its_own_keeps_it_and_its_mean():
     assert model.accepts_loss_kwargs is False
 
 
+class DivisorOfItsOwn(OwnLoss):
+    accepts_loss_kwargs = True
+
+
+class OwnMaskedLoss(LongformerForMaskedLM):
+    def forward(self, *args, **kwargs):
+        return super().forward(*args, **kwargs)
+
+
+def test_head_with_a_forward_of_its_own_says_what_its_class_says():
+    for cls, build, expected in (
+        (DivisorOfItsOwn, led_model, True),
+        (OwnMaskedLoss, longformer_model, False),
+    ):
+        model = build(HFCase())
+        model.__class__ = cls
+        apply_led_kernels(model)
+        assert type(model).forward is cls.forward
+        assert model.accepts_loss_kwargs is expected
+        revert_led_kernels(model)
+        assert type(model) is cls
+
+
 def test_head_that_accelerate_has_wrapped_keeps_its_forward(tmp_path: Path):
     model = led_model(HFCase(positions=32))
     expected = model(**batch(range(2))).loss

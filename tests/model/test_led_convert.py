@@ -451,6 +451,8 @@ class TestOutput:
         ({"max_positions": 0}, ValueError, "max_positions is 0; give how many tokens"),
         ({"max_decoder_positions": 2.5}, TypeError, "max_decoder_positions is 2.5; give a whole number"),
         ({"attention_window": 7}, ValueError, "attention_window is 7; give a positive even number"),
+        ({"attention_window": 8.0}, ValueError, "attention_window is 8.0; give a positive even number"),
+        ({"attention_window": "8"}, ValueError, "attention_window is 8; give a positive even number"),
     ],
 )
 def test_arguments(options, error, message, tmp_path):
