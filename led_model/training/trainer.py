@@ -95,8 +95,11 @@ class FinetuneTrainer(Trainer):
     ) -> Any:
         if self.smoothing == 0:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        # Trainer's own smoothing would take the labels away, of which the model makes the decoder's input.
-        outputs, labels = model(**inputs), inputs["labels"].flatten()
+        # The model gets no labels, whose loss it would compute besides; Trainer's own smoothing shifts no packed ones.
+        labels = inputs["labels"]
+        read = self.led.shift_right(labels, "labels", inputs.get("decoder_cu_seqlens"))
+        outputs = model(**inputs | {"labels": None, "decoder_input_ids": read})
+        labels = labels.flatten()
         total = F.cross_entropy(
             outputs.logits.flatten(0, -2).float(), labels, label_smoothing=self.smoothing, reduction="sum"
         )
