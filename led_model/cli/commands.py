@@ -35,8 +35,7 @@ def run_on_documents(args: Namespace) -> int:
     with ExitStack() as stack:
         stack.enter_context(quiet(args.quiet))
         set_threads(args.threads)
-        if args.revision is not None and os.path.isdir(args.model):
-            raise ValueError(f"--revision is for hub ids and {args.model} is a directory; leave it out.")
+        check_revision(args)
         sources, problems = find_documents(args)
         results = None
         if args.output is not None:
@@ -246,6 +245,16 @@ class _Run:
 
 def _encodes_any_letter(encoding: str) -> bool:
     return codecs.lookup(encoding).name.startswith("utf")
+
+
+def check_revision(args: Namespace) -> None:
+    """Checks that a revision is not of a directory.
+
+    Raises:
+        ValueError: when it is.
+    """
+    if args.revision is not None and os.path.isdir(args.model):
+        raise ValueError(f"--revision is for hub ids and {args.model} is a directory; leave it out.")
 
 
 def set_threads(wanted: int | None) -> None:

@@ -61,7 +61,7 @@ class _Task:
     def __post_init__(self) -> None:
         args = self.args
         args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-        has_bfloat16 = args.device == "cuda" and torch.cuda.is_bf16_supported()
+        has_bfloat16 = args.device == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
         args.dtype = args.dtype or ("bfloat16" if has_bfloat16 else "float32")
         self.config, _ = read_config(checkpoint_files(args.model, args.revision), args.model)
         self.tokenizer = LEDTokenizer.from_pretrained(args.model, revision=args.revision)
@@ -103,9 +103,10 @@ class _Task:
 
     def train(self, directory: RunDirectory) -> int:
         """Trains, beginning or going on, and prints where the result is."""
-        args = self.args
-        if not args.overwrite:
-            directory.check_settings(self._settings())
+        args, settings = self.args, self._settings()
+        is_new = args.overwrite or directory.settings is None
+        if not is_new:
+            directory.check_settings(settings)
             if directory.is_finished:
                 directory.keep_checkpoints([])
                 log(f"{args.output} is finished; give --overwrite to begin it anew.", PROG)
@@ -122,13 +123,13 @@ class _Task:
             chosen, kept = self._split(len(train))
             train, validation = Examples(train.store, chosen), Examples(train.store, kept)
         check_enough(len(train), len(validation), self.has_validation)
-        if not args.overwrite:
+        if not is_new:
             directory.check_settings(examples)
-        earlier = {} if args.overwrite or directory.settings is None else directory.settings["chosen"]
+        earlier = {} if is_new or directory.settings is None else directory.settings["chosen"]
         plan = make_plan(args, train.lengths, self.has_validation, self.config, earlier)
-        if args.overwrite or directory.settings is None:
+        if is_new:
             chosen = {"checkpointing": plan.checkpointing}
-            directory.begin({**self._settings(), **examples, "chosen": chosen})
+            directory.begin({**settings, **examples, "chosen": chosen})
         for line in _described(plan, args):
             log(f"{line}.", PROG)
         return self._run(plan, directory, train, validation)
@@ -189,33 +190,36 @@ class _Task:
 
     def _counted(self, sources: Sequence[ExampleSource], what: str) -> np.ndarray:
         """Prints how many examples and tokens there are, and returns their lengths, int64 ``[examples, 2]``."""
-        rows, cut = [], 0
+        rows, cut, cut_targets = [], 0, 0
         for example in self.encoder.encoded(sources, f"{what} examples"):
             rows.append((len(example.input_ids), len(example.labels)))
             cut += example.is_cut
+            cut_targets += example.is_target_cut
         lengths = np.array(rows, np.int64).reshape(-1, 2)
         if sources:
             print(
                 f"{len(rows):,} {what} examples, {lengths[:, 0].sum():,} tokens to read, at most "
-                f"{lengths[:, 0].max(initial=0):,} in one, and {lengths[:, 1].sum():,} to write; {cut:,} texts lose "
-                "their end."
+                f"{lengths[:, 0].max(initial=0):,} in one, and {lengths[:, 1].sum():,} to write; {cut:,} texts and "
+                f"{cut_targets:,} targets lose their end."
             )
         return lengths
 
     def _stored(self, sources: Sequence[ExampleSource], what: str, directory: RunDirectory) -> Examples:
         """Returns all examples of ``sources``."""
         with directory.writing():
-            store, cut = ExampleStore(directory.path), 0
+            store, cut, cut_targets = ExampleStore(directory.path), 0, 0
             for example in self.encoder.encoded(sources, f"{what} examples"):
                 store.append(example.input_ids, example.labels)
                 cut += example.is_cut
+                cut_targets += example.is_target_cut
             store.seal()
-        if cut:
-            log(
-                f"{cut:,} of {len(store):,} {what} texts are longer than {self.encoder.max_source_length:,} tokens and "
-                "lose their end.",
-                PROG,
-            )
+        for number, kind, longest in (
+            (cut, "texts", self.encoder.max_source_length),
+            (cut_targets, "targets", self.max_target_length),
+        ):
+            if number:
+                of_all = f"{number:,} of {len(store):,} {what} {kind}"
+                log(f"{of_all} are longer than {longest:,} tokens and lose their end.", PROG)
         return Examples(store, np.arange(len(store)))
 
 

@@ -11,6 +11,7 @@ import torch
 
 from led_kernels.extras import install_extra
 from led_model.checkpoint.checkpoint import trained_head
+from led_model.cli.commands import check_revision
 
 _PACKAGES = ("transformers", "accelerate", "rouge_score", "matplotlib")
 
@@ -30,8 +31,7 @@ def check_arguments(args: Namespace) -> None:
             "led finetune runs in one process, and WORLD_SIZE asks for more; use transformers' Trainer with "
             "led_model, as the README shows."
         )
-    if args.revision is not None and os.path.isdir(args.model):
-        raise ValueError(f"--revision is for hub ids and {args.model} is a directory; leave it out.")
+    check_revision(args)
     if args.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device is cuda and torch sees no GPU; leave it out.")
     if args.global_tokens == "question" and args.question_field is None:

@@ -13,7 +13,7 @@ from typing import Any
 
 
 def parse_record(line: bytes, field: str) -> dict[str, Any]:
-    """Returns the JSON object of a line, which shall have a ``field``.
+    """Returns the JSON object of a line; messages say that it shall have a ``field``, which is not looked for here.
 
     Raises:
         ValueError: with the end of a sentence on what is wrong.

@@ -196,7 +196,8 @@ class TokenBatchSampler(_BatchSampler):
 
 def _checked_lengths(lengths: Any) -> list[int]:
     values = lengths.tolist() if hasattr(lengths, "tolist") else list(lengths)
-    wrong = next((value for value in values if not integer(1).accepts(value)), None)
+    is_length = integer(1).accepts
+    wrong = next((value for value in values if not is_length(value)), None)
     if wrong is not None or not values:
         told = "is empty" if wrong is None else f"holds {wrong!r}"
         raise ValueError(f"lengths {told}; give the number of tokens of each document, 1 or more.")

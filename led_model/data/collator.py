@@ -14,7 +14,7 @@ from led_kernels.loss import IGNORED
 from led_model.data.features import Document, read_document
 from led_model.data.global_tokens import GlobalRule, rule_of
 from led_model.packing import pack, shift_right
-from led_model.schema import BOOLEAN, check_values, integer
+from led_model.schema import BOOLEAN, LARGEST, check_values, integer
 from led_model.tokenization.batch_encoding import BatchEncoding
 
 _RULES = {
@@ -37,8 +37,8 @@ class LEDDataCollator:
     >>> loss = model(**next(iter(loader))).loss
 
     A feature has ``input_ids`` and may have ``attention_mask``, ``global_attention_mask`` and ``labels``: lists,
-    arrays or tensors, ``[seqlen]`` and ``[target]``. Padding at either end of it is removed first, in labels also
-    the padding token, unless it is the one that ends a text. Other columns are refused, but for what tokenizers
+    arrays or tensors, ``[seqlen]`` and ``[target]``. Padding at either end is removed first, and at the end of labels
+    also the padding token, unless it is the one that ends a text. Other columns are refused, but for what tokenizers
     return besides. ``labels`` may be classes instead, and ``start_positions`` with ``end_positions`` an answer.
 
     Args:
@@ -124,6 +124,11 @@ class LEDDataCollator:
                     f"the rule of global_tokens returned shape {tuple(is_global.shape)} for {input_ids.shape[0]} ids; "
                     "return one bool for each."
                 )
+        # An answer that was cut off lies behind the end, where models leave it out of the loss.
+        whole = int((kept == torch.arange(kept.shape[0])).sum())
+        positions = {
+            name: place.masked_fill(place >= whole, LARGEST) for name, place in document.positions.items()
+        }
         labels = document.labels
         if labels is not None and document.has_token_labels:
             labels = self._without_padding(labels)
@@ -139,6 +144,7 @@ class LEDDataCollator:
             attention_mask=attention_mask,
             global_attention_mask=is_global.bool(),
             labels=labels,
+            positions=positions,
         )
 
     def _kept(self, ids: Tensor, longest: int | None) -> Tensor:

@@ -81,11 +81,21 @@ def read_document(feature: Any, number: int) -> Document:
         None if is_global is None else is_global[inside] == 1,
         _labels(given, number),
         {
-            name: _tensor(name, given[name], number).long().squeeze() - first
+            name: _position(name, given[name], number) - first
             for name in ("start_positions", "end_positions")
             if name in given
         },
     )
+
+
+def _position(name: str, value: Any, number: int) -> Tensor:
+    """Returns int64 ``[]``."""
+    position = _tensor(name, value, number)
+    if position.numel() != 1 or position.is_floating_point():
+        raise ValueError(
+            f"{name} of feature {number} has shape {tuple(position.shape)} and dtype {position.dtype}; give one place."
+        )
+    return position.long().reshape(())
 
 
 def _labels(given: Mapping[str, Any], number: int) -> Tensor | None:

@@ -52,8 +52,9 @@ def make_plan(
         chosen: ``checkpointing`` of the run to go on with, else empty, as the memory that is free may be another now.
     """
     batches = make_batches(args, lengths)
-    padded = np.array([len(batch) * lengths[batch].max(0) for batch in batches])  # [batches, 2]
-    packed = np.array([lengths[batch].sum(0) for batch in batches])
+    of_batches = [lengths[batch] for batch in batches]  # each int64 [documents, 2]
+    padded = np.array([len(rows) * rows.max(0) for rows in of_batches])
+    packed = np.array([rows.sum(0) for rows in of_batches])
     factor = float(padded[:, 0].sum() / packed[:, 0].sum())
     packing = _choice(args.packing, factor > _WORTH_PACKING or args.batch_tokens is not None)
     sources, targets = (packed if packing else padded).max(0).tolist()
@@ -75,8 +76,7 @@ def make_plan(
         eval_every=(args.eval_every or steps_per_epoch) if has_validation else None,
         packing=packing,
         checkpointing=checkpointing,
-        about_packing=f"packing {_on(packing)}: grouped by length, batches would be {100 * (1 - 1 / factor):.0f} % "
-        "padding",
+        about_packing=f"packing {_on(packing)}: without it batches would be {100 * (1 - 1 / factor):.0f} % padding",
         about_memory=f"checkpointing {_on(checkpointing)}: the largest batch, {sources:,} tokens to read and "
         f"{targets:,} to write, keeps about {_size(kept)} without it and {_size(kept_less)} with it, beside "
         f"{_size(model)} for weights, gradients and optimizer; "

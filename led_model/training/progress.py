@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from tqdm import tqdm
@@ -23,11 +22,9 @@ class Progress(TrainerCallback):
         self.disable = disable
         self.bar: tqdm | None = None
 
-    @contextmanager
-    def evaluating(self, batches: int) -> Generator[tqdm, None, None]:
-        """Yields a bar over the batches of an evaluation."""
-        with tqdm(total=batches, desc="validation", unit="batch", leave=False, disable=self.disable) as bar:
-            yield bar
+    def evaluating(self, batches: int) -> tqdm:
+        """Returns a bar over the batches of an evaluation, to be closed after it."""
+        return tqdm(total=batches, desc="validation", unit="batch", leave=False, disable=self.disable)
 
     def close(self) -> None:
         """Takes the bar away."""

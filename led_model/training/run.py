@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import warnings
 from argparse import Namespace
 from collections.abc import Callable, Mapping
@@ -22,7 +23,7 @@ from led_model.training.progress import Progress
 from led_model.training.run_directory import RunDirectory
 from led_model.training.schedule import Judge, Schedule
 from led_model.training.store import Examples
-from led_model.training.trainer import FinetuneTrainer
+from led_model.training.trainer import FinetuneTrainer, smoothed_loss
 
 
 @dataclass
@@ -115,8 +116,6 @@ class Run:
         training = TrainingArguments(
             output_dir=str(self.directory.path),
             max_steps=plan.steps,
-            per_device_train_batch_size=args.batch_size,
-            per_device_eval_batch_size=args.batch_size,
             gradient_accumulation_steps=args.accumulate,
             learning_rate=args.learning_rate,
             lr_scheduler_type="linear",
@@ -133,10 +132,13 @@ class Run:
             disable_tqdm=True,
             log_level="error",
         )
-        training._n_gpu = min(
-            training.n_gpu, 1
-        )  # with more, Trainer would copy the model onto each at every step
-        writing = {"max_new_tokens": self.max_target_length, "num_beams": args.num_beams, "do_sample": False}
+        # With more GPUs, Trainer would copy the model onto each at every step.
+        training._n_gpu = min(training.n_gpu, 1)
+        writing = {
+            "max_new_tokens": self.max_target_length, "num_beams": args.num_beams, "num_return_sequences": 1,
+            "do_sample": False,
+        }  # fmt: skip
+        is_smoothed = args.label_smoothing > 0
         return FinetuneTrainer(
             model,
             training,
@@ -147,13 +149,17 @@ class Run:
             else LengthBatchSampler(self.validation.lengths[:, 0], args.batch_size),
             evaluation_collator=LEDDataCollator(self.tokenizer, global_tokens=self.global_tokens),
             writing=writing if args.best_by == "rouge" else None,
-            smoothing=args.label_smoothing,
             progress=progress,
+            # Without labels in the batch the model computes no loss of its own besides.
+            compute_loss_func=functools.partial(smoothed_loss, args.label_smoothing) if is_smoothed else None,
             train_dataset=self.train,
             eval_dataset=self.validation,
             data_collator=LEDDataCollator(
-                self.tokenizer, global_tokens=self.global_tokens, packing=plan.packing
+                self.tokenizer,
+                global_tokens=self.global_tokens,
+                packing=plan.packing,
+                model=model if is_smoothed else None,
             ),
-            tokenizer=self.tokenizer,
+            processing_class=self.tokenizer,
             callbacks=callbacks,
         )

@@ -148,9 +148,8 @@ class RunDirectory:
         try:
             yield
         except (OSError, RuntimeError, SafetensorError) as error:
-            is_of_torch = "inline_container" in str(
-                error
-            )  # the writer behind torch.save, whose errors are many
+            # The writer behind torch.save has errors of many kinds.
+            is_of_torch = "inline_container" in str(error)
             if isinstance(error, RuntimeError) and not is_of_torch:
                 raise
             reason = getattr(error, "strerror", None) or str(error).splitlines()[0].rstrip(".")

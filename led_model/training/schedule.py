@@ -1,4 +1,4 @@
-"""Says when a run is logged, evaluated, saved and stopped; all but an interruption depends on its log alone."""
+"""Says when a run is logged, evaluated, saved and stopped: by its log, the time, and signals."""
 
 from __future__ import annotations
 

@@ -24,7 +24,8 @@ class ExampleStore(Dataset[dict[str, Tensor]]):
     """
 
     def __init__(self, directory: Path) -> None:
-        self._file = tempfile.TemporaryFile(dir=directory)  # noqa: SIM115
+        # Where files without a name are not served it has this one for a moment, by which later runs remove it.
+        self._file = tempfile.TemporaryFile(dir=directory, prefix=".led-")  # noqa: SIM115
         self._ends = array("q", [0])  # example i is the ids from the 2 i-th to the (2 i + 2)-th of them
         self._digest = hashlib.sha256()
         self._ids = np.empty(0, np.int32)

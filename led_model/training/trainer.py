@@ -27,18 +27,27 @@ from led_model.training.scores import rouge
 _DROPPED = ("_runtime", "_per_second")  # ends of names in Trainer's log that differ from run to run
 
 
+def smoothed_loss(smoothing: float, outputs: Any, labels: Tensor, num_items_in_batch: Tensor | int) -> Tensor:
+    """Returns the loss of labels of whose probability ``smoothing`` is spread over the vocabulary.
+
+    Trainer's own smoothing does not divide by ``num_items_in_batch`` in all releases.
+    """
+    total = F.cross_entropy(
+        outputs.logits.flatten(0, -2).float(), labels.flatten(), label_smoothing=smoothing, reduction="sum"
+    )
+    return total / num_items_in_batch
+
+
 class FinetuneTrainer(Trainer):
     """Trains and evaluates an LED, and writes checkpoints whole into a :class:`RunDirectory`.
 
     Args:
-        tokenizer: is written beside the weights.
         directory: of the run.
         batches, evaluation_batches: what the batches of an epoch and of an evaluation are.
         evaluation_collator: pads what is evaluated, where ``data_collator`` may pack.
         writing: settings of ``generate`` in evaluations; ``None``: nothing is written and there is no ROUGE.
-        smoothing: the share of each target's probability that is spread over the vocabulary.
         progress: is told how far an evaluation is.
-        kwargs: Trainer's own.
+        kwargs: Trainer's own; ``processing_class`` is an LEDTokenizer, which is written beside the weights.
     """
 
     def __init__(
@@ -46,13 +55,11 @@ class FinetuneTrainer(Trainer):
         model: LEDForConditionalGeneration,
         args: TrainingArguments,
         *,
-        tokenizer: LEDTokenizer,
         directory: RunDirectory,
         batches: LengthBatchSampler | TokenBatchSampler,
         evaluation_batches: LengthBatchSampler | None,
         evaluation_collator: LEDDataCollator,
         writing: dict[str, Any] | None,
-        smoothing: float,
         progress: Progress,
         **kwargs: Any,
     ) -> None:
@@ -60,14 +67,12 @@ class FinetuneTrainer(Trainer):
         super().__init__(model, args, **kwargs)
         self.model_accepts_loss_kwargs = True  # older releases are told otherwise, for their label smoothing
         self.led = model
-        self.tokenizer = tokenizer
         model.config.use_cache = use_cache  # Trainer turns it off, also for those who load the result
         self.directory = directory
         self.batches = batches
         self.evaluation_batches = evaluation_batches
         self.evaluation_collator = evaluation_collator
         self.writing = writing
-        self.smoothing = smoothing
         self.progress = progress
         self._folder = str(directory.path)  # in which Trainer makes the directories of checkpoints
         for callback in (PrinterCallback, ProgressCallback):
@@ -85,26 +90,6 @@ class FinetuneTrainer(Trainer):
             batch_sampler=self.evaluation_batches,
             collate_fn=self.evaluation_collator,
         )
-
-    def compute_loss(
-        self,
-        model: nn.Module,
-        inputs: dict[str, Any],
-        return_outputs: bool = False,
-        num_items_in_batch: Tensor | int | None = None,
-    ) -> Any:
-        if self.smoothing == 0:
-            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        # The model gets no labels, whose loss it would compute besides; Trainer's own smoothing shifts no packed ones.
-        labels = inputs["labels"]
-        read = self.led.shift_right(labels, "labels", inputs.get("decoder_cu_seqlens"))
-        outputs = model(**inputs | {"labels": None, "decoder_input_ids": read})
-        labels = labels.flatten()
-        total = F.cross_entropy(
-            outputs.logits.flatten(0, -2).float(), labels, label_smoothing=self.smoothing, reduction="sum"
-        )
-        loss = total / ((labels != -100).sum() if num_items_in_batch is None else num_items_in_batch)
-        return (loss, outputs) if return_outputs else loss
 
     def evaluation_loop(
         self,
@@ -148,7 +133,7 @@ class FinetuneTrainer(Trainer):
         return tokens
 
     def _texts(self, rows: Tensor) -> Sequence[str]:
-        tokenizer = self.tokenizer
+        tokenizer = cast(LEDTokenizer, self.processing_class)
         rows = rows.masked_fill(rows == -100, tokenizer.pad_token_id)
         return [text.strip() for text in tokenizer.batch_decode(rows.tolist(), skip_special_tokens=True)]
 
@@ -180,7 +165,7 @@ class FinetuneTrainer(Trainer):
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
         folder = Path(output_dir or self._folder)
         self.led.save_pretrained(folder)
-        self.tokenizer.save_pretrained(folder)
+        cast(LEDTokenizer, self.processing_class).save_pretrained(folder)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         """Does nothing, as the model was loaded from the checkpoint to begin with."""

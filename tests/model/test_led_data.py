@@ -14,7 +14,9 @@ from torch.utils.data import DataLoader
 from led_model import (
     EveryKthToken,
     FirstTokens,
+    LEDConfig,
     LEDDataCollator,
+    LEDForQuestionAnswering,
     LEDTokenizer,
     QuestionTokens,
     TokensWithId,
@@ -22,6 +24,7 @@ from led_model import (
 )
 from led_model.cli.documents import Document
 from led_model.cli.pieces import Reader
+from tests.model.small import small_config
 
 TOKENIZERS = ("led_model", "LEDTokenizer", "LEDTokenizerFast")
 BOS, PAD, EOS = 0, 1, 2
@@ -379,6 +382,23 @@ def test_classes_and_answers(ids_only):
         LEDDataCollator(ids_only, packing=True)(rows)
 
 
+def test_answers_that_are_cut_off_are_left_out_of_the_loss(ids_only):
+    eos = ids_only.eos_token_id
+    ids = [*range(4, 23), eos]
+    rows = [{"input_ids": ids, "start_positions": at, "end_positions": at} for at in (8, 9, 15, 19)]
+    batch = LEDDataCollator(ids_only, max_length=10, pad_to_multiple_of=8)(rows)
+    assert batch["input_ids"].shape == (4, 16)
+    assert batch["input_ids"][0, :11].tolist() == [*range(4, 13), eos, PAD]
+    for name in ("start_positions", "end_positions"):
+        assert batch[name][0] == 8
+        assert (batch[name][1:] > 16).all()
+    torch.manual_seed(0)
+    model = LEDForQuestionAnswering(LEDConfig(**small_config(0))).eval()
+    kept = LEDDataCollator(ids_only, max_length=10, pad_to_multiple_of=8)(rows[:1])
+    with torch.no_grad():
+        torch.testing.assert_close(model(**batch).loss, model(**kept).loss)
+
+
 @pytest.mark.parametrize(
     ("row", "kind", "said"),
     [
@@ -400,6 +420,8 @@ def test_classes_and_answers(ids_only):
         ({"input_ids": [4], "text": "a"}, ValueError, "feature 1 holds text; give input_ids"),
         ({"input_ids": [4], "labels": [[5]]}, ValueError, r"labels of feature 1 has shape \(1, 1\)"),
         ({"input_ids": [4], "labels": []}, ValueError, r"labels of feature 1 has shape \(0,\)"),
+        ({"input_ids": [4], "start_positions": [0, 0]}, ValueError, r"start_positions of feature 1 has shape \(2,\)"),
+        ({"input_ids": [4], "end_positions": 0.5}, ValueError, "end_positions of feature 1 has .*; give one place"),
     ],
 )  # fmt: skip
 def test_refused_features(ids_only, row, kind, said):

@@ -283,6 +283,22 @@ def test_dry_run(model, files, capsys):
     assert not Path("out").exists()
 
 
+def test_what_is_cut_is_told(model, files, capsys):
+    assert finetune(model, "--max-steps", 1, "--max-source-length", 30, "--max-target-length", 4) == 0
+    told = capsys.readouterr().err
+    assert re.search(r"\d+ of 24 training texts are longer than 30 tokens and lose their end", told)
+    assert "24 of 24 training targets are longer than 4 tokens and lose their end" in told
+
+
+@pytest.mark.parametrize("beams", [1, 4])
+def test_one_summary_is_scored_whatever_the_checkpoint_asks_for(model, files, beams):
+    path = model / "generation_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"num_return_sequences": 2, "num_beams": 2}))
+    validation = ("--validation", "dev.jsonl", "--num-beams", beams)
+    assert finetune(model, *validation, "--max-steps", 1) == 0
+    assert [entry for entry in log() if "eval_rougeLsum" in entry]
+
+
 def test_questions_and_parts(model, files, capsys):
     """A question is read before the text, as by led answer; the target is what --target-field names."""
     rows = [
