@@ -11,10 +11,10 @@ from torch import Tensor, nn
 
 from led_kernels.absorbed import absorbed_global_attention
 from led_kernels.api import banded_attention, global_attention
-from led_kernels.distributed import processes_share_gradients
 from led_kernels.global_rows import add_global_rows, gather_global_rows
 from led_kernels.mask import LongformerMask
 from led_kernels.modules import is_plain_linear
+from led_kernels.processes import processes_share_gradients
 
 
 def encoder_self_attention(

@@ -16,10 +16,10 @@ from torch import Tensor, nn
 from transformers import LEDForConditionalGeneration, LEDPreTrainedModel, LongformerPreTrainedModel
 from transformers.models.led.modeling_led import LEDSeq2SeqLMOutput
 
-from led_kernels.distributed import unsharded
 from led_kernels.hf.compat import cache_argument, with_one_cache
 from led_kernels.hf.shared import Options
 from led_kernels.loss import vocabulary_loss
+from led_kernels.processes import unsharded
 from led_kernels.trainer import AcceptsNumItems
 
 _SIGNATURE = inspect.signature(LEDForConditionalGeneration.forward)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from led_kernels import LongformerMask
-from led_kernels.distributed import unsharded
+from led_kernels.processes import unsharded
 from led_model.checks import (
     check_binary,
     check_encoder_hidden_states,

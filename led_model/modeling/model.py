@@ -12,9 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from led_kernels.distributed import unsharded
 from led_kernels.gemv import few_rows_linear
 from led_kernels.loss import vocabulary_loss
+from led_kernels.processes import unsharded
 from led_kernels.trainer import AcceptsNumItems
 from led_model.checkpoint.pretrained import LEDPreTrainedModel, resized
 from led_model.checks import check_inputs, check_return_dict, check_targets

@@ -65,7 +65,7 @@ LAYERS = (
     "led_kernels.first_order",
     "led_kernels.eager",
     "led_kernels.modules",
-    "led_kernels.distributed",
+    "led_kernels.processes",
     "led_kernels.sums",
     "led_kernels.trainer",
     "led_kernels.positions",
