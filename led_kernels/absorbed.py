@@ -17,7 +17,7 @@ from led_kernels.arguments import (
     check_alike,
     check_float,
     check_q_global,
-    draw_seed,
+    seed_of,
     softmax_scale_of,
 )
 from led_kernels.call import lse_dtype
@@ -37,6 +37,8 @@ def absorbed_global_attention(
     *,
     softmax_scale: float | None = None,
     dropout_p: float = 0.0,
+    seed: Tensor | None = None,
+    return_lse: bool = False,
 ) -> Tensor:
     """Computes :func:`global_attention` from hidden states, without projecting every token to keys and values.
 
@@ -78,12 +80,14 @@ def absorbed_global_attention(
     alike = {"q_global": q_global, "hidden": hidden, "key_weight": key_weight, "value_weight": value_weight}
     check_alike(alike)
     dropout_p = check_number(dropout_p, "dropout_p")
-    scale, seed = softmax_scale_of(softmax_scale, q_global), draw_seed(dropout_p, hidden.device)
+    scale, seed = softmax_scale_of(softmax_scale, q_global), seed_of(seed, dropout_p, hidden.device)
     args = hidden, q_global, key_weight, value_weight, value_bias, mask, scale, dropout_p, seed
     if torch.is_grad_enabled() and is_eager(hidden, q_global):
         # The copy of hidden without its padding is made again in the backward, and not kept.
-        return checkpoint(_attend, *args, use_reentrant=False, preserve_rng_state=False)
-    return _attend(*args)
+        out, lse = checkpoint(_attend, *args, use_reentrant=False, preserve_rng_state=False)
+    else:
+        out, lse = _attend(*args)
+    return (out, lse) if return_lse else out
 
 
 def _attend(
@@ -116,6 +120,8 @@ def _attend(
         ~exists[:, None, None, :], torch.finfo(scores.dtype).min
     )
     p = scores.softmax(-1)
+    lse = scores.logsumexp(-1).transpose(1, 2)
+    lse = lse.masked_fill(~exists.any(-1)[:, None, None], float("inf"))
     if seed is not None:
         batch_head = torch.arange(batch * heads, device=hidden.device).view(batch, 1, heads, 1)
         query = mask.global_index.clamp(min=0)[:, :, None, None]
@@ -128,7 +134,7 @@ def _attend(
     if value_bias is not None:
         kept = p.sum(-1, keepdim=True).to(out.dtype)  # 1, except under dropout
         out = out + kept * value_bias.to(out.dtype).view(heads, head_dim)
-    return out.masked_fill(~is_slot[:, :, None, None], 0)
+    return out.masked_fill(~is_slot[:, :, None, None], 0), lse
 
 
 def _sequences(hidden: Tensor, mask: LongformerMask) -> tuple[Tensor, Tensor]:

@@ -7,15 +7,14 @@ from typing import Literal, overload
 from torch import Tensor
 
 from led_kernels import ops
-from led_kernels.argument_checks import check_number
+from led_kernels.argument_checks import check_number, window_of
 from led_kernels.arguments import (
     autocast,
     check_alike,
     check_q_global,
     check_qkv,
-    draw_seed,
+    seed_of,
     softmax_scale_of,
-    window_of,
 )
 from led_kernels.call import AttentionCall
 from led_kernels.dispatch import choose_backend
@@ -33,6 +32,7 @@ def banded_attention(
     window_size: int | tuple[int, int],
     softmax_scale: float | None = None,
     dropout_p: float = 0.0,
+    seed: Tensor | None = None,
     return_lse: Literal[False] = False,
     backend: str | None = None,
 ) -> Tensor: ...
@@ -46,6 +46,7 @@ def banded_attention(
     window_size: int | tuple[int, int],
     softmax_scale: float | None = None,
     dropout_p: float = 0.0,
+    seed: Tensor | None = None,
     return_lse: Literal[True],
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor]: ...
@@ -58,6 +59,7 @@ def banded_attention(
     window_size: int | tuple[int, int],
     softmax_scale: float | None = None,
     dropout_p: float = 0.0,
+    seed: Tensor | None = None,
     return_lse: bool = False,
     backend: str | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
@@ -75,7 +77,8 @@ def banded_attention(
         window_size: ``w`` or ``(left, right)``, inclusive: query i sees keys i - left … i + right; -1 is unlimited.
             Hugging Face's ``attention_window`` is ``2 * w``.
         softmax_scale: default ``1 / sqrt(head_dim)``.
-        dropout_p: probability of dropping an attention probability; drawn from torch's generator.
+        dropout_p: probability of dropping an attention probability.
+        seed: int64 ``[1]`` on the device of q, which decides what is dropped; default: drawn from torch's generator.
         return_lse: also return the log-sum-exp of the scaled scores.
         backend: ``reference | torch | cpu | triton | cuda``; default by device and ``LED_KERNELS_BACKEND``.
 
@@ -93,7 +96,7 @@ def banded_attention(
     q, k, v = autocast(q, k, v)
     window = window_of(window_size, mask.max_seqlen)
     dropout_p = check_number(dropout_p, "dropout_p")
-    scale, seed = softmax_scale_of(softmax_scale, q), draw_seed(dropout_p, q.device)
+    scale, seed = softmax_scale_of(softmax_scale, q), seed_of(seed, dropout_p, q.device)
     call = AttentionCall(q, k, v, mask, window, scale, dropout_p, seed)
     out, lse = ops.attend(call, choose_backend(q.device, q.dtype, backend))
     return (out, lse) if return_lse else out
@@ -108,6 +111,7 @@ def global_attention(
     *,
     softmax_scale: float | None = None,
     dropout_p: float = 0.0,
+    seed: Tensor | None = None,
     return_lse: Literal[False] = False,
     backend: str | None = None,
 ) -> Tensor: ...
@@ -120,6 +124,7 @@ def global_attention(
     *,
     softmax_scale: float | None = None,
     dropout_p: float = 0.0,
+    seed: Tensor | None = None,
     return_lse: Literal[True],
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor]: ...
@@ -131,6 +136,7 @@ def global_attention(
     *,
     softmax_scale: float | None = None,
     dropout_p: float = 0.0,
+    seed: Tensor | None = None,
     return_lse: bool = False,
     backend: str | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
@@ -141,7 +147,7 @@ def global_attention(
             ignored.
         k_global, v_global: ``[batch, seqlen, heads, head_dim]``, or ``[total_rows, heads, head_dim]`` with a packed
             mask.
-        mask, softmax_scale, dropout_p, return_lse, backend: as in :func:`banded_attention`.
+        mask, softmax_scale, dropout_p, seed, return_lse, backend: as in :func:`banded_attention`.
 
     Returns:
         out ``[batch, max_globals, heads, head_dim]``, zeros in unused slots; with ``return_lse`` also lse
@@ -160,7 +166,7 @@ def global_attention(
         )
     q_global, k_global, v_global = autocast(q_global, k_global, v_global)
     dropout_p = check_number(dropout_p, "dropout_p")
-    scale, seed = softmax_scale_of(softmax_scale, q_global), draw_seed(dropout_p, q_global.device)
+    scale, seed = softmax_scale_of(softmax_scale, q_global), seed_of(seed, dropout_p, q_global.device)
     call = AttentionCall(q_global, k_global, v_global, mask, None, scale, dropout_p, seed)
     out, lse = ops.attend(call, choose_backend(q_global.device, q_global.dtype, backend))
     return (out, lse) if return_lse else out

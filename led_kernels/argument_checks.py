@@ -50,6 +50,24 @@ def check_size(value: object, name: str) -> None:
         raise ValueError(f"{name} is {value}; give at most {_MAX_SIZE}.")
 
 
+def window_of(window_size: int | tuple[int, int], max_seqlen: int) -> tuple[int, int]:
+    """Returns the window as ``(left, right)``: -1 (unlimited) and anything wider than a sequence become max_seqlen.
+
+    Raises:
+        TypeError, ValueError: for something else than an int or a pair of ints from -1 on.
+    """
+    sides = window_size if isinstance(window_size, (tuple, list)) else (window_size, window_size)
+    if len(sides) != 2 or not all(
+        isinstance(side, Integral) and not isinstance(side, bool) for side in sides
+    ):
+        raise TypeError(f"window_size is {window_size!r}; give an int or a pair (left, right) of ints.")
+    sides = [int(side) for side in sides]
+    if any(side < -1 for side in sides):
+        raise ValueError(f"window_size is {window_size!r}; give 0 or more on each side, or -1 for unlimited.")
+    left, right = (max_seqlen if side == -1 else min(side, max_seqlen) for side in sides)
+    return left, right
+
+
 def as_integers(values: object, name: str) -> Tensor:
     """Returns a tensor or a sequence of ints as an int64 tensor.
 

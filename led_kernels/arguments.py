@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from numbers import Integral
 
 import torch
 from torch import Tensor
@@ -12,17 +11,42 @@ from led_kernels.argument_checks import check_number
 from led_kernels.mask import LongformerMask
 
 
+def check_dropout_p(dropout_p: float) -> None:
+    """Checks that a number is a probability.
+
+    Raises:
+        ValueError: otherwise.
+    """
+    if not 0 <= dropout_p <= 1:
+        raise ValueError(f"dropout_p is {dropout_p}; give a probability from 0 to 1.")
+
+
 def draw_seed(dropout_p: float, device: torch.device) -> Tensor | None:
     """Draws a seed from torch's generator: int64 ``[1]``; None without dropout.
 
     Raises:
         ValueError: for a probability outside 0 … 1.
     """
-    if not 0 <= dropout_p <= 1:
-        raise ValueError(f"dropout_p is {dropout_p}; give a probability from 0 to 1.")
+    check_dropout_p(dropout_p)
     if dropout_p == 0:
         return None
     return torch.randint(0, 2**63 - 1, (1,), dtype=torch.int64, device=device)
+
+
+def seed_of(seed: Tensor | None, dropout_p: float, device: torch.device) -> Tensor | None:
+    """Returns the seed that was given, by default one that is drawn; None without dropout.
+
+    Raises:
+        TypeError, ValueError: for something else than int64 ``[1]`` on ``device``, and as :func:`draw_seed`.
+    """
+    if seed is None:
+        return draw_seed(dropout_p, device)
+    if not isinstance(seed, Tensor) or seed.dtype != torch.int64:
+        raise TypeError(f"seed is a {getattr(seed, 'dtype', type(seed).__name__)}; give an int64 tensor.")
+    if seed.shape != (1,) or seed.device != device:
+        raise ValueError(f"seed has shape {tuple(seed.shape)} on {seed.device}; give [1] on {device}.")
+    check_dropout_p(dropout_p)
+    return None if dropout_p == 0 else seed
 
 
 def softmax_scale_of(softmax_scale: float | None, q: Tensor) -> float:
@@ -30,24 +54,6 @@ def softmax_scale_of(softmax_scale: float | None, q: Tensor) -> float:
     if softmax_scale is None:
         return 1 / math.sqrt(q.shape[-1])
     return check_number(softmax_scale, "softmax_scale")
-
-
-def window_of(window_size: int | tuple[int, int], max_seqlen: int) -> tuple[int, int]:
-    """Returns the window as ``(left, right)``: -1 (unlimited) and anything wider than a sequence become max_seqlen.
-
-    Raises:
-        TypeError, ValueError: for something else than an int or a pair of ints from -1 on.
-    """
-    sides = window_size if isinstance(window_size, (tuple, list)) else (window_size, window_size)
-    if len(sides) != 2 or not all(
-        isinstance(side, Integral) and not isinstance(side, bool) for side in sides
-    ):
-        raise TypeError(f"window_size is {window_size!r}; give an int or a pair (left, right) of ints.")
-    sides = [int(side) for side in sides]
-    if any(side < -1 for side in sides):
-        raise ValueError(f"window_size is {window_size!r}; give 0 or more on each side, or -1 for unlimited.")
-    left, right = (max_seqlen if side == -1 else min(side, max_seqlen) for side in sides)
-    return left, right
 
 
 def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:

@@ -8,7 +8,8 @@ from dataclasses import InitVar, dataclass
 import torch
 from torch import Tensor
 
-from led_kernels.argument_checks import as_integers, check_marks, check_size, whole_numbers
+from led_kernels.argument_checks import as_integers, check_marks, check_size, whole_numbers, window_of
+from led_kernels.mask_shard import MaskShard, check_bounds, even_bounds, shard_mask
 from led_kernels.mask_checks import (
     capacity_for,
     check_ascending,
@@ -118,6 +119,33 @@ class LongformerMask:
         if isinstance(device, torch.dtype):
             raise TypeError(f"device is {device}; a mask has dtypes of its own, give a device.")
         return self.from_tensors(MaskTensors(*(x.to(device) for x in self.tensors())), self.max_seqlen)
+
+    def shard(
+        self,
+        rank: int,
+        world: int,
+        window_size: int | tuple[int, int],
+        *,
+        bounds: tuple[int, ...] | None = None,
+    ) -> MaskShard[LongformerMask]:
+        """Returns the part of one rank of sequences that are split over ``world`` ranks.
+
+        Args:
+            window_size: ``w`` or ``(left, right)``, as in :func:`led_kernels.banded_attention`.
+            bounds: where the ranks' parts begin, multiples of 4, and the end; default: even parts.
+
+        Raises:
+            TypeError, ValueError: naming the argument and the remedy.
+        """
+        if self.is_packed:
+            raise ValueError("a packed mask is not split over ranks; pad the sequences, or deal them to the ranks.")
+        if bounds is None:
+            bounds = even_bounds(self.max_seqlen, world)
+        check_bounds(bounds, world, self.max_seqlen)
+        if not 0 <= rank < world:
+            raise ValueError(f"rank is {rank} of {world}; give 0 … {world - 1}.")
+        window = window_of(window_size, self.max_seqlen)
+        return shard_mask(self.tensors(), rank, bounds, window, self.from_tensors)
 
     @classmethod
     def from_padding(

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from led_kernels.argument_checks import as_integers
 
-PADDING, LOCAL, GLOBAL = 0, 1, 2  # values of token_kind
+PADDING, LOCAL, GLOBAL, HALO = 0, 1, 2, 3  # values of token_kind
 
 
 class MaskTensors(NamedTuple):
@@ -28,7 +28,7 @@ class MaskTensors(NamedTuple):
 
 
 def build_tensors(
-    kind: Tensor, seq_start: Tensor, seq_len: Tensor, positions: Tensor, counts: Tensor, max_globals: int
+    kind: Tensor, seq_start: Tensor, seq_len: Tensor, positions: Tensor, counts: Tensor, max_globals: int, position_offset=None, global_position=None
 ) -> MaskTensors:
     """Converts what a constructor of masks has found out to the layout that kernels read.
 

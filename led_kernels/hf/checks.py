@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -46,6 +47,41 @@ def check_decoder_arguments(
         raise ValueError(
             f"decoder_attention_mask has four dimensions and holds {mask.dtype}; give bool, true where a token is "
             "seen, or floating-point numbers to add to the scores."
+        )
+
+
+def check_can_split(encoder: Any, is_recorded: bool | None) -> None:
+    """Checks that nothing is asked of an encoder that its ranks, which split documents, cannot give.
+
+    Raises:
+        ValueError: naming it.
+    """
+    if is_recorded:
+        raise ValueError(
+            "output_attentions and output_hidden_states are not served where documents are split over ranks; leave "
+            "them out."
+        )
+    if encoder.training and getattr(encoder, "layerdrop", 0):
+        raise ValueError(
+            f"encoder_layerdrop is {encoder.layerdrop}, and ranks that split a document cannot leave out different "
+            "layers; set it to 0."
+        )
+
+
+def check_can_split_keys(encoder_attention_mask: Tensor | None, output_attentions: bool | None) -> None:
+    """Checks that nothing is asked of a decoder that it cannot give where the ranks have parts of the documents.
+
+    Raises:
+        ValueError: naming it.
+    """
+    if output_attentions:
+        raise ValueError(
+            "output_attentions is not served where documents are split over ranks; leave it out."
+        )
+    if encoder_attention_mask is not None and encoder_attention_mask.dim() != 2:
+        raise ValueError(
+            f"attention_mask has {encoder_attention_mask.dim()} dimensions; give [batch, source] where documents are "
+            "split over ranks."
         )
 
 

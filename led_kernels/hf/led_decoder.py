@@ -6,6 +6,7 @@ the unwritten positions of a static cache, and to padding of the prompt.
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -22,7 +23,9 @@ from transformers.models.led.modeling_led import (
 
 from led_kernels.arguments import autocast
 from led_kernels.attention_weights import attention_weights
-from led_kernels.hf.checks import check_decoder_arguments
+from led_kernels.distributed.context import ContextParallel
+from led_kernels.distributed.split_keys import SplitKeys
+from led_kernels.hf.checks import check_can_split_keys, check_decoder_arguments
 from led_kernels.hf.compat import (
     accepts,
     as_cache,
@@ -55,7 +58,7 @@ class FusedLEDDecoderAttention(LEDDecoderAttention):
         hidden_states: Tensor,
         key_value_states: Tensor | None = None,
         cache: Cache | None = None,
-        attention_mask: Tensor | None = None,
+        attention_mask: Tensor | SplitKeys | None = None,
         output_attentions: bool = False,
         cache_position: Tensor | None = None,
         is_causal: bool = False,
@@ -67,7 +70,8 @@ class FusedLEDDecoderAttention(LEDDecoderAttention):
             key_value_states: ``[batch, src_len, d_model]``, the encoder's states; makes this a cross-attention,
                 whose keys and values are projected once per cache.
             attention_mask: broadcasts to ``[batch, heads, tgt_len, keys]``; bool, true where a query sees a key,
-                or a number to add to each score. A query that sees no key gets zeros.
+                or a number to add to each score. A query that sees no key gets zeros. In a cross-attention over
+                documents that are split over ranks, it says which of the own rows are keys.
             output_attentions: also return the probabilities, before dropout.
             cache_position: int64 ``[tgt_len]``, where a static cache before 5.23 stores the tokens.
             is_causal: a token sees those up to itself, in place of ``attention_mask``, which SDPA would keep.
@@ -77,9 +81,12 @@ class FusedLEDDecoderAttention(LEDDecoderAttention):
         """
         q = self._split_heads(self.q_proj(hidden_states))
         k, v = self._keys_values(hidden_states, key_value_states, cache, cache_position)
+        dropout_p = (self.dropout or 0.0) if self.training else 0.0
+        if isinstance(attention_mask, SplitKeys):
+            out = attention_mask.attend(q, k, v, dropout_p)
+            return self.out_proj(out.transpose(1, 2).flatten(2)), None, cache
         if attention_mask is not None and attention_mask.is_floating_point():
             attention_mask = attention_mask.to(q.dtype)
-        dropout_p = (self.dropout or 0.0) if self.training else 0.0
         if is_causal and output_attentions:
             attention_mask = _causal_mask(torch.arange(q.shape[2], device=q.device), None, None)
             is_causal = False
@@ -131,7 +138,7 @@ class FusedLEDDecoderLayer(FusedLayer, LEDDecoderLayer):
         hidden_states: Tensor,
         attention_mask: Tensor | None = None,
         encoder_hidden_states: Tensor | None = None,
-        encoder_attention_mask: Tensor | None = None,
+        encoder_attention_mask: Tensor | SplitKeys | None = None,
         cache: Cache | None = None,
         output_attentions: bool = False,
         use_cache: bool = True,
@@ -198,6 +205,7 @@ class FusedLEDDecoder(LEDDecoder):
     """Builds the masks once per forward, for any number of tokens and any cache."""
 
     led_kernels_options = Options()
+    context: ContextParallel | None = None  # the ranks over which documents are split
     where_overridden = CautiousLEDDecoder
 
     @takes_arguments_of(LEDDecoder.forward, ignores=("global_attention_mask",))
@@ -217,7 +225,8 @@ class FusedLEDDecoder(LEDDecoder):
     ):
         """Runs the decoder with the arguments and outputs of transformers' LEDDecoder.
 
-        ``global_attention_mask`` is ignored there, too.
+        ``global_attention_mask`` is ignored there, too. Where documents are split over ranks, the encoder's states are
+        those of this rank's rows, and its mask is of the whole documents.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError(
@@ -235,6 +244,11 @@ class FusedLEDDecoder(LEDDecoder):
         cache = as_cache(cache)
         if use_cache and cache is None and not (self.gradient_checkpointing and self.training):
             cache = new_cache(config)
+        cross_mask: Tensor | SplitKeys | None = encoder_attention_mask
+        if self.context is not None and encoder_hidden_states is not None:
+            check_can_split_keys(encoder_attention_mask, output_attentions)
+            cross_mask = SplitKeys.of_part(encoder_attention_mask, encoder_hidden_states, self.context.group)
+            encoder_attention_mask = None
         check_decoder_arguments(
             shape, attention_mask, encoder_hidden_states, encoder_attention_mask, is_cached=cache is not None
         )
@@ -247,8 +261,7 @@ class FusedLEDDecoder(LEDDecoder):
         is_causal = attention_mask is None and cache is None and all(map(_takes_is_causal, self.layers))
         if not is_causal:
             mask = _causal_mask(cache_position, attention_mask, cache)
-        cross_mask = encoder_attention_mask
-        if cross_mask is not None and cross_mask.dim() == 2:
+        if isinstance(cross_mask, Tensor) and cross_mask.dim() == 2:
             cross_mask = cross_mask.bool()[:, None, None, :]
         if encoder_hidden_states is not None:
             # Converted once, and not for the keys and for the values of each layer, which would keep every copy.
@@ -256,8 +269,42 @@ class FusedLEDDecoder(LEDDecoder):
         hidden_states = self.layernorm_embedding(
             inputs_embeds + self.embed_positions(shape, cache_position[:1])
         )
-        hidden_states = nn.functional.dropout(hidden_states, p=self.dropout, training=self.training)
+        if self.context is None:
+            chance = nullcontext()
+        else:
+            chance = self.context.chance(hidden_states.device, is_common=True, is_training=self.training)
+        with chance:
+            outputs = self._run_layers(
+                nn.functional.dropout(hidden_states, p=self.dropout, training=self.training),
+                (mask, is_causal),
+                (encoder_hidden_states, cross_mask),
+                (cache, cache_position),
+                output_attentions,
+                output_hidden_states,
+            )
+        if self.context is not None:
+            self.context.watch(outputs["last_hidden_state"])
+        return decoder_output(config.return_dict if return_dict is None else return_dict, cache, **outputs)
 
+    def _run_layers(
+        self,
+        hidden_states: Tensor,
+        causality: tuple[Tensor | None, bool],
+        documents: tuple[Tensor | None, Tensor | SplitKeys | None],
+        caching: tuple[Cache | None, Tensor],
+        output_attentions: bool | None,
+        output_hidden_states: bool | None,
+    ) -> dict[str, Any]:
+        """Returns what the layers make of embedded tokens, by the names of transformers' output.
+
+        Args:
+            hidden_states: ``[batch, tgt_len, d_model]``.
+            causality: what tokens see of each other, as a mask or by ``is_causal``.
+            documents: the encoder's states, and which of them are seen.
+            caching: the cache, and where in it the tokens are stored.
+        """
+        (mask, is_causal), (encoder_hidden_states, cross_mask) = causality, documents
+        cache, cache_position = caching
         states, attentions, cross_attentions = [], [], []
         for layer in self.layers:
             if output_hidden_states:
@@ -278,14 +325,12 @@ class FusedLEDDecoder(LEDDecoder):
             )
             attentions += weights[:1]
             cross_attentions += weights[1:]
-        return decoder_output(
-            config.return_dict if return_dict is None else return_dict,
-            cache,
-            last_hidden_state=hidden_states,
-            hidden_states=(*states, hidden_states) if output_hidden_states else None,
-            attentions=tuple(attentions) if output_attentions else None,
-            cross_attentions=tuple(cross_attentions) if output_attentions else None,
-        )
+        return {
+            "last_hidden_state": hidden_states,
+            "hidden_states": (*states, hidden_states) if output_hidden_states else None,
+            "attentions": tuple(attentions) if output_attentions else None,
+            "cross_attentions": tuple(cross_attentions) if output_attentions else None,
+        }
 
 
 def _positions(cache_position: Tensor | None) -> dict[str, Tensor | None]:

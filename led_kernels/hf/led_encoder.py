@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import torch
 from torch import Tensor, nn
 from transformers.models.led.modeling_led import (
@@ -13,6 +15,8 @@ from transformers.models.led.modeling_led import (
 )
 
 from led_kernels.arguments import autocast
+from led_kernels.distributed.context import ContextParallel, ContextParallelMask
+from led_kernels.hf.checks import check_can_split
 from led_kernels.hf.compat import takes_arguments_of
 from led_kernels.hf.shared import STOCK_MASKS, FusedLayer, FusedSelfAttention, Options, run_layers
 from led_kernels.mask import LongformerMask
@@ -39,7 +43,7 @@ class FusedLEDEncoderLayer(FusedLayer, LEDEncoderLayer):
     def forward(
         self,
         hidden_states: Tensor,
-        attention_mask: LongformerMask | Tensor,
+        attention_mask: LongformerMask | ContextParallelMask | Tensor,
         output_attentions: bool = False,
     ) -> tuple[Tensor, ...]:
         """Returns the hidden states, and what more :class:`FusedSelfAttention` returns for the same arguments."""
@@ -67,6 +71,8 @@ class FusedLEDEncoder(LEDEncoder):
     """Builds one mask per forward, for all its layers, and pads nothing."""
 
     led_kernels_options = Options()
+    context: ContextParallel | None = None  # the ranks over which documents are split
+    splits_rows = True
 
     @takes_arguments_of(LEDEncoder.forward)
     def forward(
@@ -79,34 +85,49 @@ class FusedLEDEncoder(LEDEncoder):
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
     ):
-        """Runs the encoder with the arguments and outputs of transformers' LEDEncoder."""
+        """Runs the encoder with the arguments and outputs of transformers' LEDEncoder.
+
+        Where documents are split over ranks, the arguments are whole documents and the outputs this rank's rows.
+        """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("input_ids and inputs_embeds are both given or both missing; give one of them.")
-        if inputs_embeds is None:
-            inputs_embeds = self.embed_tokens(input_ids)
-        shape = inputs_embeds.shape[:2]
+        given = input_ids if inputs_embeds is None else inputs_embeds
+        assert given is not None  # as one of the two is
+        shape, config = given.shape[:2], self.config
         positions = self.embed_positions.weight.shape[0]  # The config's may differ: tables can be extended.
         if shape[1] > positions:
             raise IndexError(
                 f"the input has {shape[1]} tokens and the model {positions} positions; truncate the input."
             )
         if attention_mask is None:
-            attention_mask = torch.ones(shape, dtype=torch.long, device=inputs_embeds.device)
-        mask = LongformerMask.from_padding(
+            attention_mask = torch.ones(shape, dtype=torch.long, device=given.device)
+        mask: LongformerMask | ContextParallelMask = LongformerMask.from_padding(
             attention_mask, global_attention_mask, self.led_kernels_options.max_globals
         )
-        hidden_states = self.layernorm_embedding(inputs_embeds + self.embed_positions(shape))
-        hidden_states = nn.functional.dropout(hidden_states, p=self.dropout, training=self.training)
-        config = self.config
-        return run_layers(
-            self.layers,
-            hidden_states,
-            mask,
-            layerdrop=self.layerdrop if self.training else 0.0,
-            output_attentions=config.output_attentions if output_attentions is None else output_attentions,
-            output_hidden_states=(
-                config.output_hidden_states if output_hidden_states is None else output_hidden_states
-            ),
-            output_class=LEDEncoderBaseModelOutput,
-            return_dict=config.return_dict if return_dict is None else return_dict,
-        )
+        output_attentions = config.output_attentions if output_attentions is None else output_attentions
+        if output_hidden_states is None:
+            output_hidden_states = config.output_hidden_states
+        first, chance = 0, nullcontext()
+        if self.context is not None:
+            check_can_split(self, output_attentions or output_hidden_states)
+            mask = ContextParallelMask(mask, self.context.group)
+            given, first = given[:, mask.own], mask.own.start
+            chance = self.context.chance(given.device, is_common=False, is_training=self.training)
+        if inputs_embeds is None:
+            given = self.embed_tokens(given)
+        hidden_states = self.layernorm_embedding(given + self.embed_positions(given.shape[:2], first))
+        with chance:
+            hidden_states = nn.functional.dropout(hidden_states, p=self.dropout, training=self.training)
+            output = run_layers(
+                self.layers,
+                hidden_states,
+                mask,
+                layerdrop=self.layerdrop if self.training else 0.0,
+                output_attentions=output_attentions,
+                output_hidden_states=output_hidden_states,
+                output_class=LEDEncoderBaseModelOutput,
+                return_dict=config.return_dict if return_dict is None else return_dict,
+            )
+        if self.context is not None:
+            self.context.watch(output[0])
+        return output

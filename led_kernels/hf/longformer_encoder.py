@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor
 from transformers.models.longformer.modeling_longformer import (
     LongformerBaseModelOutput,
@@ -10,6 +12,9 @@ from transformers.models.longformer.modeling_longformer import (
     LongformerSelfAttention,
 )
 
+from led_kernels.distributed.collectives import gather_over_ranks
+from led_kernels.distributed.context import ContextParallel, ContextParallelMask
+from led_kernels.hf.checks import check_can_split
 from led_kernels.hf.compat import takes_arguments_of
 from led_kernels.hf.shared import STOCK_MASKS, FusedSelfAttention, Options, as_longformer_mask, run_layers
 
@@ -24,6 +29,8 @@ class FusedLongformerEncoder(LongformerEncoder):
     """Builds one mask per forward, for all its layers."""
 
     led_kernels_options = Options()
+    context: ContextParallel | None = None  # the ranks over which documents are split
+    splits_rows = True
 
     @takes_arguments_of(LongformerEncoder.forward)
     def forward(
@@ -37,21 +44,29 @@ class FusedLongformerEncoder(LongformerEncoder):
     ):
         """Runs the encoder with the arguments and outputs of transformers' LongformerEncoder.
 
-        The last ``padding_len`` rows are cut.
+        The last ``padding_len`` rows are cut. Where documents are split over ranks, each rank computes its rows in the
+        layers, and then all get the last states of all rows.
         """
         seqlen = hidden_states.shape[1] - padding_len
         hidden_states = hidden_states[:, :seqlen]
         if attention_mask is not None:
             attention_mask = attention_mask[:, :seqlen]
-        return run_layers(
-            self.layer,
-            hidden_states,
-            as_longformer_mask(attention_mask, hidden_states, self.led_kernels_options.max_globals),
+        mask = as_longformer_mask(attention_mask, hidden_states, self.led_kernels_options.max_globals)
+        settings: dict[str, Any] = dict(
             output_attentions=output_attentions,
             output_hidden_states=output_hidden_states,
             output_class=LongformerBaseModelOutput,
             return_dict=return_dict,
         )
+        if self.context is None:
+            return run_layers(self.layer, hidden_states, mask, **settings)
+        check_can_split(self, output_attentions or output_hidden_states)
+        group = self.context.group
+        split = ContextParallelMask(mask, group)
+        with self.context.chance(split.device, is_common=False, is_training=self.training):
+            output = run_layers(self.layer, hidden_states[:, split.own], split, **settings)
+        rows = self.context.watch(gather_over_ranks(output[0], split.bounds, split.rank, group))
+        return LongformerBaseModelOutput(last_hidden_state=rows) if return_dict else (rows,)
 
 
 class FusedLongformerModel(LongformerModel):

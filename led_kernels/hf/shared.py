@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from led_kernels.attention_weights import banded_attention_weights, global_attention_weights
+from led_kernels.distributed.context import ContextParallelMask
 from led_kernels.mask import LongformerMask
 from led_kernels.projection import encoder_self_attention, project_global_queries
 
@@ -48,7 +49,7 @@ class FusedSelfAttention(nn.Module):
     def forward(
         self,
         hidden_states: Tensor,
-        attention_mask: LongformerMask | Tensor | None = None,
+        attention_mask: LongformerMask | ContextParallelMask | Tensor | None = None,
         output_attentions: bool = False,
     ) -> tuple[Tensor, ...]:
         """Computes the attention up to the output projection.
@@ -64,7 +65,9 @@ class FusedSelfAttention(nn.Module):
             ``[batch, seqlen, heads, max_globals + attention_window + 1]`` and, if there are global tokens,
             ``[batch, heads, max_globals, seqlen]``.
         """
-        mask = as_longformer_mask(attention_mask, hidden_states, self.led_kernels_options.max_globals)
+        mask = attention_mask
+        if not isinstance(mask, ContextParallelMask):
+            mask = as_longformer_mask(mask, hidden_states, self.led_kernels_options.max_globals)
         window_size = self.one_sided_attn_window_size
         q, k, v = (
             projection(hidden_states).unflatten(-1, (self.num_heads, self.head_dim))
@@ -84,7 +87,7 @@ class FusedSelfAttention(nn.Module):
             dropout_p=self.dropout if self.training else 0.0,
             backend=self.led_kernels_options.backend,
         )
-        if not output_attentions:
+        if not output_attentions or isinstance(mask, ContextParallelMask):  # which the encoder has refused
             return (out,)
         weights = banded_attention_weights(q, k, mask, window_size)
         if mask.max_globals == 0:
@@ -118,7 +121,7 @@ class FusedLayer(nn.Module):
 def run_layers(
     layers: Iterable[nn.Module],
     hidden_states: Tensor,
-    mask: LongformerMask,
+    mask: LongformerMask | ContextParallelMask,
     *,
     output_attentions: bool | None,
     output_hidden_states: bool | None,

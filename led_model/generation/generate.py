@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from led_kernels import LongformerMask
+from led_kernels.distributed.context import even_part
 from led_kernels.processes import unsharded
 from led_model.checks import (
     check_binary,
@@ -84,7 +85,7 @@ def generate(
         global_attention_mask: ``[batch, source]``, 1 for tokens that all others see. Usually the first.
         encoder_hidden_states: ``[batch, source, d_model]``, the encoder's output for ``input_ids``, which is the
             ``encoder_last_hidden_state`` of a model's output, not its ``encoder_hidden_states``; by default it is
-            computed.
+            computed. Where documents are split over ranks, these are the own rows.
         decoder_input_ids: int ``[batch, prompt]``, what the sequences begin with; the start token comes before
             them if none of them begins with it. Default: the start token alone.
         decoder_attention_mask: ``[batch, prompt]``, nonzero for tokens of the prompt, which is padded to the left.
@@ -127,7 +128,10 @@ def generate(
     check_mask("attention_mask", attention_mask, input_ids, "input_ids")
     check_mask("global_attention_mask", global_attention_mask, input_ids, "input_ids")
     if encoder_hidden_states is not None:
-        check_encoder_hidden_states(encoder_hidden_states, input_ids, model.led.encoder.embed_tokens)
+        context, ids = model.led.decoder.context, input_ids
+        if context is not None:
+            ids = ids[:, even_part(ids.shape[1], context.group)]
+        check_encoder_hidden_states(encoder_hidden_states, ids, model.led.encoder.embed_tokens)
         if attention_mask is not None:  # the encoder, which would check its values, is not run
             LongformerMask.from_padding(attention_mask, global_attention_mask)
     if streamer is not None:

@@ -8,6 +8,8 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from led_kernels.distributed.context import ContextParallel
+from led_kernels.distributed.split_keys import SplitKeys
 from led_model.checks import LayerStack, TokenTables
 from led_model.config import LEDConfig
 from led_model.generation.cache import StaticKVCache
@@ -18,12 +20,16 @@ from led_model.generation.generation_config import GenerationConfig
 class Decoder(LayerStack, Part, Protocol):
     """Runs the causal layers over keys and values of the encoder's output that are made once per document."""
 
+    @property
+    def context(self) -> ContextParallel | None:
+        """Returns the ranks over which documents are split, if they are."""
+
     def __call__(
         self,
         input_ids: Tensor,
         cross_keys_values: list[tuple[Tensor, Tensor]],
         *,
-        cross_mask: Tensor | None,
+        cross_mask: Tensor | SplitKeys | None,
         attention_mask: Tensor | None,
         cache: StaticKVCache,
         position: Tensor,
@@ -42,7 +48,7 @@ class Decoder(LayerStack, Part, Protocol):
         mask: Tensor,
         cache_indices: Tensor,
         cross_keys_values: list[tuple[Tensor, Tensor]],
-        cross_mask: Tensor | None,
+        cross_mask: Tensor | SplitKeys | None,
         cache: StaticKVCache,
     ) -> Tensor:
         """Runs the layers of one decoding step over embedded tokens and a cache, and returns their last output."""

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from led_kernels.capture import CapturedCalls
+from led_kernels.distributed.split_keys import SplitKeys
 from led_kernels.gemv import few_rows_linear
 from led_model.generation.cache import BeamKVCache, StaticKVCache
 from led_model.generation.captured import ModuleGuards, is_capturable, is_plain_eager, is_unpatched
@@ -45,7 +46,16 @@ class DecoderStep:
         self.cross_keys_values = model.led.decoder.cross_keys_values(encoder_hidden_states)
         key = self.cross_keys_values[0][0]  # under autocast it is narrower than what it is made of
         batch, device = encoder_hidden_states.shape[0], encoder_hidden_states.device
-        self.cross_mask = cross_attention_mask(attention_mask, encoder_hidden_states.dtype)
+        context = model.led.decoder.context
+        self.cross_mask: Tensor | SplitKeys | None
+        if context is None:
+            self.cross_mask = cross_attention_mask(attention_mask, encoder_hidden_states.dtype)
+        else:
+            self.cross_mask = SplitKeys.of_part(attention_mask, encoder_hidden_states, context.group)
+            if compiled:
+                raise ValueError(
+                    "compiled is true, and documents are split over ranks, which is not compiled; leave it out."
+                )
         self.prompt_mask = prompt_mask
         if rows == 1:
             self.cache = StaticKVCache(model.config, batch, max_steps, dtype=key.dtype, device=device)
@@ -55,7 +65,7 @@ class DecoderStep:
         if compiled:
             for tensor in self.cache.tensors():  # a captured graph writes them in place
                 torch._dynamo.mark_static_address(tensor)
-        self.may_capture = device.type == "cpu" and not compiled
+        self.may_capture = device.type == "cpu" and not compiled and context is None
         self.captured: CapturedCalls | None = None
         self.guards: ModuleGuards | None = None  # they watch the modules that the captured calls stand for
 
@@ -141,7 +151,7 @@ def _step(
     model: GenerativeModel,
     tokens: Tensor,
     cross_keys_values: list[tuple[Tensor, Tensor]],
-    cross_mask: Tensor | None,
+    cross_mask: Tensor | SplitKeys | None,
     prompt_mask: Tensor | None,
     cache: StaticKVCache,
     position: Tensor,

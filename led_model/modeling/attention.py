@@ -6,6 +6,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from led_kernels import LongformerMask
+from led_kernels.distributed.context import ContextParallelMask
+from led_kernels.distributed.split_keys import SplitKeys
 from led_kernels.gemv import decode_attention, few_rows_linear
 from led_kernels.projection import encoder_self_attention
 from led_model.config import LEDConfig
@@ -32,11 +34,11 @@ class EncoderSelfAttention(nn.Module):
         self.value_global = nn.Linear(d_model, d_model)
         self.output = nn.Linear(d_model, d_model)
 
-    def forward(self, hidden: Tensor, mask: LongformerMask) -> Tensor:
+    def forward(self, hidden: Tensor, mask: LongformerMask | ContextParallelMask) -> Tensor:
         """Returns ``[batch, seqlen, d_model]`` for ``hidden`` of the same shape."""
         return self.output(self.attend(hidden, mask))
 
-    def attend(self, hidden: Tensor, mask: LongformerMask) -> Tensor:
+    def attend(self, hidden: Tensor, mask: LongformerMask | ContextParallelMask) -> Tensor:
         """Returns what :meth:`forward` does, before the output projection; of ``[total, d_model]`` when packed."""
         # Each of these is a view [batch, seqlen, heads, head_dim].
         q, k, v = self.qkv(hidden).unflatten(-1, (3, self.num_heads, self.head_dim)).unbind(-3)
@@ -119,22 +121,24 @@ class CrossAttention(nn.Module):
         self,
         hidden: Tensor,
         document: Tensor | tuple[Tensor, Tensor],
-        mask: Tensor | PackedLengths | None,
+        mask: Tensor | PackedLengths | SplitKeys | None,
     ) -> Tensor:
         """Returns ``[batch, seqlen, d_model]`` for ``hidden`` of the same shape.
 
         Args:
             document: the encoder's output ``[batch, source, d_model]``, or what :meth:`keys_values` made of it.
             mask: ``[batch, 1, 1, source]``, bool or to be added to the scores; or the lengths of packed sequences and
-                of their documents.
+                of their documents; or which of a rank's rows are keys.
         """
         q = self._split_heads(few_rows_linear(self.q_proj, hidden))
         keys_values = self.keys_values(document) if isinstance(document, Tensor) else document
+        dropout_p = self.dropout if self.training else 0.0
         if isinstance(mask, PackedLengths):
-            dropout_p = self.dropout if self.training else 0.0
             attended = mask.attend(q, *keys_values, dropout_p, is_causal=False)
+        elif isinstance(mask, SplitKeys):
+            attended = mask.attend(q, *keys_values, dropout_p)
         elif self.training:
-            attended = F.scaled_dot_product_attention(q, *keys_values, mask, self.dropout)
+            attended = F.scaled_dot_product_attention(q, *keys_values, mask, dropout_p)
         else:
             attended = decode_attention(q, *keys_values, mask)
         return few_rows_linear(self.out_proj, attended.transpose(1, 2).flatten(2))

@@ -10,6 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from led_kernels.arguments import autocast
+from led_kernels.distributed.context import ContextParallel
+from led_kernels.distributed.split_keys import SplitKeys
 from led_model.checks import check_hidden_states
 from led_model.config import LEDConfig
 from led_model.generation.cache import StaticKVCache
@@ -24,6 +26,8 @@ from led_model.packing import PackedLengths, PackedTargets, packed_positions
 
 class LEDDecoder(EmbeddedStack):
     """Decodes texts over the encoder's output, or the keys and values that :meth:`cross_keys_values` makes of it."""
+
+    context: ContextParallel | None = None  # the ranks over which documents are split
 
     def __init__(self, config: LEDConfig, embed_tokens: nn.Embedding) -> None:
         super().__init__(config, embed_tokens, config.max_decoder_position_embeddings)
@@ -48,7 +52,7 @@ class LEDDecoder(EmbeddedStack):
         *,
         encoder_hidden_states: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
-        cross_mask: Tensor | None = None,
+        cross_mask: Tensor | SplitKeys | None = None,
         attention_mask: Tensor | None = None,
         cache: StaticKVCache | None = None,
         position: Tensor | None = None,
@@ -64,7 +68,7 @@ class LEDDecoder(EmbeddedStack):
                 compute them again.
             inputs_embeds: ``[batch, target, d_model]``, taken for the embedded tokens instead of ids.
             cross_mask: ``[batch, 1, 1, source]``, from :func:`led_model.masks.key_mask` or
-                :func:`led_model.masks.padding_scores`; default: all are tokens.
+                :func:`led_model.masks.padding_scores`; default: all are tokens. Or which of this rank's rows are keys.
             attention_mask: ``[batch, target]``, nonzero for tokens; with a cache ``[batch, ≤ max_length]``.
             cache: written at ``position``, attended to as far as it is filled.
             position: int64 ``[target]`` of ``input_ids``; default, without a cache: 0, 1, …
@@ -140,7 +144,7 @@ class LEDDecoder(EmbeddedStack):
         mask: Tensor | PackedLengths | None,
         cache_indices: Tensor | None,
         documents: Sequence[Tensor | tuple[Tensor, Tensor]],
-        cross_mask: Tensor | PackedLengths | None,
+        cross_mask: Tensor | PackedLengths | SplitKeys | None,
         cache: StaticKVCache | None,
         record: DecoderRecord | None = None,
     ) -> Tensor:
@@ -149,6 +153,22 @@ class LEDDecoder(EmbeddedStack):
         ``mask`` says what is seen of the cache, and ``cache_indices`` where it is written, see :class:`StaticKVCache`;
         ``documents`` has for each layer what its cross-attention takes.
         """
+        inputs = (hidden, mask, cache_indices, documents, cross_mask, cache, record)
+        if self.context is None:
+            return self._run_layers(*inputs)
+        with self.context.chance(hidden.device, is_common=True, is_training=self.training):
+            return self.context.watch(self._run_layers(*inputs))
+
+    def _run_layers(
+        self,
+        hidden: Tensor,
+        mask: Tensor | PackedLengths | None,
+        cache_indices: Tensor | None,
+        documents: Sequence[Tensor | tuple[Tensor, Tensor]],
+        cross_mask: Tensor | PackedLengths | SplitKeys | None,
+        cache: StaticKVCache | None,
+        record: DecoderRecord | None,
+    ) -> Tensor:
         if self.training:
             hidden = F.dropout(hidden, self.dropout)
         for index, (layer, document) in enumerate(zip(self.layers, documents, strict=True)):

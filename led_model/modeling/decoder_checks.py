@@ -8,6 +8,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from led_kernels.distributed.split_keys import SplitKeys
 from led_model.checks import (
     TokenTables,
     check_binary,
@@ -59,7 +60,13 @@ def check_decoder_call(
                 f"decoder_input_ids has {batch} rows and the encoder's output {encoder_hidden_states.shape[0]}; "
                 "give one for each document."
             )
-    if cross_mask is not None and (
+    if isinstance(cross_mask, SplitKeys):
+        if cross_mask.is_key.shape != (batch, source):
+            raise ValueError(
+                f"cross_mask is of {tuple(cross_mask.is_key.shape)} rows and the keys are {(batch, source)}; give that "
+                "of the same rows."
+            )
+    elif cross_mask is not None and (
         not is_dense(cross_mask)
         or cross_mask.shape != (batch, 1, 1, source)
         or not (cross_mask.dtype == torch.bool or cross_mask.is_floating_point())

@@ -7,6 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from led_kernels import LongformerMask
+from led_kernels.distributed.context import ContextParallel, ContextParallelMask
+from led_model.checks import check_inputs
 from led_model.config import LEDConfig
 from led_model.modeling.embedding import EmbeddedStack
 from led_model.modeling.layers import EncoderLayer
@@ -17,6 +19,9 @@ from led_model.packing import packed_positions
 
 class LEDEncoder(EmbeddedStack):
     """Encodes texts by layers with banded and global attention."""
+
+    context: ContextParallel | None = None  # the ranks over which documents are split
+    splits_rows = True
 
     def __init__(self, config: LEDConfig, embed_tokens: nn.Embedding) -> None:
         super().__init__(config, embed_tokens, config.max_encoder_position_embeddings)
@@ -35,6 +40,8 @@ class LEDEncoder(EmbeddedStack):
 
         Under a packed mask ids are ``[total]``, embeddings and the result ``[total, d_model]``.
 
+        Where documents are split over ranks, ids are whole documents and the result is this rank's rows.
+
         Args:
             inputs_embeds: ``[batch, seqlen, d_model]``, taken for the embedded tokens instead of ids.
             record: filled with what the layers see.
@@ -43,6 +50,8 @@ class LEDEncoder(EmbeddedStack):
             ValueError: for ids of another shape or outside the vocabulary, or more tokens than positions.
         """
         given = ("input_ids", input_ids, "inputs_embeds", inputs_embeds)
+        if self.context is not None:
+            return self._forward_part(input_ids, mask, inputs_embeds, self.context)
         if mask.is_packed:
             longest = mask.max_seqlen
             if longest > self.embed_positions.weight.shape[0]:
@@ -53,8 +62,36 @@ class LEDEncoder(EmbeddedStack):
             hidden = self.normed_embeddings(embedded, position)[0]
         else:
             hidden = self.normed_embeddings(self.embed_inputs(*given))
+        return self._run_layers(hidden, mask, record)
+
+    def _forward_part(
+        self,
+        input_ids: Tensor | None,
+        mask: LongformerMask,
+        inputs_embeds: Tensor | None,
+        context: ContextParallel,
+    ) -> Tensor:
+        """Returns the rows ``[batch, rows, d_model]`` that this rank computes of whole documents."""
+        if self.training and self.layerdrop:
+            raise ValueError(
+                f"encoder_layerdrop is {self.layerdrop}, and ranks that split a document cannot leave out different "
+                "layers; set model.led.encoder.layerdrop = 0."
+            )
+        given = ("input_ids", input_ids, "inputs_embeds", inputs_embeds)
+        check_inputs(*given, self)
+        split = ContextParallelMask(mask, context.group)
+        position = torch.arange(mask.max_seqlen, device=mask.device)[split.own]
+        ids, embeds = (None if x is None else x[:, split.own] for x in (input_ids, inputs_embeds))
+        embedded = self.embed_inputs("input_ids", ids, "inputs_embeds", embeds, one_position_each=False)
+        with context.chance(mask.device, is_common=False, is_training=self.training):
+            return context.watch(self._run_layers(self.normed_embeddings(embedded, position), split, None))
+
+    def _run_layers(
+        self, hidden: Tensor, mask: LongformerMask | ContextParallelMask, record: EncoderRecord | None
+    ) -> Tensor:
+        """Returns what the layers make of embedded tokens, of the same shape."""
         hidden = F.dropout(hidden, self.dropout, self.training)
-        if record is not None:
+        if record is not None and isinstance(mask, LongformerMask):
             record.mask = mask
         for index, layer in enumerate(self.layers):
             if record is not None:

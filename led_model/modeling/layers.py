@@ -8,6 +8,8 @@ from torch import Tensor, nn
 
 from led_kernels import LongformerMask
 from led_kernels.arguments import autocast
+from led_kernels.distributed.context import ContextParallelMask
+from led_kernels.distributed.split_keys import SplitKeys
 from led_kernels.eager import is_eager
 from led_kernels.gemv import few_rows_add_norm, few_rows_linear
 from led_kernels.modules import calls_only, runs_its_own_code
@@ -74,7 +76,7 @@ class EncoderLayer(_Layer):
         super().__init__(config, config.encoder_ffn_dim)
         self.self_attn = EncoderSelfAttention(config, layer)
 
-    def forward(self, hidden: Tensor, mask: LongformerMask) -> Tensor:
+    def forward(self, hidden: Tensor, mask: LongformerMask | ContextParallelMask) -> Tensor:
         if calls_only(self.self_attn, _ATTENTION_FORWARD) and (
             tail := LayerTail.of(self, self.self_attn.output, self.activation)
         ).can_recompute(hidden):
@@ -97,7 +99,7 @@ class DecoderLayer(_Layer):
         mask: Tensor | PackedLengths | None,
         cache_indices: Tensor | None,
         document: Tensor | tuple[Tensor, Tensor],
-        cross_mask: Tensor | PackedLengths | None,
+        cross_mask: Tensor | PackedLengths | SplitKeys | None,
         cache: StaticKVCache | None,
         record: DecoderRecord | None = None,
     ) -> Tensor:

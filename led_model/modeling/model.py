@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from led_kernels.distributed.split_keys import SplitKeys
 from led_kernels.gemv import few_rows_linear
 from led_kernels.loss import vocabulary_loss
 from led_kernels.processes import unsharded
@@ -149,6 +150,12 @@ class LEDModel(LEDPreTrainedModel):
                 "decoder_input_ids", decoder_input_ids, "decoder_inputs_embeds", decoder_inputs_embeds
             )
             packing = PackedTargets.of(cu_seqlens, sources, decoder_cu_seqlens, targets)
+        context = self.encoder.context
+        if keep and context is not None:
+            raise ValueError(
+                "output_attentions and output_hidden_states are not served where documents are split over ranks; "
+                "leave them out."
+            )
         encoder_record, decoder_record = (EncoderRecord(), DecoderRecord()) if keep else (None, None)
         encoder_states = self.encode(
             input_ids,
@@ -159,13 +166,16 @@ class LEDModel(LEDPreTrainedModel):
             max_globals=max_globals,
             record=encoder_record,
         )
+        cross_mask: Tensor | SplitKeys | None = None
+        if context is not None:
+            cross_mask = SplitKeys.of_part(attention_mask, encoder_states, context.group)
+        elif attention_mask is not None:
+            cross_mask = padding_scores(attention_mask, encoder_states.dtype)
         decoder_states = self.decoder(
             decoder_input_ids,
             encoder_hidden_states=encoder_states,
             inputs_embeds=decoder_inputs_embeds,
-            cross_mask=None
-            if attention_mask is None
-            else padding_scores(attention_mask, encoder_states.dtype),
+            cross_mask=cross_mask,
             attention_mask=decoder_attention_mask,
             record=decoder_record,
             packing=packing,

@@ -1,0 +1,123 @@
+"""Says among which ranks sequences are split, and where."""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from led_kernels.distributed.gradients import AveragedGradients
+from led_kernels.mask import LongformerMask
+from led_kernels.mask_shard import MaskShard, check_bounds, even_bounds
+
+
+@dataclass(frozen=True, eq=False)
+class ContextParallelMask:
+    """Is what layers get for a mask where sequences are split over the ranks of a group.
+
+    Attributes:
+        whole: the mask of the whole sequences, padded, the same on all ranks.
+        group: the ranks; rank r of it has rows ``bounds[r]`` to ``bounds[r + 1]``.
+        bounds: by default even parts.
+    """
+
+    whole: LongformerMask
+    group: dist.ProcessGroup
+    bounds: tuple[int, ...] = ()
+    _shards: dict[object, MaskShard[LongformerMask]] = field(default_factory=dict, init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        world = dist.get_world_size(self.group)
+        if self.whole.is_packed:
+            raise ValueError(
+                "mask is of packed sequences, which context parallelism does not split; give padded ones, or deal "
+                "whole documents to the ranks."
+            )
+        if self.bounds:
+            check_bounds(self.bounds, world, self.whole.max_seqlen)
+        else:
+            object.__setattr__(self, "bounds", even_bounds(self.whole.max_seqlen, world))
+
+    @property
+    def rank(self) -> int:
+        return dist.get_rank(self.group)
+
+    @property
+    def max_globals(self) -> int:
+        return self.whole.max_globals
+
+    @property
+    def device(self) -> torch.device:
+        return self.whole.device
+
+    @property
+    def own(self) -> slice:
+        """Returns which rows of the sequences are this rank's."""
+        return slice(self.bounds[self.rank], self.bounds[self.rank + 1])
+
+    def shard(self, window_size: int | tuple[int, int]) -> MaskShard[LongformerMask]:
+        """Returns this rank's part for a window, which is made once."""
+        if window_size not in self._shards:
+            self._shards[window_size] = self.whole.shard(
+                self.rank, dist.get_world_size(self.group), window_size, bounds=self.bounds
+            )
+        return self._shards[window_size]
+
+
+def even_part(seqlen: int, group: dist.ProcessGroup) -> slice:
+    """Returns which rows of ``seqlen`` are this rank's, where the parts are even.
+
+    Raises:
+        ValueError: when a rank would have no rows.
+    """
+    bounds = even_bounds(seqlen, dist.get_world_size(group))
+    rank = dist.get_rank(group)
+    return slice(bounds[rank], bounds[rank + 1])
+
+
+@dataclass(frozen=True, eq=False)
+class ContextParallel:
+    """Belongs to a model whose encoder computes a part of every document on each rank of ``group``.
+
+    ``gradients`` are averaged after a backward, unless something else does so.
+    """
+
+    group: dist.ProcessGroup
+    gradients: AveragedGradients | None = None
+
+    @property
+    def rank(self) -> int:
+        return dist.get_rank(self.group)
+
+    def watch(self, output: Tensor) -> Tensor:
+        """Returns what an encoder or a decoder returns, once the gradients that go through it are cared for."""
+        if self.gradients is not None:
+            self.gradients.watch(output)
+        return output
+
+    @contextmanager
+    def chance(self, device: torch.device, *, is_common: bool, is_training: bool) -> Generator[None]:
+        """Makes what is drawn in the block common to all ranks, or each rank's own.
+
+        The decoder computes the same on all ranks and so has to drop the same; of the encoder each rank has other rows.
+        The seed is drawn on the group's first rank, and the generators go on afterwards as if nothing else had been.
+        """
+        if not is_training:
+            yield
+            return
+        seed = torch.randint(0, 2**62, (1,), dtype=torch.int64, device=device)
+        seed = int(from_first_rank(seed, self.group)) + (0 if is_common else 1 + self.rank)
+        devices = [device] if device.type == "cuda" else []
+        with torch.random.fork_rng(devices):
+            torch.manual_seed(seed)
+            yield
+
+
+def from_first_rank(x: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """Returns the ``x`` of the group's first rank, on all ranks."""
+    dist.broadcast(x, group=group, group_src=0)
+    return x

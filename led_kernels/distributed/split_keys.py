@@ -1,0 +1,94 @@
+"""Lets a decoder attend to documents whose keys stay on the ranks that have made them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from led_kernels.api import global_attention
+from led_kernels.arguments import draw_seed
+from led_kernels.distributed.collectives import merge_over_ranks
+from led_kernels.distributed.context import even_part, from_first_rank
+from led_kernels.mask import LongformerMask
+from led_kernels.mask_tensors import MaskTensors
+
+_POSITIONS = (
+    2**26
+)  # More than a rank has rows. Dropout draws by positions, which have to differ between ranks.
+
+
+@dataclass(frozen=True, eq=False)
+class SplitKeys:
+    """Says which of a rank's rows are keys, of documents that are split over the ranks of ``group``.
+
+    Attributes:
+        is_key: bool ``[batch, rows]``.
+    """
+
+    is_key: Tensor
+    group: dist.ProcessGroup
+    _masks: dict[int, LongformerMask] = field(default_factory=dict, init=False, repr=False)
+
+    @classmethod
+    def of_part(cls, attention_mask: Tensor | None, states: Tensor, group: dist.ProcessGroup) -> SplitKeys:
+        """Returns the keys that a rank has.
+
+        Args:
+            attention_mask: of the whole documents, ``[batch, source]``, nonzero for tokens; default: all are.
+            states: the encoder's output for the own rows, ``[batch, rows, d_model]``.
+
+        Raises:
+            ValueError: for a mask of another length.
+        """
+        if attention_mask is None:
+            return cls(states.new_ones(states.shape[:2], dtype=torch.bool), group)
+        own = attention_mask[:, even_part(attention_mask.shape[1], group)] != 0
+        if own.shape[1] != states.shape[1]:
+            raise ValueError(
+                f"attention_mask has {attention_mask.shape[1]} columns, of which {own.shape[1]} are this rank's, and "
+                f"the encoder's output has {states.shape[1]} rows here; give the mask of the whole documents."
+            )
+        return cls(own, group)
+
+    @torch.compiler.disable
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, dropout_p: float = 0.0) -> Tensor:
+        """Returns attention over the keys of all ranks, ``[batch, heads, queries, head_dim]``.
+
+        Each rank attends to its own keys, and the results are merged by their lse.
+
+        Args:
+            q: ``[batch, heads, queries, head_dim]``, the same on all ranks.
+            k, v: ``[batch, heads, rows, head_dim]``, the own rows.
+        """
+        seed = draw_seed(dropout_p, q.device)
+        if seed is not None:
+            seed = from_first_rank(seed, self.group)
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        # Every query sees every key, as global tokens do.
+        out, lse = global_attention(
+            q.contiguous(), k, v, self._mask(q.shape[1]), dropout_p=dropout_p, seed=seed, return_lse=True
+        )
+        return merge_over_ranks(out, lse, self.group).transpose(1, 2)
+
+    def _mask(self, queries: int) -> LongformerMask:
+        if queries not in self._masks:
+            kind = self.is_key.to(torch.uint8)
+            batch, rows = kind.shape
+            device = kind.device
+            position = torch.arange(1, rows + 1, dtype=torch.int32, device=device)
+            query = torch.arange(queries, dtype=torch.int32, device=device).repeat(batch, 1)
+            is_padding = (kind == 0).to(torch.int32)
+            offset = dist.get_rank(self.group) * _POSITIONS
+            tensors = MaskTensors(
+                seq_start=torch.zeros(batch, dtype=torch.int32, device=device),
+                seq_len=torch.where(self.is_key, position, 0).amax(1),
+                token_kind=kind,
+                padding_before=(is_padding.cumsum(-1) - is_padding).to(torch.int32),
+                global_index=torch.full_like(query, -1),
+                num_globals=torch.full((batch,), queries, dtype=torch.int32, device=device),
+            )
+            self._masks[queries] = LongformerMask.from_tensors(tensors, rows)
+        return self._masks[queries]
