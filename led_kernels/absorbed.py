@@ -7,6 +7,8 @@ It is a handful of torch matrix products, the same on every device, and has no b
 
 from __future__ import annotations
 
+from typing import Literal, overload
+
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
@@ -27,6 +29,34 @@ from led_kernels.mask import LongformerMask
 from led_kernels.philox import GLOBAL_STREAM, keep_mask
 
 
+@overload
+def absorbed_global_attention(
+    hidden: Tensor,
+    q_global: Tensor,
+    key_weight: Tensor,
+    value_weight: Tensor,
+    value_bias: Tensor | None,
+    mask: LongformerMask,
+    *,
+    softmax_scale: float | None = None,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
+    return_lse: Literal[False] = False,
+) -> Tensor: ...
+@overload
+def absorbed_global_attention(
+    hidden: Tensor,
+    q_global: Tensor,
+    key_weight: Tensor,
+    value_weight: Tensor,
+    value_bias: Tensor | None,
+    mask: LongformerMask,
+    *,
+    softmax_scale: float | None = None,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
+    return_lse: Literal[True],
+) -> tuple[Tensor, Tensor]: ...
 def absorbed_global_attention(
     hidden: Tensor,
     q_global: Tensor,
@@ -39,7 +69,7 @@ def absorbed_global_attention(
     dropout_p: float = 0.0,
     seed: Tensor | None = None,
     return_lse: bool = False,
-) -> Tensor:
+) -> Tensor | tuple[Tensor, Tensor]:
     """Computes :func:`global_attention` from hidden states, without projecting every token to keys and values.
 
     With keys ``W_k x + b_k`` the scores are ``(W_kᵀ q)·x + const``, and the constant cancels in the softmax; the output
@@ -50,10 +80,13 @@ def absorbed_global_attention(
         q_global: ``[batch, max_globals, heads, head_dim]`` in the order of ``mask.global_index``.
         key_weight, value_weight: ``[heads * head_dim, d_model]``, as in ``nn.Linear``.
         value_bias: ``[heads * head_dim]`` or None.
-        mask, softmax_scale, dropout_p: as in :func:`banded_attention`.
+        mask, softmax_scale, dropout_p, seed: as in :func:`banded_attention`.
+        return_lse: also return the log-sum-exp of the scaled scores ``(W_kᵀ q)·x``. The constant that the key's bias
+            adds, which every part of a sequence leaves out alike, is not in it.
 
     Returns:
-        ``[batch, max_globals, heads, head_dim]``, zeros in unused slots.
+        out ``[batch, max_globals, heads, head_dim]``, zeros in unused slots; with ``return_lse`` also lse
+        ``[batch, heads, max_globals]``, +inf there, as :func:`global_attention` has it.
 
     Raises:
         ValueError, TypeError: naming the argument and the remedy.
@@ -81,13 +114,13 @@ def absorbed_global_attention(
     check_alike(alike)
     dropout_p = check_number(dropout_p, "dropout_p")
     scale, seed = softmax_scale_of(softmax_scale, q_global), seed_of(seed, dropout_p, hidden.device)
-    args = hidden, q_global, key_weight, value_weight, value_bias, mask, scale, dropout_p, seed
+    args = hidden, q_global, key_weight, value_weight, value_bias, mask, scale, dropout_p, seed, return_lse
     if torch.is_grad_enabled() and is_eager(hidden, q_global):
         # The copy of hidden without its padding is made again in the backward, and not kept.
         out, lse = checkpoint(_attend, *args, use_reentrant=False, preserve_rng_state=False)
     else:
         out, lse = _attend(*args)
-    return (out, lse) if return_lse else out
+    return out if lse is None else (out, lse)
 
 
 def _attend(
@@ -100,8 +133,9 @@ def _attend(
     softmax_scale: float,
     dropout_p: float,
     seed: Tensor | None,
-) -> Tensor:
-    """Computes :func:`absorbed_global_attention` of checked arguments."""
+    with_lse: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """Computes :func:`absorbed_global_attention` of checked arguments -> out, and lse if it is wanted."""
     batch, max_globals, heads, head_dim = q_global.shape
     d_model = hidden.shape[-1]
     hidden, exists = _sequences(hidden, mask)  # [batch, seqlen, d_model], bool [batch, seqlen]
@@ -120,12 +154,13 @@ def _attend(
         ~exists[:, None, None, :], torch.finfo(scores.dtype).min
     )
     p = scores.softmax(-1)
-    lse = scores.logsumexp(-1).transpose(1, 2)
-    lse = lse.masked_fill(~exists.any(-1)[:, None, None], float("inf"))
+    lse = None
+    if with_lse:
+        lse = scores.logsumexp(-1).masked_fill(~is_slot[:, :, None], float("inf")).transpose(1, 2)
     if seed is not None:
         batch_head = torch.arange(batch * heads, device=hidden.device).view(batch, 1, heads, 1)
-        query = mask.global_index.clamp(min=0)[:, :, None, None]
-        key = torch.arange(hidden.shape[1], device=hidden.device)
+        query = mask.global_position.clamp(min=0)[:, :, None, None]
+        key = torch.arange(hidden.shape[1], device=hidden.device) + mask.position_offset
         keep = keep_mask(seed, query, key, batch_head, GLOBAL_STREAM, dropout_p)
         p = torch.where(keep, p / (1 - dropout_p) if dropout_p < 1 else p, 0)
     mixed = p.to(hidden.dtype).flatten(1, 2) @ hidden  # [batch, max_globals * heads, d_model]

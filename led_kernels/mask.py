@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from led_kernels.argument_checks import as_integers, check_marks, check_size, whole_numbers, window_of
-from led_kernels.mask_shard import MaskShard, check_bounds, even_bounds, shard_mask
 from led_kernels.mask_checks import (
     capacity_for,
     check_ascending,
@@ -24,6 +23,7 @@ from led_kernels.mask_checks import (
     largest,
     read_values,
 )
+from led_kernels.mask_shard import MaskShard, check_bounds, even_bounds, shard_mask
 from led_kernels.mask_tensors import (
     GLOBAL,
     LOCAL,
@@ -43,15 +43,24 @@ class LongformerMask:
     mask is packed, and row ``i`` of batch entry ``b`` (``seq_start`` is 0) when it is padded. All positions below
     are relative to their sequence.
 
+    Rows may also be a piece of longer sequences, as one rank has it of those that are split (:meth:`shard`). Then dropout,
+    which draws by positions, has to know those of the whole sequence.
+
     Attributes:
         seq_start: int32 ``[batch]``, first row of each sequence.
         seq_len: int32 ``[batch]``, 1 + the last position that is not padding; 0 for a row of only padding.
-        token_kind: uint8 ``[batch, seqlen]`` or ``[total_rows]``; 0 padding, 1 local, 2 global.
+        token_kind: uint8 ``[batch, seqlen]`` or ``[total_rows]``; 0 padding, 1 local, 2 global, 3 halo: a row that is a
+            key as local tokens are, and no query, so that its result is zeros and its q gets no gradient.
         padding_before: int32, same shape; how many positions before this one, in its sequence, are padding. A tile
             ``[a, b)`` is free of padding when ``padding_before`` does not grow over it.
         global_index: int32 ``[batch, max_globals]``, positions of the global tokens, ascending, filled with -1.
         num_globals: int32 ``[batch]``.
+        global_position: int32 ``[batch, max_globals]``, where in the whole sequence the global tokens of ``global_index``
+            stand, filled with -1; the same as ``global_index`` unless the rows are a piece. Global attention looks at it
+            alone: its queries may belong to tokens of which the piece has no row.
         max_seqlen: the longest sequence that the shapes admit.
+        position_offset: a multiple of 4, that added to the position of a row gives the one in the whole sequence; 0
+            unless the rows are a piece.
 
     Its tensors are not to be changed in place: values are checked when it is built, and only some backends look again.
 
@@ -71,7 +80,9 @@ class LongformerMask:
     padding_before: Tensor
     global_index: Tensor
     num_globals: Tensor
+    global_position: Tensor
     max_seqlen: int
+    position_offset: int = 0
 
     are_values_checked: InitVar[bool] = False  # by the caller; shapes and dtypes are compared all the same
 
@@ -79,24 +90,25 @@ class LongformerMask:
         if torch.compiler.is_compiling():
             return
         tensors = self.tensors()
-        check_structure(tensors, self.max_seqlen)
+        check_structure(tensors, self.max_seqlen, self.position_offset)
         if not are_values_checked and is_checkable(*tensors):
             check_values(tensors, self.max_seqlen)
 
     def tensors(self) -> MaskTensors:
-        """Returns all fields but ``max_seqlen``, with their names."""
+        """Returns all tensors, with their names."""
         return MaskTensors(
-            self.seq_start, self.seq_len, self.token_kind, self.padding_before, self.global_index, self.num_globals
+            self.seq_start, self.seq_len, self.token_kind, self.padding_before, self.global_index, self.num_globals,
+            self.global_position,
         )  # fmt: skip
 
     @classmethod
-    def from_tensors(cls, tensors: MaskTensors, max_seqlen: int) -> LongformerMask:
+    def from_tensors(cls, tensors: MaskTensors, max_seqlen: int, position_offset: int = 0) -> LongformerMask:
         """Builds a mask of what :meth:`tensors` returns; their values are taken as checked.
 
         Raises:
             TypeError, ValueError: for other dtypes, shapes, strides or devices.
         """
-        return cls(*tensors, max_seqlen, are_values_checked=True)
+        return cls(*tensors, max_seqlen, position_offset, are_values_checked=True)
 
     @property
     def is_packed(self) -> bool:
@@ -118,7 +130,8 @@ class LongformerMask:
         """Returns the same mask on another device."""
         if isinstance(device, torch.dtype):
             raise TypeError(f"device is {device}; a mask has dtypes of its own, give a device.")
-        return self.from_tensors(MaskTensors(*(x.to(device) for x in self.tensors())), self.max_seqlen)
+        tensors = MaskTensors(*(x.to(device) for x in self.tensors()))
+        return self.from_tensors(tensors, self.max_seqlen, self.position_offset)
 
     def shard(
         self,
@@ -138,7 +151,9 @@ class LongformerMask:
             TypeError, ValueError: naming the argument and the remedy.
         """
         if self.is_packed:
-            raise ValueError("a packed mask is not split over ranks; pad the sequences, or deal them to the ranks.")
+            raise ValueError(
+                "a packed mask is not split over ranks; pad the sequences, or deal them to the ranks."
+            )
         if bounds is None:
             bounds = even_bounds(self.max_seqlen, world)
         check_bounds(bounds, world, self.max_seqlen)

@@ -9,12 +9,13 @@ from torch import Tensor
 
 from led_kernels.argument_checks import check_marks, check_size, check_storage, whole_numbers
 from led_kernels.eager import is_eager
-from led_kernels.mask_tensors import GLOBAL, PADDING, MaskTensors, index_of_marks
+from led_kernels.mask_tensors import GLOBAL, HALO, PADDING, MaskTensors, index_of_marks
 
+ROWS_PER_DRAW = 4  # Dropout draws for so many neighboring keys at once, see led_kernels.philox.
 _DTYPES = {name: torch.uint8 if name == "token_kind" else torch.int32 for name in MaskTensors._fields}
 
 
-def check_structure(tensors: MaskTensors, max_seqlen: int) -> None:
+def check_structure(tensors: MaskTensors, max_seqlen: int, position_offset: int = 0) -> None:
     """Checks dtypes, shapes, strides and devices of the tensors, without looking at their values.
 
     Raises:
@@ -23,6 +24,12 @@ def check_structure(tensors: MaskTensors, max_seqlen: int) -> None:
     """
     kind, lengths, index = tensors.token_kind, tensors.seq_len, tensors.global_index
     check_size(max_seqlen, "max_seqlen of a mask")
+    check_size(position_offset, "position_offset of a mask")
+    if isinstance(position_offset, int) and position_offset % ROWS_PER_DRAW:
+        raise ValueError(
+            f"position_offset of a mask is {position_offset}; give a multiple of {ROWS_PER_DRAW}, as dropout draws for "
+            "that many keys at once."
+        )
     for name, x in tensors._asdict().items():
         dtype = _DTYPES[name]
         if not isinstance(x, Tensor):
@@ -31,7 +38,12 @@ def check_structure(tensors: MaskTensors, max_seqlen: int) -> None:
             raise TypeError(f"{name} of a mask has dtype {x.dtype}; give {dtype}.")
         if not x.is_contiguous():
             raise ValueError(f"{name} of a mask is not contiguous; call .contiguous() on it.")
-    for name, like in (("seq_start", lengths), ("num_globals", lengths), ("padding_before", kind)):
+    for name, like in (
+        ("seq_start", lengths),
+        ("num_globals", lengths),
+        ("padding_before", kind),
+        ("global_position", index),
+    ):
         if (x := getattr(tensors, name)).shape != like.shape:
             raise ValueError(f"{name} of a mask has shape {tuple(x.shape)}; give {tuple(like.shape)}.")
     device = kind.device
@@ -68,7 +80,7 @@ def check_values(tensors: MaskTensors, max_seqlen: int) -> None:
     """
     for name, x in tensors._asdict().items():
         check_storage(f"{name} of a mask", x)
-    start, length, kind, padding_before, index, counts = tensors
+    start, length, kind, padding_before, index, counts, global_position = tensors
     is_packed = kind.dim() == 1
     end = length if is_packed else torch.zeros_like(length)
     last = kind.shape[-1] if is_packed else 0
@@ -81,9 +93,10 @@ def check_values(tensors: MaskTensors, max_seqlen: int) -> None:
         "seq_len": ((length >= 0) & (length <= max_seqlen)).all(),
         # The sum is in int64, where it does not wrap around.
         "seq_start": ((start >= 0) & (start.long() + end.long() <= last)).all(),
-        "token_kind": (kind <= GLOBAL).all(),
+        "token_kind": (kind <= HALO).all(),
         "num_globals": ((counts >= 0) & (counts <= index.shape[1])).all(),
         "global_index": torch.where(used, inside & ascends, index == -1).all(),
+        "global_position": torch.where(used, global_position >= 0, global_position == -1).all(),
     }
     _require(good)
     # The rows that these point to exist, and can be looked at.

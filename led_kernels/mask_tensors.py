@@ -14,7 +14,7 @@ PADDING, LOCAL, GLOBAL, HALO = 0, 1, 2, 3  # values of token_kind
 
 
 class MaskTensors(NamedTuple):
-    """Names the six tensors of a mask in the order in which operators and kernels take them.
+    """Names the tensors of a mask in the order in which operators and kernels take them.
 
     :class:`led_kernels.LongformerMask` documents each of them.
     """
@@ -25,10 +25,17 @@ class MaskTensors(NamedTuple):
     padding_before: Tensor
     global_index: Tensor
     num_globals: Tensor
+    global_position: Tensor
 
 
 def build_tensors(
-    kind: Tensor, seq_start: Tensor, seq_len: Tensor, positions: Tensor, counts: Tensor, max_globals: int, position_offset=None, global_position=None
+    kind: Tensor,
+    seq_start: Tensor,
+    seq_len: Tensor,
+    positions: Tensor,
+    counts: Tensor,
+    max_globals: int,
+    global_position: Tensor | None = None,
 ) -> MaskTensors:
     """Converts what a constructor of masks has found out to the layout that kernels read.
 
@@ -37,6 +44,8 @@ def build_tensors(
         seq_start, seq_len, counts: ``[batch]``; ``counts`` are the numbers of global tokens.
         positions: ``[batch, n]``, ascending positions of the global tokens, and values past the end behind them.
         max_globals: the capacity of ``global_index``.
+        global_position: ``[batch, max_globals]``, where the global tokens stand in the whole sequence, if these rows are
+            a piece of it.
 
     Raises:
         ValueError: for a negative ``max_globals``.
@@ -48,13 +57,20 @@ def build_tensors(
     positions = torch.nn.functional.pad(positions, (0, max_globals))[:, :max_globals]
     slot = torch.arange(max_globals, device=kind.device)
     is_padding = (kind == PADDING).to(torch.int32)
+    is_slot = slot < counts[:, None]
+
+    def slots(values: Tensor) -> Tensor:
+        return torch.where(is_slot, values, -1).to(torch.int32).contiguous()
+
+    global_index = slots(positions)
     return MaskTensors(
         seq_start=seq_start.to(torch.int32).contiguous(),
         seq_len=seq_len.to(torch.int32).contiguous(),
         token_kind=kind.to(torch.uint8),
         padding_before=(is_padding.cumsum(-1) - is_padding).to(torch.int32),
-        global_index=torch.where(slot < counts[:, None], positions, -1).to(torch.int32).contiguous(),
+        global_index=global_index,
         num_globals=counts.clamp(max=max_globals).to(torch.int32).contiguous(),
+        global_position=global_index if global_position is None else slots(global_position),
     )
 
 

@@ -3,7 +3,8 @@
 The generator is that of Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011. Every backend drops the
 same elements: probability ``(query, key)`` of head ``h`` in sequence ``b`` is kept iff lane
 ``key % 4`` of ``philox(counter=(key // 4, query, b * heads + h, stream), key=seed)`` is at least
-``round(dropout_p * 2**32)``. Positions are relative to their sequence.
+``round(dropout_p * 2**32)``. Positions are those in the whole sequence, also where the rows are a piece of it: a row of
+the window stands at its own position and ``position_offset`` of the mask, a global token at its ``global_position``.
 """
 
 from __future__ import annotations

@@ -89,6 +89,7 @@ class _Part:
     span: slice | None  # its rows of [total_rows, ...]; None when padded
     token_kind: Tensor  # [batch, seqlen]
     global_index: Tensor  # [batch, max_globals]
+    global_position: Tensor  # [batch, max_globals]
     num_globals: Tensor  # [batch]
 
     def rows(self, x: Tensor) -> Tensor:
@@ -102,12 +103,26 @@ class _Part:
 
 def _parts(mask: LongformerMask) -> Iterator[_Part]:
     if not mask.is_packed:
-        yield _Part(slice(0, mask.batch), None, mask.token_kind, mask.global_index, mask.num_globals)
+        yield _Part(
+            slice(0, mask.batch),
+            None,
+            mask.token_kind,
+            mask.global_index,
+            mask.global_position,
+            mask.num_globals,
+        )
         return
     for b, (start, length) in enumerate(torch.stack([mask.seq_start, mask.seq_len], 1).tolist()):
         one, span = slice(b, b + 1), slice(start, start + length)
         if length:
-            yield _Part(one, span, mask.token_kind[None, span], mask.global_index[one], mask.num_globals[one])
+            yield _Part(
+                one,
+                span,
+                mask.token_kind[None, span],
+                mask.global_index[one],
+                mask.global_position[one],
+                mask.num_globals[one],
+            )
 
 
 @dataclass(frozen=True)
@@ -147,12 +162,13 @@ class _Problem:
             self.is_query = slot < part.num_globals[:, None]  # [batch, queries], the rows that have a result
             self.left = self.right = seqlen + max_globals
             self.global_keys = part.global_index[:, :0].long()  # [batch, 0]
-            self.query_position = part.global_index
+            self.query_position = part.global_position
         else:
             self.is_query = part.token_kind == LOCAL
             self.left, self.right = call.window
             self.global_keys = part.global_index.long()  # positions, [batch, max_globals], -1 for none
-            self.query_position = torch.arange(seqlen, device=device)[None]
+            self.query_position = torch.arange(seqlen, device=device)[None] + call.mask.position_offset
+        self.global_position = part.global_position[:, : self.global_keys.shape[1]]
         # [batch, heads, rows, head_dim], in the accumulation dtype, zeros in padding
         self.q = _heads_first(part.rows(call.q), self.is_query).mul_(call.softmax_scale)
         self.k, self.v = (_heads_first(part.rows(x), self.is_key) for x in (call.k, call.v))
@@ -175,9 +191,9 @@ class _Problem:
                 # the band keeps the global keys that lie in it, so that each key counts once
                 outside = (global_key >= 0) & ~self._in_band(query, global_key)
                 allowed = torch.cat([allowed, outside], -1)  # [batch, rows, keys]
-                key = torch.cat([key, global_key], -1)
                 k, v = torch.cat([k, global_k], 2), torch.cat([v, global_v], 2)
-            keep = self._keep(rows, key)
+            position = torch.cat([key + self.call.mask.position_offset, self.global_position[:, None]], -1)
+            keep = self._keep(rows, position)
             yield _Block(rows, band, self.q[:, :, rows], k, v, ~allowed[:, None], keep, self.call.dropout_p)
 
     def gather_global_keys(self, x: Tensor) -> Tensor:

@@ -43,7 +43,15 @@ def _banded_forward(call: AttentionCall) -> tuple[Tensor, Tensor]:
     for b in range(mask.batch):
         is_global[b, mask.global_index[b, : int(mask.num_globals[b])].long()] = True
     allowed = (kind != PADDING)[:, None, :] & (in_band | is_global[:, None, :])  # [batch, query, key]
-    out, lse = _attend(call, q, k, v, allowed, kind == LOCAL, query, key)
+    position = key + mask.position_offset
+    # Of a key outside the window, which is a global token's, the mask knows where in the whole sequence it stands.
+    elsewhere = position.repeat(mask.batch, 1)
+    for b in range(mask.batch):
+        slots = slice(0, int(mask.num_globals[b]))
+        elsewhere[b, mask.global_index[b, slots].long()] = mask.global_position[b, slots].long()
+    key_position = torch.where(in_band, position, elsewhere[:, None, :])[:, None]  # [batch, 1, query, key]
+    query_position = query + mask.position_offset
+    out, lse = _attend(call, q, k, v, allowed, kind == LOCAL, query_position, key_position)
     return _from_padded(out, mask, call.q), _lse_from_padded(lse, mask, call.q)
 
 
@@ -55,8 +63,9 @@ def _global_forward(call: AttentionCall) -> tuple[Tensor, Tensor]:
     is_row = slot < mask.num_globals[:, None]  # [batch, max_globals]
     q = call.q.masked_fill(~is_row[:, :, None, None], 0)
     allowed = (_kinds(mask) != PADDING)[:, None, :].expand(-1, mask.max_globals, -1)
-    query = mask.global_index.clamp(min=0)[:, None, :, None]  # [batch, 1, max_globals, 1]
-    return _attend(call, q, k, v, allowed, is_row, query, torch.arange(k.shape[1], device=k.device))
+    query = mask.global_position.clamp(min=0)[:, None, :, None]  # [batch, 1, max_globals, 1]
+    key = torch.arange(k.shape[1], device=k.device) + mask.position_offset
+    return _attend(call, q, k, v, allowed, is_row, query, key)
 
 
 def _attend(

@@ -81,14 +81,17 @@ class SplitKeys:
             position = torch.arange(1, rows + 1, dtype=torch.int32, device=device)
             query = torch.arange(queries, dtype=torch.int32, device=device).repeat(batch, 1)
             is_padding = (kind == 0).to(torch.int32)
-            offset = dist.get_rank(self.group) * _POSITIONS
+            seq_len = torch.where(self.is_key, position, 0).amax(1)
+            has_keys = seq_len > 0  # Without a key there is no result.
             tensors = MaskTensors(
-                seq_start=torch.zeros(batch, dtype=torch.int32, device=device),
-                seq_len=torch.where(self.is_key, position, 0).amax(1),
+                seq_start=torch.zeros_like(seq_len),
+                seq_len=seq_len,
                 token_kind=kind,
                 padding_before=(is_padding.cumsum(-1) - is_padding).to(torch.int32),
                 global_index=torch.full_like(query, -1),
-                num_globals=torch.full((batch,), queries, dtype=torch.int32, device=device),
+                num_globals=torch.where(has_keys, queries, 0).to(torch.int32),
+                global_position=torch.where(has_keys[:, None], query, -1),
             )
-            self._masks[queries] = LongformerMask.from_tensors(tensors, rows)
+            offset = dist.get_rank(self.group) * _POSITIONS
+            self._masks[queries] = LongformerMask.from_tensors(tensors, rows, offset)
         return self._masks[queries]
