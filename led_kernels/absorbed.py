@@ -7,6 +7,8 @@ It is a handful of torch matrix products, the same on every device, and has no b
 
 from __future__ import annotations
 
+from typing import Literal, overload
+
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
@@ -27,6 +29,7 @@ from led_kernels.mask import LongformerMask
 from led_kernels.philox import GLOBAL_STREAM, keep_mask
 
 
+@overload
 def absorbed_global_attention(
     hidden: Tensor,
     q_global: Tensor,
@@ -37,7 +40,33 @@ def absorbed_global_attention(
     *,
     softmax_scale: float | None = None,
     dropout_p: float = 0.0,
-) -> Tensor:
+    return_lse: Literal[False] = False,
+) -> Tensor: ...
+@overload
+def absorbed_global_attention(
+    hidden: Tensor,
+    q_global: Tensor,
+    key_weight: Tensor,
+    value_weight: Tensor,
+    value_bias: Tensor | None,
+    mask: LongformerMask,
+    *,
+    softmax_scale: float | None = None,
+    dropout_p: float = 0.0,
+    return_lse: Literal[True],
+) -> tuple[Tensor, Tensor]: ...
+def absorbed_global_attention(
+    hidden: Tensor,
+    q_global: Tensor,
+    key_weight: Tensor,
+    value_weight: Tensor,
+    value_bias: Tensor | None,
+    mask: LongformerMask,
+    *,
+    softmax_scale: float | None = None,
+    dropout_p: float = 0.0,
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
     """Computes :func:`global_attention` from hidden states, without projecting every token to keys and values.
 
     With keys ``W_k x + b_k`` the scores are ``(W_kᵀ q)·x + const``, and the constant cancels in the softmax; the output
@@ -48,10 +77,11 @@ def absorbed_global_attention(
         q_global: ``[batch, max_globals, heads, head_dim]`` in the order of ``mask.global_index``.
         key_weight, value_weight: ``[heads * head_dim, d_model]``, as in ``nn.Linear``.
         value_bias: ``[heads * head_dim]`` or None.
-        mask, softmax_scale, dropout_p: as in :func:`banded_attention`.
+        mask, softmax_scale, dropout_p, return_lse: as in :func:`banded_attention`.
 
     Returns:
-        ``[batch, max_globals, heads, head_dim]``, zeros in unused slots.
+        out and, with ``return_lse``, lse, as of :func:`global_attention`. There is no key bias ``b_k`` here, so lse is
+        of the scores without ``q·b_k``: a constant of the query, which every piece of a sequence leaves out alike.
 
     Raises:
         ValueError, TypeError: naming the argument and the remedy.
@@ -82,8 +112,10 @@ def absorbed_global_attention(
     args = hidden, q_global, key_weight, value_weight, value_bias, mask, scale, dropout_p, seed
     if torch.is_grad_enabled() and is_eager(hidden, q_global):
         # The copy of hidden without its padding is made again in the backward, and not kept.
-        return checkpoint(_attend, *args, use_reentrant=False, preserve_rng_state=False)
-    return _attend(*args)
+        out, lse = checkpoint(_attend, *args, use_reentrant=False, preserve_rng_state=False)
+    else:
+        out, lse = _attend(*args)
+    return (out, lse) if return_lse else out
 
 
 def _attend(
@@ -96,15 +128,15 @@ def _attend(
     softmax_scale: float,
     dropout_p: float,
     seed: Tensor | None,
-) -> Tensor:
-    """Computes :func:`absorbed_global_attention` of checked arguments."""
+) -> tuple[Tensor, Tensor]:
+    """Computes :func:`absorbed_global_attention` of checked arguments -> out, lse."""
     batch, max_globals, heads, head_dim = q_global.shape
     d_model = hidden.shape[-1]
     hidden, exists = _sequences(hidden, mask)  # [batch, seqlen, d_model], bool [batch, seqlen]
-    is_slot = (
-        torch.arange(max_globals, device=hidden.device) < mask.num_globals[:, None]
-    )  # [batch, max_globals]
-    q_global = q_global.masked_fill(~is_slot[:, :, None, None], 0)
+    slot = torch.arange(max_globals, device=hidden.device)
+    # [batch, max_globals], which have a result: none in a sequence that is all padding
+    is_row = (slot < mask.num_globals[:, None]) & exists.any(1, keepdim=True)
+    q_global = q_global.masked_fill(~is_row[:, :, None, None], 0)
 
     q_absorbed = torch.einsum(
         "bghd,hdm->bghm",
@@ -116,11 +148,12 @@ def _attend(
         ~exists[:, None, None, :], torch.finfo(scores.dtype).min
     )
     p = scores.softmax(-1)
+    lse = scores.logsumexp(-1).transpose(1, 2).masked_fill(~is_row[:, None], float("inf"))
     if seed is not None:
         batch_head = torch.arange(batch * heads, device=hidden.device).view(batch, 1, heads, 1)
-        query = mask.global_index.clamp(min=0)[:, :, None, None]
-        key = torch.arange(hidden.shape[1], device=hidden.device)
-        keep = keep_mask(seed, query, key, batch_head, GLOBAL_STREAM, dropout_p)
+        query = mask.global_position[:, :, None, None]
+        key = torch.arange(hidden.shape[1], device=hidden.device) + mask.position_offset[:, None]
+        keep = keep_mask(seed, query, key[:, None, None], batch_head, GLOBAL_STREAM, dropout_p)
         p = torch.where(keep, p / (1 - dropout_p) if dropout_p < 1 else p, 0)
     mixed = p.to(hidden.dtype).flatten(1, 2) @ hidden  # [batch, max_globals * heads, d_model]
     mixed = mixed.view(batch, max_globals, heads, d_model)
@@ -128,7 +161,7 @@ def _attend(
     if value_bias is not None:
         kept = p.sum(-1, keepdim=True).to(out.dtype)  # 1, except under dropout
         out = out + kept * value_bias.to(out.dtype).view(heads, head_dim)
-    return out.masked_fill(~is_slot[:, :, None, None], 0)
+    return out.masked_fill(~is_row[:, :, None, None], 0), lse
 
 
 def _sequences(hidden: Tensor, mask: LongformerMask) -> tuple[Tensor, Tensor]:

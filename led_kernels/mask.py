@@ -45,11 +45,18 @@ class LongformerMask:
     Attributes:
         seq_start: int32 ``[batch]``, first row of each sequence.
         seq_len: int32 ``[batch]``, 1 + the last position that is not padding; 0 for a row of only padding.
-        token_kind: uint8 ``[batch, seqlen]`` or ``[total_rows]``; 0 padding, 1 local, 2 global.
+        token_kind: uint8 ``[batch, seqlen]`` or ``[total_rows]``; 0 padding, 1 local, 2 global, 3 halo: a key as a
+            local token is, and no query of banded attention, as another piece of the sequence computes its row.
         padding_before: int32, same shape; how many positions before this one, in its sequence, are padding. A tile
             ``[a, b)`` is free of padding when ``padding_before`` does not grow over it.
         global_index: int32 ``[batch, max_globals]``, positions of the global tokens, ascending, filled with -1.
         num_globals: int32 ``[batch]``.
+        position_offset: int32 ``[batch]``, multiples of 4 that may be negative: row ``i`` stands at position
+            ``i + position_offset[b]`` of the whole sequence, of which the rows may be a piece. Only dropout looks at
+            it, so that the pieces drop what the whole sequence would. Local and halo rows stand at 0 or later; a
+            global one that no query has in its window may stand anywhere.
+        global_position: int32 ``[batch, max_globals]``, positions of the global tokens in the whole sequence, in the
+            order of ``global_index``, filled with -1; for dropout too.
         max_seqlen: the longest sequence that the shapes admit.
 
     Its tensors are not to be changed in place: values are checked when it is built, and only some backends look again.
@@ -70,6 +77,8 @@ class LongformerMask:
     padding_before: Tensor
     global_index: Tensor
     num_globals: Tensor
+    position_offset: Tensor
+    global_position: Tensor
     max_seqlen: int
 
     are_values_checked: InitVar[bool] = False  # by the caller; shapes and dtypes are compared all the same
@@ -85,12 +94,17 @@ class LongformerMask:
     def tensors(self) -> MaskTensors:
         """Returns all fields but ``max_seqlen``, with their names."""
         return MaskTensors(
-            self.seq_start, self.seq_len, self.token_kind, self.padding_before, self.global_index, self.num_globals
+            self.seq_start, self.seq_len, self.token_kind, self.padding_before, self.global_index, self.num_globals,
+            self.position_offset, self.global_position,
         )  # fmt: skip
 
     @classmethod
     def from_tensors(cls, tensors: MaskTensors, max_seqlen: int) -> LongformerMask:
         """Builds a mask of what :meth:`tensors` returns; their values are taken as checked.
+
+        For global attention alone ``global_index`` may hold anything, such as -1 for tokens that lie in another piece
+        of the sequence. Banded attention reads the rows that it points to, and only some backends look whether they
+        exist.
 
         Raises:
             TypeError, ValueError: for other dtypes, shapes, strides or devices.

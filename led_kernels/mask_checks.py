@@ -9,7 +9,7 @@ from torch import Tensor
 
 from led_kernels.argument_checks import check_marks, check_size, check_storage, whole_numbers
 from led_kernels.eager import is_eager
-from led_kernels.mask_tensors import GLOBAL, PADDING, MaskTensors, index_of_marks
+from led_kernels.mask_tensors import GLOBAL, HALO, LOCAL, PADDING, MaskTensors, index_of_marks
 
 _DTYPES = {name: torch.uint8 if name == "token_kind" else torch.int32 for name in MaskTensors._fields}
 
@@ -31,9 +31,9 @@ def check_structure(tensors: MaskTensors, max_seqlen: int) -> None:
             raise TypeError(f"{name} of a mask has dtype {x.dtype}; give {dtype}.")
         if not x.is_contiguous():
             raise ValueError(f"{name} of a mask is not contiguous; call .contiguous() on it.")
-    for name, like in (("seq_start", lengths), ("num_globals", lengths), ("padding_before", kind)):
-        if (x := getattr(tensors, name)).shape != like.shape:
-            raise ValueError(f"{name} of a mask has shape {tuple(x.shape)}; give {tuple(like.shape)}.")
+    like = dict.fromkeys(("seq_start", "num_globals", "position_offset"), lengths)
+    for name, other in (like | {"padding_before": kind}).items():
+        _check_shape(tensors, name, other.shape)
     device = kind.device
     for name, x in tensors._asdict().items():
         if x.device != device:
@@ -48,11 +48,17 @@ def check_structure(tensors: MaskTensors, max_seqlen: int) -> None:
             f"global_index of a mask has shape {tuple(index.shape)}; give it as [batch, max_globals] with a batch of "
             f"{batch}."
         )
+    _check_shape(tensors, "global_position", index.shape)
     if (kind.dim() == 2 and kind.shape != (batch, max_seqlen)) or kind.dim() not in (1, 2):
         raise ValueError(
             f"token_kind of a mask has shape {tuple(kind.shape)}; give it as [batch, max_seqlen] = "
             f"[{batch}, {max_seqlen}], or [total_rows] of packed sequences."
         )
+
+
+def _check_shape(tensors: MaskTensors, name: str, shape: torch.Size) -> None:
+    if (x := getattr(tensors, name)).shape != shape:
+        raise ValueError(f"{name} of a mask has shape {tuple(x.shape)}; give {tuple(shape)}.")
 
 
 def is_checkable(*tensors: Tensor) -> bool:
@@ -68,7 +74,7 @@ def check_values(tensors: MaskTensors, max_seqlen: int) -> None:
     """
     for name, x in tensors._asdict().items():
         check_storage(f"{name} of a mask", x)
-    start, length, kind, padding_before, index, counts = tensors
+    start, length, kind, padding_before, index, counts, offset, position_of_global = tensors
     is_packed = kind.dim() == 1
     end = length if is_packed else torch.zeros_like(length)
     last = kind.shape[-1] if is_packed else 0
@@ -81,9 +87,11 @@ def check_values(tensors: MaskTensors, max_seqlen: int) -> None:
         "seq_len": ((length >= 0) & (length <= max_seqlen)).all(),
         # The sum is in int64, where it does not wrap around.
         "seq_start": ((start >= 0) & (start.long() + end.long() <= last)).all(),
-        "token_kind": (kind <= GLOBAL).all(),
+        "token_kind": (kind <= HALO).all(),
         "num_globals": ((counts >= 0) & (counts <= index.shape[1])).all(),
         "global_index": torch.where(used, inside & ascends, index == -1).all(),
+        "position_offset": (offset % 4 == 0).all(),
+        "global_position": torch.where(used, position_of_global >= 0, position_of_global == -1).all(),
     }
     _require(good)
     # The rows that these point to exist, and can be looked at.
@@ -98,6 +106,8 @@ def check_values(tensors: MaskTensors, max_seqlen: int) -> None:
         good = {"padding_before": (padding_before == is_padding.cumsum(-1) - is_padding).all()}
         position = torch.arange(kind.shape[1], device=kind.device)
         good["seq_len"] = ((kind == PADDING) | (position < length[:, None])).all()
+        stands = (kind != LOCAL) & (kind != HALO) | (position + offset[:, None] >= 0)
+        good["position_offset"] = stands.all()
         marked = kind.gather(1, at)
         counted = ((kind == GLOBAL).sum(1) == counts).all()
     good["global_index"] = torch.where(used, marked == GLOBAL, True).all()

@@ -10,11 +10,11 @@ from torch import Tensor
 
 from led_kernels.argument_checks import as_integers
 
-PADDING, LOCAL, GLOBAL = 0, 1, 2  # values of token_kind
+PADDING, LOCAL, GLOBAL, HALO = 0, 1, 2, 3  # values of token_kind
 
 
 class MaskTensors(NamedTuple):
-    """Names the six tensors of a mask in the order in which operators and kernels take them.
+    """Names the eight tensors of a mask in the order in which operators and kernels take them.
 
     :class:`led_kernels.LongformerMask` documents each of them.
     """
@@ -25,6 +25,8 @@ class MaskTensors(NamedTuple):
     padding_before: Tensor
     global_index: Tensor
     num_globals: Tensor
+    position_offset: Tensor
+    global_position: Tensor
 
 
 def build_tensors(
@@ -48,13 +50,17 @@ def build_tensors(
     positions = torch.nn.functional.pad(positions, (0, max_globals))[:, :max_globals]
     slot = torch.arange(max_globals, device=kind.device)
     is_padding = (kind == PADDING).to(torch.int32)
+    index = torch.where(slot < counts[:, None], positions, -1).to(torch.int32).contiguous()
+    seq_len = seq_len.to(torch.int32).contiguous()
     return MaskTensors(
         seq_start=seq_start.to(torch.int32).contiguous(),
-        seq_len=seq_len.to(torch.int32).contiguous(),
+        seq_len=seq_len,
         token_kind=kind.to(torch.uint8),
         padding_before=(is_padding.cumsum(-1) - is_padding).to(torch.int32),
-        global_index=torch.where(slot < counts[:, None], positions, -1).to(torch.int32).contiguous(),
+        global_index=index,
         num_globals=counts.clamp(max=max_globals).to(torch.int32).contiguous(),
+        position_offset=torch.zeros_like(seq_len),
+        global_position=index,
     )
 
 
