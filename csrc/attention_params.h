@@ -27,17 +27,19 @@ struct LseRef {
   int64_t head_stride = 0;
 };
 
-constexpr uint8_t kPadding = 0, kLocal = 1, kGlobal = 2;
+constexpr uint8_t kPadding = 0, kLocal = 1, kGlobal = 2, kHalo = 3;
 
 // Python's LongformerMask; its positions are relative to their sequence.
 struct MaskRef {
-  const int32_t* seq_start = nullptr;       // [batch]
-  const int32_t* seq_len = nullptr;         // [batch]
-  const uint8_t* token_kind = nullptr;      // [batch, rows] or [total_rows]
-  const int32_t* padding_before = nullptr;  // [batch, rows] or [total_rows]
-  const int32_t* global_index = nullptr;    // [batch, max_globals], ascending, -1 filled
-  const int32_t* num_globals = nullptr;     // [batch]
-  int64_t batch_stride = 0;                 // of token_kind and padding_before; 0 when packed
+  const int32_t* seq_start = nullptr;        // [batch]
+  const int32_t* seq_len = nullptr;          // [batch]
+  const uint8_t* token_kind = nullptr;       // [batch, rows] or [total_rows]
+  const int32_t* padding_before = nullptr;   // [batch, rows] or [total_rows]
+  const int32_t* global_index = nullptr;     // [batch, max_globals], ascending, -1 filled
+  const int32_t* num_globals = nullptr;      // [batch]
+  const int32_t* position_offset = nullptr;  // [batch], of dropout's positions, multiples of 4
+  const int32_t* global_position = nullptr;  // [batch, max_globals], dropout's positions of global tokens
+  int64_t batch_stride = 0;                  // of token_kind and padding_before; 0 when packed
   int64_t max_globals = 0;
   bool packed = false;
 };

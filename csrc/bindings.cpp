@@ -110,7 +110,7 @@ auto cpu_launcher(void (*KernelTable::*function)(const CpuAttentionParams&), Ker
   return [function, kind](const AttentionRequest& request, const std::string& isa) {
     const KernelTable& table = kernels(isa);
     led::check_call(request, kind);
-    led::check_mask_values(request);
+    led::check_mask_values(request, kind);
     CpuAttentionParams params = request.cpu_params();
     const int64_t packed_rows = params.call.mask.packed ? request.mask_rows : 0;
     if (params.call.mask.packed) params.call.max_seqlen = std::min(params.call.max_seqlen, packed_rows);
@@ -228,16 +228,19 @@ void define_attention_params(py::module_& m) {
   using Request = AttentionRequest;
   using Bytes = led::Bytes;
   auto type = define_request<Request>(m, "AttentionParams");
-  type.def("set_mask", [](Request& request, const std::array<Memory, 6>& tensors, int64_t rows,
+  type.def("set_mask", [](Request& request, const std::array<Memory, 8>& tensors, int64_t rows,
                           int64_t max_globals, bool packed) {
     // in the order of Python's MaskTensors
-    const auto& [seq_start, seq_len, token_kind, padding_before, global_index, num_globals] = tensors;
+    const auto& [seq_start, seq_len, token_kind, padding_before, global_index, num_globals, position_offset,
+                 global_position] = tensors;
     request.call.mask = {pointer<int32_t>(seq_start),
                          pointer<int32_t>(seq_len),
                          pointer<uint8_t>(token_kind),
                          pointer<int32_t>(padding_before),
                          pointer<int32_t>(global_index),
                          pointer<int32_t>(num_globals),
+                         pointer<int32_t>(position_offset),
+                         pointer<int32_t>(global_position),
                          packed ? 0 : rows,
                          max_globals,
                          packed};
@@ -246,6 +249,7 @@ void define_attention_params(py::module_& m) {
     bytes.seq_start = seq_start[1], bytes.seq_len = seq_len[1];
     bytes.token_kind = token_kind[1], bytes.padding_before = padding_before[1];
     bytes.global_index = global_index[1], bytes.num_globals = num_globals[1];
+    bytes.position_offset = position_offset[1], bytes.global_position = global_position[1];
   });
   define_field(type, "window_left", [](Request& r) -> auto& { return r.call.window.left; });
   define_field(type, "window_right", [](Request& r) -> auto& { return r.call.window.right; });

@@ -19,6 +19,7 @@ constexpr int64_t kMaxSize = std::numeric_limits<int32_t>::max();
 struct Bytes {
   int64_t q = 0, k = 0, v = 0, out = 0, lse = 0, d_out = 0, dq = 0, dk = 0, dv = 0, d_lse = 0;
   int64_t seq_start = 0, seq_len = 0, token_kind = 0, padding_before = 0, global_index = 0, num_globals = 0;
+  int64_t position_offset = 0, global_position = 0;
   int64_t visible = 0, device_seed = 0, workspace = 0;
 };
 
@@ -146,12 +147,15 @@ inline void check_call(const AttentionRequest& request, KernelKind kind) {
   check_memory("num_globals of the mask", mask.num_globals, bytes.num_globals, sequences, 4);
   check_memory("token_kind of the mask", mask.token_kind, bytes.token_kind, tokens, 1);
   check_memory("padding_before of the mask", mask.padding_before, bytes.padding_before, tokens, 4);
-  check_memory("global_index of the mask", mask.global_index, bytes.global_index,
-               sequences * static_cast<double>(mask.max_globals), 4);
+  check_memory("position_offset of the mask", mask.position_offset, bytes.position_offset, sequences, 4);
+  const double slots = sequences * static_cast<double>(mask.max_globals);
+  check_memory("global_index of the mask", mask.global_index, bytes.global_index, slots, 4);
+  check_memory("global_position of the mask", mask.global_position, bytes.global_position, slots, 4);
 }
 
-// Checks the values of a mask that lies where the host can read it.
-inline void check_mask_values(const AttentionRequest& request) {
+// Checks the values of a mask that lies where the host can read it. Global attention reads no rows at
+// global_index, whose tokens may lie elsewhere.
+inline void check_mask_values(const AttentionRequest& request, KernelKind kind) {
   const AttentionCall& call = request.call;
   const MaskRef& mask = call.mask;
   int64_t end = 0;  // of the sequence before: two that overlap would both write a row
@@ -164,7 +168,7 @@ inline void check_mask_values(const AttentionRequest& request) {
     end = start + len;
     require(count >= 0 && count <= mask.max_globals, "num_globals of the mask is not 0 to max_globals.");
     const int32_t* index = mask.global_index + b * mask.max_globals;
-    for (int64_t slot = 0; slot < count; ++slot) {
+    for (int64_t slot = 0; slot < count && !kind.is_global; ++slot) {
       require(index[slot] >= 0 && index[slot] < len && (slot == 0 || index[slot] > index[slot - 1]),
               "global_index of the mask does not ascend inside its sequence.");
     }

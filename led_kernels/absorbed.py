@@ -80,13 +80,11 @@ def absorbed_global_attention(
         q_global: ``[batch, max_globals, heads, head_dim]`` in the order of ``mask.global_index``.
         key_weight, value_weight: ``[heads * head_dim, d_model]``, as in ``nn.Linear``.
         value_bias: ``[heads * head_dim]`` or None.
-        mask, softmax_scale, dropout_p, seed: as in :func:`banded_attention`.
-        return_lse: also return the log-sum-exp of the scaled scores ``(W_kᵀ q)·x``. The constant that the key's bias
-            adds, which every part of a sequence leaves out alike, is not in it.
+        mask, softmax_scale, dropout_p, seed, return_lse: as in :func:`banded_attention`.
 
     Returns:
-        out ``[batch, max_globals, heads, head_dim]``, zeros in unused slots; with ``return_lse`` also lse
-        ``[batch, heads, max_globals]``, +inf there, as :func:`global_attention` has it.
+        out and, with ``return_lse``, lse, as of :func:`global_attention`. There is no key bias ``b_k`` here, so lse is
+        of the scores without ``q·b_k``: a constant of the query, which every piece of a sequence leaves out alike.
 
     Raises:
         ValueError, TypeError: naming the argument and the remedy.
@@ -114,13 +112,13 @@ def absorbed_global_attention(
     check_alike(alike)
     dropout_p = check_number(dropout_p, "dropout_p")
     scale, seed = softmax_scale_of(softmax_scale, q_global), seed_of(seed, dropout_p, hidden.device)
-    args = hidden, q_global, key_weight, value_weight, value_bias, mask, scale, dropout_p, seed, return_lse
+    args = hidden, q_global, key_weight, value_weight, value_bias, mask, scale, dropout_p, seed
     if torch.is_grad_enabled() and is_eager(hidden, q_global):
         # The copy of hidden without its padding is made again in the backward, and not kept.
         out, lse = checkpoint(_attend, *args, use_reentrant=False, preserve_rng_state=False)
     else:
         out, lse = _attend(*args)
-    return out if lse is None else (out, lse)
+    return (out, lse) if return_lse else out
 
 
 def _attend(
@@ -133,16 +131,15 @@ def _attend(
     softmax_scale: float,
     dropout_p: float,
     seed: Tensor | None,
-    with_lse: bool,
-) -> tuple[Tensor, Tensor | None]:
-    """Computes :func:`absorbed_global_attention` of checked arguments -> out, and lse if it is wanted."""
+) -> tuple[Tensor, Tensor]:
+    """Computes :func:`absorbed_global_attention` of checked arguments -> out, lse."""
     batch, max_globals, heads, head_dim = q_global.shape
     d_model = hidden.shape[-1]
     hidden, exists = _sequences(hidden, mask)  # [batch, seqlen, d_model], bool [batch, seqlen]
-    is_slot = (
-        torch.arange(max_globals, device=hidden.device) < mask.num_globals[:, None]
-    )  # [batch, max_globals]
-    q_global = q_global.masked_fill(~is_slot[:, :, None, None], 0)
+    slot = torch.arange(max_globals, device=hidden.device)
+    # [batch, max_globals], which have a result: none in a sequence that is all padding
+    is_row = (slot < mask.num_globals[:, None]) & exists.any(1, keepdim=True)
+    q_global = q_global.masked_fill(~is_row[:, :, None, None], 0)
 
     q_absorbed = torch.einsum(
         "bghd,hdm->bghm",
@@ -154,14 +151,12 @@ def _attend(
         ~exists[:, None, None, :], torch.finfo(scores.dtype).min
     )
     p = scores.softmax(-1)
-    lse = None
-    if with_lse:
-        lse = scores.logsumexp(-1).masked_fill(~is_slot[:, :, None], float("inf")).transpose(1, 2)
+    lse = scores.logsumexp(-1).transpose(1, 2).masked_fill(~is_row[:, None], float("inf"))
     if seed is not None:
         batch_head = torch.arange(batch * heads, device=hidden.device).view(batch, 1, heads, 1)
-        query = mask.global_position.clamp(min=0)[:, :, None, None]
-        key = torch.arange(hidden.shape[1], device=hidden.device) + mask.position_offset
-        keep = keep_mask(seed, query, key, batch_head, GLOBAL_STREAM, dropout_p)
+        query = mask.global_position[:, :, None, None]
+        key = torch.arange(hidden.shape[1], device=hidden.device) + mask.position_offset[:, None]
+        keep = keep_mask(seed, query, key[:, None, None], batch_head, GLOBAL_STREAM, dropout_p)
         p = torch.where(keep, p / (1 - dropout_p) if dropout_p < 1 else p, 0)
     mixed = p.to(hidden.dtype).flatten(1, 2) @ hidden  # [batch, max_globals * heads, d_model]
     mixed = mixed.view(batch, max_globals, heads, d_model)
@@ -169,7 +164,7 @@ def _attend(
     if value_bias is not None:
         kept = p.sum(-1, keepdim=True).to(out.dtype)  # 1, except under dropout
         out = out + kept * value_bias.to(out.dtype).view(heads, head_dim)
-    return out.masked_fill(~is_slot[:, :, None, None], 0), lse
+    return out.masked_fill(~is_row[:, :, None, None], 0), lse
 
 
 def _sequences(hidden: Tensor, mask: LongformerMask) -> tuple[Tensor, Tensor]:

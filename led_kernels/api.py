@@ -66,8 +66,8 @@ def banded_attention(
     """Computes sliding-window attention of the local tokens, which also see every global token.
 
     Equivalent to dense softmax attention with ``allowed[i, j] = valid(j) and (i - left <= j <= i + right or
-    is_global(j))``, where padding rows and global rows give zeros (a global token's own row comes from
-    :func:`global_attention`) and send no gradient to their ``q``.
+    is_global(j))``, where padding, global and halo rows give zeros (a global token's own row comes from
+    :func:`global_attention`, a halo's from another piece of its sequence) and send no gradient to their ``q``.
 
     Args:
         q, k, v: ``[batch, seqlen, heads, head_dim]``, or ``[total_rows, heads, head_dim]`` with a packed mask; fp32,
@@ -142,6 +142,9 @@ def global_attention(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Computes attention of the global tokens over every token of their sequence that is not padding.
 
+    It looks at ``mask.num_globals``, for dropout at ``mask.global_position``, and never at ``mask.global_index``: the
+    queries are given, and their tokens may lie in another piece of the sequence than the keys.
+
     Args:
         q_global: ``[batch, max_globals, heads, head_dim]`` in the order of ``mask.global_index``; unused slots are
             ignored.
@@ -150,8 +153,9 @@ def global_attention(
         mask, softmax_scale, dropout_p, seed, return_lse, backend: as in :func:`banded_attention`.
 
     Returns:
-        out ``[batch, max_globals, heads, head_dim]``, zeros in unused slots; with ``return_lse`` also lse
-        ``[batch, heads, max_globals]``, +inf there.
+        out ``[batch, max_globals, heads, head_dim]``, zeros in unused slots, and in all slots of a sequence that holds
+        nothing but padding; with ``return_lse`` also lse ``[batch, heads, max_globals]``, +inf there. Who merges pieces
+        of a sequence by their lse gives those at +inf the weight 0.
 
     Raises:
         ValueError, TypeError: naming the argument and the remedy.

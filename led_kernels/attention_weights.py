@@ -10,6 +10,7 @@ from torch import Tensor
 
 from led_kernels.call import lse_dtype
 from led_kernels.mask import LOCAL, PADDING, LongformerMask
+from led_kernels.mask_tensors import HALO
 
 _BLOCK_M = 128  # queries scored at once
 
@@ -24,8 +25,8 @@ def banded_attention_weights(q: Tensor, k: Tensor, mask: LongformerMask, window_
 
     Returns:
         ``[batch, seqlen, heads, max_globals + 2 * window_size + 1]`` like q: first the global keys in the
-        order of ``mask.global_index``, then the keys ``i - window_size … i + window_size``. There are zeros in padding
-        and global rows, for keys that are padding or past an end, and in the window for global keys.
+        order of ``mask.global_index``, then the keys ``i - window_size … i + window_size``. There are zeros in
+        padding, halo and global rows, for keys that are padding or past an end, and in the window for global keys.
     """
     width = 2 * window_size + 1
     k_window = torch.nn.functional.pad(k, (0, 0, 0, 0, window_size, window_size)).transpose(1, 2)
@@ -44,7 +45,8 @@ def banded_attention_weights(q: Tensor, k: Tensor, mask: LongformerMask, window_
         in_band = _scores(q_block, k_window[:, :, keys])
         in_band = in_band.gather(-1, column.expand(*q_block.shape[:3], width))
         is_row = (mask.token_kind[:, start : start + rows] == LOCAL)[:, None, :, None]
-        is_key = (kind_window[:, keys].unfold(1, width, 1) == LOCAL)[:, None]  # [batch, 1, BLOCK_M, width]
+        kind = kind_window[:, keys].unfold(1, width, 1)
+        is_key = ((kind == LOCAL) | (kind == HALO))[:, None]  # [batch, 1, BLOCK_M, width]
         is_key = torch.cat([is_slot.expand(-1, -1, rows, -1), is_key], dim=-1)
         scores = torch.cat([_scores(q_block, k_globals), in_band], dim=-1)
         blocks.append(_masked_softmax(scores, is_row & is_key).transpose(1, 2))
@@ -61,7 +63,8 @@ def global_attention_weights(q_global: Tensor, k_global: Tensor, mask: Longforme
     Returns:
         ``[batch, heads, max_globals, seqlen]`` like q_global, with zeros in unused slots and for padding.
     """
-    is_slot = (mask.global_index >= 0)[:, None, :, None]
+    slot = torch.arange(mask.max_globals, device=q_global.device)
+    is_slot = (slot < mask.num_globals[:, None])[:, None, :, None]
     exists = (mask.token_kind != PADDING)[:, None, None, :]
     return attention_weights(q_global.transpose(1, 2), k_global.transpose(1, 2), is_slot & exists)
 

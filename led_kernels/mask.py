@@ -43,24 +43,22 @@ class LongformerMask:
     mask is packed, and row ``i`` of batch entry ``b`` (``seq_start`` is 0) when it is padded. All positions below
     are relative to their sequence.
 
-    Rows may also be a piece of longer sequences, as one rank has it of those that are split (:meth:`shard`). Then dropout,
-    which draws by positions, has to know those of the whole sequence.
-
     Attributes:
         seq_start: int32 ``[batch]``, first row of each sequence.
         seq_len: int32 ``[batch]``, 1 + the last position that is not padding; 0 for a row of only padding.
-        token_kind: uint8 ``[batch, seqlen]`` or ``[total_rows]``; 0 padding, 1 local, 2 global, 3 halo: a row that is a
-            key as local tokens are, and no query, so that its result is zeros and its q gets no gradient.
+        token_kind: uint8 ``[batch, seqlen]`` or ``[total_rows]``; 0 padding, 1 local, 2 global, 3 halo: a key as a
+            local token is, and no query of banded attention, as another piece of the sequence computes its row.
         padding_before: int32, same shape; how many positions before this one, in its sequence, are padding. A tile
             ``[a, b)`` is free of padding when ``padding_before`` does not grow over it.
         global_index: int32 ``[batch, max_globals]``, positions of the global tokens, ascending, filled with -1.
         num_globals: int32 ``[batch]``.
-        global_position: int32 ``[batch, max_globals]``, where in the whole sequence the global tokens of ``global_index``
-            stand, filled with -1; the same as ``global_index`` unless the rows are a piece. Global attention looks at it
-            alone: its queries may belong to tokens of which the piece has no row.
+        position_offset: int32 ``[batch]``, multiples of 4 that may be negative: row ``i`` stands at position
+            ``i + position_offset[b]`` of the whole sequence, of which the rows may be a piece. Only dropout looks at
+            it, so that the pieces drop what the whole sequence would. Local and halo rows stand at 0 or later; a
+            global one that no query has in its window may stand anywhere.
+        global_position: int32 ``[batch, max_globals]``, positions of the global tokens in the whole sequence, in the
+            order of ``global_index``, filled with -1; for dropout too.
         max_seqlen: the longest sequence that the shapes admit.
-        position_offset: a multiple of 4, that added to the position of a row gives the one in the whole sequence; 0
-            unless the rows are a piece.
 
     Its tensors are not to be changed in place: values are checked when it is built, and only some backends look again.
 
@@ -80,9 +78,9 @@ class LongformerMask:
     padding_before: Tensor
     global_index: Tensor
     num_globals: Tensor
+    position_offset: Tensor
     global_position: Tensor
     max_seqlen: int
-    position_offset: int = 0
 
     are_values_checked: InitVar[bool] = False  # by the caller; shapes and dtypes are compared all the same
 
@@ -90,25 +88,29 @@ class LongformerMask:
         if torch.compiler.is_compiling():
             return
         tensors = self.tensors()
-        check_structure(tensors, self.max_seqlen, self.position_offset)
+        check_structure(tensors, self.max_seqlen)
         if not are_values_checked and is_checkable(*tensors):
             check_values(tensors, self.max_seqlen)
 
     def tensors(self) -> MaskTensors:
-        """Returns all tensors, with their names."""
+        """Returns all fields but ``max_seqlen``, with their names."""
         return MaskTensors(
             self.seq_start, self.seq_len, self.token_kind, self.padding_before, self.global_index, self.num_globals,
-            self.global_position,
+            self.position_offset, self.global_position,
         )  # fmt: skip
 
     @classmethod
-    def from_tensors(cls, tensors: MaskTensors, max_seqlen: int, position_offset: int = 0) -> LongformerMask:
+    def from_tensors(cls, tensors: MaskTensors, max_seqlen: int) -> LongformerMask:
         """Builds a mask of what :meth:`tensors` returns; their values are taken as checked.
+
+        For global attention alone ``global_index`` may hold anything, such as -1 for tokens that lie in another piece
+        of the sequence. Banded attention reads the rows that it points to, and only some backends look whether they
+        exist.
 
         Raises:
             TypeError, ValueError: for other dtypes, shapes, strides or devices.
         """
-        return cls(*tensors, max_seqlen, position_offset, are_values_checked=True)
+        return cls(*tensors, max_seqlen, are_values_checked=True)
 
     @property
     def is_packed(self) -> bool:
@@ -130,8 +132,7 @@ class LongformerMask:
         """Returns the same mask on another device."""
         if isinstance(device, torch.dtype):
             raise TypeError(f"device is {device}; a mask has dtypes of its own, give a device.")
-        tensors = MaskTensors(*(x.to(device) for x in self.tensors()))
-        return self.from_tensors(tensors, self.max_seqlen, self.position_offset)
+        return self.from_tensors(MaskTensors(*(x.to(device) for x in self.tensors())), self.max_seqlen)
 
     def shard(
         self,

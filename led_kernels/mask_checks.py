@@ -9,13 +9,12 @@ from torch import Tensor
 
 from led_kernels.argument_checks import check_marks, check_size, check_storage, whole_numbers
 from led_kernels.eager import is_eager
-from led_kernels.mask_tensors import GLOBAL, HALO, PADDING, MaskTensors, index_of_marks
+from led_kernels.mask_tensors import GLOBAL, HALO, LOCAL, PADDING, MaskTensors, index_of_marks
 
-ROWS_PER_DRAW = 4  # Dropout draws for so many neighboring keys at once, see led_kernels.philox.
 _DTYPES = {name: torch.uint8 if name == "token_kind" else torch.int32 for name in MaskTensors._fields}
 
 
-def check_structure(tensors: MaskTensors, max_seqlen: int, position_offset: int = 0) -> None:
+def check_structure(tensors: MaskTensors, max_seqlen: int) -> None:
     """Checks dtypes, shapes, strides and devices of the tensors, without looking at their values.
 
     Raises:
@@ -24,12 +23,6 @@ def check_structure(tensors: MaskTensors, max_seqlen: int, position_offset: int 
     """
     kind, lengths, index = tensors.token_kind, tensors.seq_len, tensors.global_index
     check_size(max_seqlen, "max_seqlen of a mask")
-    check_size(position_offset, "position_offset of a mask")
-    if isinstance(position_offset, int) and position_offset % ROWS_PER_DRAW:
-        raise ValueError(
-            f"position_offset of a mask is {position_offset}; give a multiple of {ROWS_PER_DRAW}, as dropout draws for "
-            "that many keys at once."
-        )
     for name, x in tensors._asdict().items():
         dtype = _DTYPES[name]
         if not isinstance(x, Tensor):
@@ -38,14 +31,9 @@ def check_structure(tensors: MaskTensors, max_seqlen: int, position_offset: int 
             raise TypeError(f"{name} of a mask has dtype {x.dtype}; give {dtype}.")
         if not x.is_contiguous():
             raise ValueError(f"{name} of a mask is not contiguous; call .contiguous() on it.")
-    for name, like in (
-        ("seq_start", lengths),
-        ("num_globals", lengths),
-        ("padding_before", kind),
-        ("global_position", index),
-    ):
-        if (x := getattr(tensors, name)).shape != like.shape:
-            raise ValueError(f"{name} of a mask has shape {tuple(x.shape)}; give {tuple(like.shape)}.")
+    like = dict.fromkeys(("seq_start", "num_globals", "position_offset"), lengths)
+    for name, other in (like | {"padding_before": kind}).items():
+        _check_shape(tensors, name, other.shape)
     device = kind.device
     for name, x in tensors._asdict().items():
         if x.device != device:
@@ -60,11 +48,17 @@ def check_structure(tensors: MaskTensors, max_seqlen: int, position_offset: int 
             f"global_index of a mask has shape {tuple(index.shape)}; give it as [batch, max_globals] with a batch of "
             f"{batch}."
         )
+    _check_shape(tensors, "global_position", index.shape)
     if (kind.dim() == 2 and kind.shape != (batch, max_seqlen)) or kind.dim() not in (1, 2):
         raise ValueError(
             f"token_kind of a mask has shape {tuple(kind.shape)}; give it as [batch, max_seqlen] = "
             f"[{batch}, {max_seqlen}], or [total_rows] of packed sequences."
         )
+
+
+def _check_shape(tensors: MaskTensors, name: str, shape: torch.Size) -> None:
+    if (x := getattr(tensors, name)).shape != shape:
+        raise ValueError(f"{name} of a mask has shape {tuple(x.shape)}; give {tuple(shape)}.")
 
 
 def is_checkable(*tensors: Tensor) -> bool:
@@ -80,7 +74,7 @@ def check_values(tensors: MaskTensors, max_seqlen: int) -> None:
     """
     for name, x in tensors._asdict().items():
         check_storage(f"{name} of a mask", x)
-    start, length, kind, padding_before, index, counts, global_position = tensors
+    start, length, kind, padding_before, index, counts, offset, position_of_global = tensors
     is_packed = kind.dim() == 1
     end = length if is_packed else torch.zeros_like(length)
     last = kind.shape[-1] if is_packed else 0
@@ -96,7 +90,8 @@ def check_values(tensors: MaskTensors, max_seqlen: int) -> None:
         "token_kind": (kind <= HALO).all(),
         "num_globals": ((counts >= 0) & (counts <= index.shape[1])).all(),
         "global_index": torch.where(used, inside & ascends, index == -1).all(),
-        "global_position": torch.where(used, global_position >= 0, global_position == -1).all(),
+        "position_offset": (offset % 4 == 0).all(),
+        "global_position": torch.where(used, position_of_global >= 0, position_of_global == -1).all(),
     }
     _require(good)
     # The rows that these point to exist, and can be looked at.
@@ -111,6 +106,8 @@ def check_values(tensors: MaskTensors, max_seqlen: int) -> None:
         good = {"padding_before": (padding_before == is_padding.cumsum(-1) - is_padding).all()}
         position = torch.arange(kind.shape[1], device=kind.device)
         good["seq_len"] = ((kind == PADDING) | (position < length[:, None])).all()
+        stands = (kind != LOCAL) & (kind != HALO) | (position + offset[:, None] >= 0)
+        good["position_offset"] = stands.all()
         marked = kind.gather(1, at)
         counted = ((kind == GLOBAL).sum(1) == counts).all()
     good["global_index"] = torch.where(used, marked == GLOBAL, True).all()

@@ -21,10 +21,11 @@ from typing import Generic, TypeVar
 
 import torch
 
-from led_kernels.mask_checks import ROWS_PER_DRAW
 from led_kernels.mask_tensors import GLOBAL, HALO, LOCAL, PADDING, MaskTensors, build_tensors
 
 Mask = TypeVar("Mask")
+
+ROWS_PER_DRAW = 4  # Parts begin at multiples of it, see led_kernels.philox.
 
 
 @dataclass(frozen=True)
@@ -125,7 +126,7 @@ def shard_mask(
     rank: int,
     bounds: tuple[int, ...],
     window: tuple[int, int],
-    build: Callable[[MaskTensors, int, int], Mask],
+    build: Callable[[MaskTensors, int], Mask],
 ) -> MaskShard[Mask]:
     """Returns the part of ``rank`` of a padded batch; nothing waits for a device.
 
@@ -133,7 +134,7 @@ def shard_mask(
         tensors: of the mask of the whole sequences, ``token_kind`` is ``[batch, seqlen]``.
         bounds: as :func:`check_bounds` wants them.
         window: ``(left, right)``, each 0 … seqlen.
-        build: makes a mask of its tensors, its number of rows and its ``position_offset``.
+        build: makes a mask of its tensors and its number of rows.
     """
     first, last = bounds[rank], bounds[rank + 1]
     left, right = window
@@ -167,7 +168,7 @@ def _cut(
     queries: tuple[int, int],
     keys: tuple[int, int],
     window: tuple[int, int],
-    build: Callable[[MaskTensors, int, int], Mask],
+    build: Callable[[MaskTensors, int], Mask],
 ) -> Piece[Mask]:
     """Returns the piece of these rows as queries and those as keys."""
     batch, max_globals = tensors.global_index.shape
@@ -204,14 +205,13 @@ def _cut(
         row,
         tensors.num_globals.long(),
         max_globals,
+        position_offset=offset,
         global_position=index.gather(1, order),
     )
-    return Piece(build(built, rows, offset), queries, keys, front)
+    return Piece(build(built, rows), queries, keys, front)
 
 
-def _own_keys(
-    tensors: MaskTensors, own: tuple[int, int], build: Callable[[MaskTensors, int, int], Mask]
-) -> Mask:
+def _own_keys(tensors: MaskTensors, own: tuple[int, int], build: Callable[[MaskTensors, int], Mask]) -> Mask:
     """Returns the mask of own rows as keys of global attention, which looks at no other row's kind."""
     kind = tensors.token_kind[:, slice(*own)]
     rows = kind.shape[1]
@@ -222,8 +222,9 @@ def _own_keys(
         torch.zeros_like(seq_len),
         seq_len,
         torch.where((index >= own[0]) & (index < own[1]), index - own[0], -1),
-        torch.where(seq_len > 0, tensors.num_globals.long(), 0),  # without a key there is no result
+        tensors.num_globals.long(),
         index.shape[1],
+        position_offset=own[0],
         global_position=index,
     )
-    return build(built, rows, own[0])
+    return build(built, rows)

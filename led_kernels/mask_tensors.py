@@ -14,7 +14,7 @@ PADDING, LOCAL, GLOBAL, HALO = 0, 1, 2, 3  # values of token_kind
 
 
 class MaskTensors(NamedTuple):
-    """Names the tensors of a mask in the order in which operators and kernels take them.
+    """Names the eight tensors of a mask in the order in which operators and kernels take them.
 
     :class:`led_kernels.LongformerMask` documents each of them.
     """
@@ -25,6 +25,7 @@ class MaskTensors(NamedTuple):
     padding_before: Tensor
     global_index: Tensor
     num_globals: Tensor
+    position_offset: Tensor
     global_position: Tensor
 
 
@@ -35,6 +36,7 @@ def build_tensors(
     positions: Tensor,
     counts: Tensor,
     max_globals: int,
+    position_offset: int = 0,
     global_position: Tensor | None = None,
 ) -> MaskTensors:
     """Converts what a constructor of masks has found out to the layout that kernels read.
@@ -44,8 +46,7 @@ def build_tensors(
         seq_start, seq_len, counts: ``[batch]``; ``counts`` are the numbers of global tokens.
         positions: ``[batch, n]``, ascending positions of the global tokens, and values past the end behind them.
         max_globals: the capacity of ``global_index``.
-        global_position: ``[batch, max_globals]``, where the global tokens stand in the whole sequence, if these rows are
-            a piece of it.
+        position_offset, global_position: of a piece of longer sequences; the latter is ``[batch, max_globals]``.
 
     Raises:
         ValueError: for a negative ``max_globals``.
@@ -57,20 +58,21 @@ def build_tensors(
     positions = torch.nn.functional.pad(positions, (0, max_globals))[:, :max_globals]
     slot = torch.arange(max_globals, device=kind.device)
     is_padding = (kind == PADDING).to(torch.int32)
-    is_slot = slot < counts[:, None]
 
     def slots(values: Tensor) -> Tensor:
-        return torch.where(is_slot, values, -1).to(torch.int32).contiguous()
+        return torch.where(slot < counts[:, None], values, -1).to(torch.int32).contiguous()
 
-    global_index = slots(positions)
+    index = slots(positions)
+    seq_len = seq_len.to(torch.int32).contiguous()
     return MaskTensors(
         seq_start=seq_start.to(torch.int32).contiguous(),
-        seq_len=seq_len.to(torch.int32).contiguous(),
+        seq_len=seq_len,
         token_kind=kind.to(torch.uint8),
         padding_before=(is_padding.cumsum(-1) - is_padding).to(torch.int32),
-        global_index=global_index,
+        global_index=index,
         num_globals=counts.clamp(max=max_globals).to(torch.int32).contiguous(),
-        global_position=global_index if global_position is None else slots(global_position),
+        position_offset=torch.full_like(seq_len, position_offset),
+        global_position=index if global_position is None else slots(global_position),
     )
 
 

@@ -55,16 +55,15 @@ def _flatten(call: AttentionCall) -> tuple:
     """Returns all of a call, in the order of the operators' schemas."""
     window = () if call.window is None else call.window
     return (
-        call.q, call.k, call.v, *call.mask.tensors(), call.seed, call.mask.max_seqlen,
-        call.mask.position_offset, *window,
+        call.q, call.k, call.v, *call.mask.tensors(), call.seed, call.mask.max_seqlen, *window,
         call.softmax_scale, call.dropout_p,
     )  # fmt: skip
 
 
 def _unflatten(q: Tensor, k: Tensor, v: Tensor, *rest) -> AttentionCall:
     """Returns the call that :func:`_flatten` took apart."""
-    seed, max_seqlen, position_offset, *window, softmax_scale, dropout_p = rest[_NUM_MASK_TENSORS:]
-    mask = LongformerMask.from_tensors(MaskTensors(*rest[:_NUM_MASK_TENSORS]), max_seqlen, position_offset)
+    seed, max_seqlen, *window, softmax_scale, dropout_p = rest[_NUM_MASK_TENSORS:]
+    mask = LongformerMask.from_tensors(MaskTensors(*rest[:_NUM_MASK_TENSORS]), max_seqlen)
     return AttentionCall(q, k, v, mask, tuple(window) or None, softmax_scale, dropout_p, seed)
 
 
@@ -195,10 +194,7 @@ def _refuse_tangents(op: CustomOpDef) -> None:
 
 def _define_attention(name: str, suffix: str, *window: str) -> tuple[CustomOpDef, CustomOpDef]:
     """Registers the forward and the backward operator of banded or of global attention."""
-    inputs, settings = (
-        _INPUTS.format(suffix),
-        [_MASK, "Tensor? seed, SymInt max_seqlen, SymInt position_offset", *window, _SOFTMAX],
-    )
+    inputs, settings = _INPUTS.format(suffix), [_MASK, "Tensor? seed, SymInt max_seqlen", *window, _SOFTMAX]
     forward = _define(f"{name}_forward", [inputs, *settings], 2, _forward, _fake_forward)
     backward = _define(
         f"{name}_backward", [_GRADIENTS, inputs, _RESULTS, *settings], 3, _backward, _fake_backward

@@ -3,8 +3,9 @@
 The generator is that of Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011. Every backend drops the
 same elements: probability ``(query, key)`` of head ``h`` in sequence ``b`` is kept iff lane
 ``key % 4`` of ``philox(counter=(key // 4, query, b * heads + h, stream), key=seed)`` is at least
-``round(dropout_p * 2**32)``. Positions are those in the whole sequence, also where the rows are a piece of it: a row of
-the window stands at its own position and ``position_offset`` of the mask, a global token at its ``global_position``.
+``round(dropout_p * 2**32)``. Positions are those in the whole sequence, so that the pieces of one that is split drop
+what the whole would: row ``i`` stands at ``i + position_offset[b]``, and a global token, as a query or as a key outside
+of the window, at ``global_position[b, slot]``. Offsets are multiples of 4: one draw serves four neighboring rows.
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ def keep_mask(
 
     Args:
         seed: int64 ``[1]``, as drawn by the ops.
-        query, key: int64 positions in their sequence.
+        query, key: int64 positions in their sequence; negative ones, which count nowhere, are taken mod 2**32.
         batch_head: int64 ``b * heads + h``; it broadcasts with ``query`` and ``key``.
         stream: ``BANDED_STREAM`` or ``GLOBAL_STREAM``.
         dropout_p: probability of dropping, 0 … 1.
@@ -58,7 +59,8 @@ def keep_mask(
     query, key, batch_head = (x.to(torch.int64) for x in (query, key, batch_head))
     # One draw could serve four neighboring keys; for simplicity each key has its own here.
     lanes = philox4x32(
-        (key // 4, query, batch_head, torch.full_like(key, stream)), (seed & _LOW, (seed >> 32) & _LOW)
+        ((key // 4) & _LOW, query & _LOW, batch_head, torch.full_like(key, stream)),
+        (seed & _LOW, (seed >> 32) & _LOW),
     )
     draw = lanes[3]
     for lane in (2, 1, 0):

@@ -96,8 +96,8 @@ class BandedBackward {
       if (local.any) {
         buffers.tile.load(p_, seq.batch, head,
                           [&](int i) { return local.row[i] ? seq.start + row + i : -1; });
-        accumulate_global_keys(buffers, sums.global_keys, seq, head, row);
-        accumulate_band(buffers, sums.keys, seq, head, row, key_begin);
+        accumulate_global_keys(buffers, sums.global_keys, seq, head, row, local);
+        accumulate_band(buffers, sums.keys, seq, head, row, key_begin, local);
       }
       for (int64_t i = row; i < tile_end; ++i) {
         buffers.tile.write_row(p_, static_cast<int>(i - row), seq.batch, seq.start + i, head,
@@ -107,7 +107,7 @@ class BandedBackward {
   }
 
   void accumulate_global_keys(Buffers& buffers, KeyGradients<T> sums, const Sequence& seq, int64_t head,
-                              int64_t begin) {
+                              int64_t begin, const LocalRows<T>& local) {
     ScoreTile<T>& scores = buffers.scores;
     for (int64_t slot = 0; slot < seq.num_globals; slot += G::kBlockN) {
       const int64_t last = smaller<int64_t>(slot + G::kBlockN, seq.num_globals) - 1;
@@ -116,7 +116,7 @@ class BandedBackward {
       bool any = false;
       for (int g = 0; g < band_.kGroups; ++g) {
         const int64_t row = begin + g * G::kRows;
-        if (band_.holds_global_keys(seq, row, slot, last)) {
+        if (!local.group[g] || band_.holds_global_keys(seq, row, slot, last)) {
           scores.clear(g, 0, G::kBlockN);
           continue;
         }
@@ -128,8 +128,8 @@ class BandedBackward {
           scores.template mask<Visible::kOutsideBand>(g, n, bands, positions);
         }
         scores.differentiate(buffers.tile, g, 0, keys, dropout_, [&](int i) {
-          dropout_.factors(batch_head(seq, head), static_cast<uint32_t>(row + i), positions, keys,
-                           scores.keep);
+          dropout_.factors(batch_head(seq, head), seq.position(row + i), seq.global_position + slot,
+                           last + 1 - slot, keys, scores.keep);
         });
         scores.accumulate_dq(buffers.tile, g, buffers.global_keys, slot, 0, keys);
       }
@@ -141,13 +141,17 @@ class BandedBackward {
   }
 
   void accumulate_band(Buffers& buffers, KeyGradients<T> sums, const Sequence& seq, int64_t head,
-                       int64_t begin, int64_t key_begin) {
+                       int64_t begin, int64_t key_begin, const LocalRows<T>& local) {
     ScoreTile<T>& scores = buffers.scores;
     const int64_t last = band_.last_key(seq, begin + G::kBlockM - 1);
     for (int64_t start = round_down(band_.first_key(begin), G::kPanel); start <= last; start += G::kBlockN) {
       const int64_t offset = start - key_begin;
       for (int g = 0; g < band_.kGroups; ++g) {
         const int64_t row = begin + g * G::kRows;
+        if (!local.group[g]) {
+          scores.clear(g, 0, G::kBlockN);
+          continue;
+        }
         const PanelRange range = band_.panels(seq, row, start);
         scores.score(buffers.tile, g, buffers.keys, offset, range.begin, range.end);
         const bool interior = band_.is_interior(seq, row, start + range.begin, start + range.end);
@@ -158,8 +162,8 @@ class BandedBackward {
           scores.template mask<Visible::kBand>(g, n, bands, buffers.keys.positions + offset);
         }
         scores.differentiate(buffers.tile, g, range.begin, range.end, dropout_, [&](int i) {
-          dropout_.factors(batch_head(seq, head), static_cast<uint32_t>(row + i), start + range.begin,
-                           range.end - range.begin, scores.keep);
+          dropout_.factors(batch_head(seq, head), seq.position(row + i),
+                           start + range.begin + seq.position_offset, range.end - range.begin, scores.keep);
         });
         scores.accumulate_dq(buffers.tile, g, buffers.keys, offset, range.begin, range.end);
       }

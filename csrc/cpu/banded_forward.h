@@ -88,7 +88,8 @@ class BandedForward {
         for (int64_t n = 0; n < keys; n += G::kPanel)
           tile.template mask<Visible::kOutsideBand>(n, bands, positions);
         tile.attend(g, buffers.global_keys, slot, keys, dropout_, [&](int i) {
-          dropout_.factors(batch_head(seq, head), static_cast<uint32_t>(row + i), positions, keys, tile.keep);
+          dropout_.factors(batch_head(seq, head), seq.position(row + i), seq.global_position + slot,
+                           last + 1 - slot, keys, tile.keep);
         });
       }
     }
@@ -113,7 +114,8 @@ class BandedForward {
           tile.template mask<Visible::kBand>(n, bands, buffers.keys.positions + offset);
         }
         tile.attend(g, buffers.keys, offset, keys, dropout_, [&](int i) {
-          dropout_.factors(batch_head(seq, head), static_cast<uint32_t>(row + i), key, keys, tile.keep);
+          dropout_.factors(batch_head(seq, head), seq.position(row + i), key + seq.position_offset, keys,
+                           tile.keep);
         });
       }
     }

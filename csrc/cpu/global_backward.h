@@ -46,7 +46,7 @@ class GlobalBackward {
       tile.block_d = block_d_;
       for (int64_t slot = 0; slot < call_.mask.max_globals; ++slot) {
         tile.dq = dq + slot * block_d_;
-        tile.write_row(p_, 0, seq.batch, slot, batch_head % call_.heads, slot < seq.num_globals);
+        tile.write_row(p_, 0, seq.batch, slot, batch_head % call_.heads, slot < seq.num_global_queries);
       }
     });
   }
@@ -82,10 +82,10 @@ class GlobalBackward {
   }
 
   void run_split(Buffers& buffers, const Sequence& seq, int64_t head, int64_t begin) {
-    const int64_t tiles = ceil_div(seq.num_globals, G::kBlockM);
+    const int64_t tiles = ceil_div(seq.num_global_queries, G::kBlockM);
     for (int64_t t = 0; t < tiles_; ++t) {
       tile_at(buffers, t).load(p_, seq.batch, head, [&](int i) {
-        return t * G::kBlockM + i < seq.num_globals ? t * G::kBlockM + i : -1;
+        return t * G::kBlockM + i < seq.num_global_queries ? t * G::kBlockM + i : -1;
       });
     }
     const int64_t end = smaller(begin + splits_.keys, seq.rows);
@@ -127,7 +127,8 @@ class GlobalBackward {
         scores.differentiate(tile, g, 0, keys, dropout_, [&](int i) {
           const int64_t slot = smaller<int64_t>(t * G::kBlockM + g * G::kRows + i, seq.num_globals - 1);
           dropout_.factors(static_cast<uint32_t>(seq.batch * call_.heads + head),
-                           static_cast<uint32_t>(seq.global_index[slot]), start, keys, scores.keep);
+                           static_cast<uint32_t>(seq.global_position[slot]), start + seq.position_offset,
+                           keys, scores.keep);
         });
         scores.accumulate_dq(tile, g, buffers.keys, 0, 0, keys);
       }

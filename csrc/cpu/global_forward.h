@@ -61,7 +61,7 @@ class GlobalForward {
         for (int i = 0; i < G::kBlockM; ++i) {
           const int64_t slot = o.slot + t * G::kBlockM + i;
           if (slot < call_.mask.max_globals)
-            merged.write_row(p_, i, o.seq.batch, slot, o.head, slot < o.seq.num_globals);
+            merged.write_row(p_, i, o.seq.batch, slot, o.head, slot < o.seq.num_global_queries);
         }
       }
     });
@@ -94,10 +94,10 @@ class GlobalForward {
     for (int t = 0; t < tiles_; ++t) {
       tiles.tile[t].load(call_, seq.batch, o.head, [&](int i) {
         const int64_t slot = o.slot + t * G::kBlockM + i;
-        return slot < seq.num_globals ? slot : -1;
+        return slot < seq.num_global_queries ? slot : -1;
       });
     }
-    if (o.slot >= seq.num_globals) return;
+    if (o.slot >= seq.num_global_queries) return;
     const int64_t end = smaller(begin + splits_.keys, seq.len);
     for (int64_t start = begin; start < end && !p_.execution.stops(); start += G::kBlockN) {
       const int64_t keys = round_up(smaller<int64_t>(end - start, G::kBlockN), G::kPanel);
@@ -108,7 +108,7 @@ class GlobalForward {
       for (int t = 0; t < tiles_; ++t) {
         for (int g = 0; g < G::kBlockM / G::kRows; ++g) {
           const int64_t slot = o.slot + t * G::kBlockM + g * G::kRows;
-          if (slot < seq.num_globals)
+          if (slot < seq.num_global_queries)
             attend_group(tiles.tile[t], g, packed, seq, o.head, slot, start, keys, interior);
         }
       }
@@ -122,9 +122,9 @@ class GlobalForward {
     for (int64_t n = 0; !interior && n < keys; n += G::kPanel)
       tile.template mask<Visible::kAll>(n, bands, packed.positions);
     tile.attend(g, packed, 0, keys, dropout_, [&](int i) {
-      const int64_t query = seq.global_index[smaller(slot + i, seq.num_globals - 1)];
+      const int64_t query = seq.global_position[smaller(slot + i, seq.num_globals - 1)];
       dropout_.factors(static_cast<uint32_t>(seq.batch * call_.heads + head), static_cast<uint32_t>(query),
-                       start, keys, tile.keep);
+                       start + seq.position_offset, keys, tile.keep);
     });
   }
 

@@ -75,7 +75,9 @@ struct Sequence {
   const uint8_t* kind;              // [rows]
   const int32_t* padding_before;    // [rows]
   const int32_t* global_index;      // [num_globals]
-  int64_t num_globals;
+  const int32_t* global_position;   // [num_globals]
+  int64_t num_globals, num_global_queries;
+  int64_t position_offset;  // from a row to the position that dropout draws for
 
   Sequence(const AttentionCall& call, int64_t b)
       : batch(b), start(call.mask.seq_start[b]), len(call.mask.seq_len[b]) {
@@ -84,8 +86,15 @@ struct Sequence {
     kind = mask.token_kind + b * mask.batch_stride + start;
     padding_before = mask.padding_before + b * mask.batch_stride + start;
     global_index = mask.global_index + b * mask.max_globals;
+    global_position = mask.global_position + b * mask.max_globals;
     num_globals = mask.num_globals[b];
+    // A piece of a sequence may hold nothing but padding: then no global token has a result.
+    const bool has_keys =
+        len > 0 && padding_before[len - 1] + (kind[len - 1] == kPadding) - padding_before[0] < len;
+    num_global_queries = has_keys ? num_globals : 0;
+    position_offset = mask.position_offset[b];
   }
+  uint32_t position(int64_t row) const { return static_cast<uint32_t>(row + position_offset); }
   bool has_padding(int64_t begin, int64_t end) const {
     return padding_before[end - 1] + (kind[end - 1] == kPadding) != padding_before[begin];
   }
@@ -197,7 +206,7 @@ struct DropoutRow {
         stream(stream) {}
   bool active() const { return threshold != 0; }
 
-  // Factors of neighboring keys from `first`, a multiple of 4, on: one draw serves four of them.
+  // Factors of keys at neighboring positions from `first`, a multiple of 4, on: one draw serves four of them.
   void factors(uint32_t batch_head, uint32_t query, int64_t first, int64_t count, T* out) const {
     constexpr int groups = Geometry<T>::kBlockN / 4;
     uint32_t c0[groups], c1[groups], c2[groups], c3[groups];
@@ -215,11 +224,12 @@ struct DropoutRow {
     }
   }
 
-  // Factors of keys at any positions; those of keys without one (-1) are never read.
-  void factors(uint32_t batch_head, uint32_t query, const Position<T>* positions, int64_t count,
+  // Factors of `count` keys at any positions, and zeros behind them up to `end`.
+  void factors(uint32_t batch_head, uint32_t query, const int32_t* positions, int64_t count, int64_t end,
                T* out) const {
+    for (int64_t i = count; i < end; ++i) out[i] = T(0);
     for (int64_t i = 0; i < count; ++i) {
-      const uint32_t key = positions[i] < 0 ? 0 : static_cast<uint32_t>(positions[i]);
+      const uint32_t key = static_cast<uint32_t>(positions[i]);
       uint32_t c[4] = {key / 4, query, batch_head, stream}, k0 = key0, k1 = key1;
       for (int round = 0; round < 10; ++round, philox_next_key(k0, k1))
         philox_round(c[0], c[1], c[2], c[3], k0, k1);

@@ -89,8 +89,9 @@ class _Part:
     span: slice | None  # its rows of [total_rows, ...]; None when padded
     token_kind: Tensor  # [batch, seqlen]
     global_index: Tensor  # [batch, max_globals]
-    global_position: Tensor  # [batch, max_globals]
     num_globals: Tensor  # [batch]
+    position_offset: Tensor  # [batch]
+    global_position: Tensor  # [batch, max_globals]
 
     def rows(self, x: Tensor) -> Tensor:
         """Returns the part of x, as a view [batch, seqlen or max_globals, heads, head_dim]."""
@@ -103,26 +104,18 @@ class _Part:
 
 def _parts(mask: LongformerMask) -> Iterator[_Part]:
     if not mask.is_packed:
-        yield _Part(
-            slice(0, mask.batch),
-            None,
-            mask.token_kind,
-            mask.global_index,
-            mask.global_position,
-            mask.num_globals,
-        )
+        yield _Part(slice(0, mask.batch), None, mask.token_kind, *_of_globals(mask, slice(None)))
         return
     for b, (start, length) in enumerate(torch.stack([mask.seq_start, mask.seq_len], 1).tolist()):
         one, span = slice(b, b + 1), slice(start, start + length)
         if length:
-            yield _Part(
-                one,
-                span,
-                mask.token_kind[None, span],
-                mask.global_index[one],
-                mask.global_position[one],
-                mask.num_globals[one],
-            )
+            yield _Part(one, span, mask.token_kind[None, span], *_of_globals(mask, one))
+
+
+def _of_globals(mask: LongformerMask, batch: slice) -> tuple[Tensor, ...]:
+    """Returns what the last four fields of a part hold for some batch entries."""
+    of_all = mask.global_index, mask.num_globals, mask.position_offset, mask.global_position
+    return tuple(x[batch] for x in of_all)
 
 
 @dataclass(frozen=True)
@@ -159,7 +152,8 @@ class _Problem:
         device = call.q.device
         if call.window is None:
             slot = torch.arange(max_globals, device=device)
-            self.is_query = slot < part.num_globals[:, None]  # [batch, queries], the rows that have a result
+            # [batch, queries], the rows that have a result; a sequence that is all padding has none
+            self.is_query = (slot < part.num_globals[:, None]) & self.is_key.any(1, keepdim=True)
             self.left = self.right = seqlen + max_globals
             self.global_keys = part.global_index[:, :0].long()  # [batch, 0]
             self.query_position = part.global_position
@@ -167,11 +161,12 @@ class _Problem:
             self.is_query = part.token_kind == LOCAL
             self.left, self.right = call.window
             self.global_keys = part.global_index.long()  # positions, [batch, max_globals], -1 for none
-            self.query_position = torch.arange(seqlen, device=device)[None] + call.mask.position_offset
-        self.global_position = part.global_position[:, : self.global_keys.shape[1]]
+            self.query_position = torch.arange(seqlen, device=device) + part.position_offset[:, None]
         # [batch, heads, rows, head_dim], in the accumulation dtype, zeros in padding
         self.q = _heads_first(part.rows(call.q), self.is_query).mul_(call.softmax_scale)
         self.k, self.v = (_heads_first(part.rows(x), self.is_key) for x in (call.k, call.v))
+        self.position_offset = part.position_offset[:, None, None]  # [batch, 1, 1]
+        self.global_position = part.global_position[:, None]  # [batch, 1, max_globals]
         self.call = call
         self.first_batch = part.batch.start
 
@@ -192,8 +187,7 @@ class _Problem:
                 outside = (global_key >= 0) & ~self._in_band(query, global_key)
                 allowed = torch.cat([allowed, outside], -1)  # [batch, rows, keys]
                 k, v = torch.cat([k, global_k], 2), torch.cat([v, global_v], 2)
-            position = torch.cat([key + self.call.mask.position_offset, self.global_position[:, None]], -1)
-            keep = self._keep(rows, position)
+            keep = self._keep(rows, key)
             yield _Block(rows, band, self.q[:, :, rows], k, v, ~allowed[:, None], keep, self.call.dropout_p)
 
     def gather_global_keys(self, x: Tensor) -> Tensor:
@@ -212,7 +206,10 @@ class _Problem:
         return (key >= query - self.left) & (key <= query + self.right)
 
     def _keep(self, rows: slice, key: Tensor) -> Tensor | None:
-        """Tells which scores dropout keeps, bool [batch, heads, rows, keys]; None without dropout."""
+        """Tells which scores dropout keeps, bool [batch, heads, rows, keys]; None without dropout.
+
+        ``key``: [batch, 1, keys of the band], rows of the piece; the global keys follow.
+        """
         call = self.call
         if call.seed is None:
             return None
@@ -220,6 +217,9 @@ class _Problem:
         first = self.first_batch * heads
         batch_head = torch.arange(first, first + batch * heads, device=key.device).view(batch, heads, 1, 1)
         query = self.query_position[:, None, rows, None]
+        key = key + self.position_offset  # [batch, 1, keys of the band]
+        if self.global_keys.shape[1]:
+            key = torch.cat([key, self.global_position], -1)
         return keep_mask(call.seed, query, key[:, None], batch_head, call.philox_stream, call.dropout_p)
 
     def _block_size(self) -> int:

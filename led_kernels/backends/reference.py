@@ -36,22 +36,22 @@ def _banded_forward(call: AttentionCall) -> tuple[Tensor, Tensor]:
     q, k, v = (_to_padded(x, mask) for x in (call.q, call.k, call.v))  # [batch, seqlen, heads, head_dim]
     kind = _kinds(mask)  # [batch, seqlen]
     seqlen = q.shape[1]
-    query, key = torch.arange(seqlen, device=q.device)[:, None], torch.arange(seqlen, device=q.device)
+    row = torch.arange(seqlen, device=q.device)
+    query, key = row[:, None], row
     left, right = call.banded_window
     in_band = (key >= query - left) & (key <= query + right)  # [seqlen, seqlen]
     is_global = torch.zeros_like(kind, dtype=torch.bool)
+    position = row + mask.position_offset[:, None]  # [batch, seqlen], in the whole sequence
+    position_of_global = position.clone()  # differs where a global token has no row of its own in this piece
     for b in range(mask.batch):
-        is_global[b, mask.global_index[b, : int(mask.num_globals[b])].long()] = True
+        num_globals = int(mask.num_globals[b])
+        rows = mask.global_index[b, :num_globals].long()
+        is_global[b, rows] = True
+        position_of_global[b, rows] = mask.global_position[b, :num_globals].to(position)
     allowed = (kind != PADDING)[:, None, :] & (in_band | is_global[:, None, :])  # [batch, query, key]
-    position = key + mask.position_offset
-    # Of a key outside the window, which is a global token's, the mask knows where in the whole sequence it stands.
-    elsewhere = position.repeat(mask.batch, 1)
-    for b in range(mask.batch):
-        slots = slice(0, int(mask.num_globals[b]))
-        elsewhere[b, mask.global_index[b, slots].long()] = mask.global_position[b, slots].long()
-    key_position = torch.where(in_band, position, elsewhere[:, None, :])[:, None]  # [batch, 1, query, key]
-    query_position = query + mask.position_offset
-    out, lse = _attend(call, q, k, v, allowed, kind == LOCAL, query_position, key_position)
+    key_position = torch.where(in_band, position[:, None, :], position_of_global[:, None, :])
+    query_position = position[:, None, :, None]  # [batch, 1, query, 1]
+    out, lse = _attend(call, q, k, v, allowed, kind == LOCAL, query_position, key_position[:, None])
     return _from_padded(out, mask, call.q), _lse_from_padded(lse, mask, call.q)
 
 
@@ -60,12 +60,13 @@ def _global_forward(call: AttentionCall) -> tuple[Tensor, Tensor]:
     mask = call.mask
     k, v = _to_padded(call.k, mask), _to_padded(call.v, mask)
     slot = torch.arange(mask.max_globals, device=k.device)
-    is_row = slot < mask.num_globals[:, None]  # [batch, max_globals]
+    is_key = _kinds(mask) != PADDING  # [batch, seqlen]
+    is_row = (slot < mask.num_globals[:, None]) & is_key.any(1, keepdim=True)  # [batch, max_globals]
     q = call.q.masked_fill(~is_row[:, :, None, None], 0)
-    allowed = (_kinds(mask) != PADDING)[:, None, :].expand(-1, mask.max_globals, -1)
-    query = mask.global_position.clamp(min=0)[:, None, :, None]  # [batch, 1, max_globals, 1]
-    key = torch.arange(k.shape[1], device=k.device) + mask.position_offset
-    return _attend(call, q, k, v, allowed, is_row, query, key)
+    allowed = is_key[:, None, :].expand(-1, mask.max_globals, -1)
+    query = mask.global_position[:, None, :, None]  # [batch, 1, max_globals, 1]
+    key = torch.arange(k.shape[1], device=k.device) + mask.position_offset[:, None]
+    return _attend(call, q, k, v, allowed, is_row, query, key[:, None, None])  # key: [batch, 1, 1, seqlen]
 
 
 def _attend(
@@ -81,7 +82,7 @@ def _attend(
     """Computes softmax(scale · q kᵀ where allowed) v -> out [batch, rows, heads, head_dim], lse [batch, heads, rows].
 
     ``allowed`` is [batch, rows, keys]; ``is_row``, [batch, rows], says which rows have a result; ``query`` and ``key``
-    are the positions that dropout draws for.
+    are the positions that dropout draws for, and broadcast to [batch, heads, rows, keys].
     """
     scores = torch.einsum("bihd,bjhd->bhij", q * call.softmax_scale, k)
     # a row without keys would be 0/0: give it finite scores here and select it away below

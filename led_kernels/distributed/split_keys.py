@@ -13,7 +13,7 @@ from led_kernels.arguments import draw_seed
 from led_kernels.distributed.collectives import merge_over_ranks
 from led_kernels.distributed.context import even_part, from_first_rank
 from led_kernels.mask import LongformerMask
-from led_kernels.mask_tensors import MaskTensors
+from led_kernels.mask_tensors import build_tensors
 
 _POSITIONS = (
     2**26
@@ -75,23 +75,21 @@ class SplitKeys:
 
     def _mask(self, queries: int) -> LongformerMask:
         if queries not in self._masks:
-            kind = self.is_key.to(torch.uint8)
-            batch, rows = kind.shape
-            device = kind.device
-            position = torch.arange(1, rows + 1, dtype=torch.int32, device=device)
-            query = torch.arange(queries, dtype=torch.int32, device=device).repeat(batch, 1)
-            is_padding = (kind == 0).to(torch.int32)
-            seq_len = torch.where(self.is_key, position, 0).amax(1)
-            has_keys = seq_len > 0  # Without a key there is no result.
-            tensors = MaskTensors(
-                seq_start=torch.zeros_like(seq_len),
-                seq_len=seq_len,
-                token_kind=kind,
-                padding_before=(is_padding.cumsum(-1) - is_padding).to(torch.int32),
-                global_index=torch.full_like(query, -1),
-                num_globals=torch.where(has_keys, queries, 0).to(torch.int32),
-                global_position=torch.where(has_keys[:, None], query, -1),
+            batch, rows = self.is_key.shape
+            device = self.is_key.device
+            seq_len = torch.where(self.is_key, torch.arange(1, rows + 1, device=device), 0).amax(1)
+            query = torch.arange(queries, device=device).repeat(batch, 1)
+            # Dropout draws by positions, which have to differ between ranks.
+            offset = dist.get_rank(self.group) * (2**31 // dist.get_world_size(self.group) // 4 * 4)
+            tensors = build_tensors(
+                self.is_key,
+                torch.zeros_like(seq_len),
+                seq_len,
+                torch.full_like(query, -1),
+                torch.full_like(seq_len, queries),
+                queries,
+                position_offset=offset,
+                global_position=query,
             )
-            offset = dist.get_rank(self.group) * _POSITIONS
-            self._masks[queries] = LongformerMask.from_tensors(tensors, rows, offset)
+            self._masks[queries] = LongformerMask.from_tensors(tensors, rows)
         return self._masks[queries]

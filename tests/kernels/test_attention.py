@@ -560,7 +560,7 @@ def test_positions_past_the_integers_of_fp32(backward):
         start, length, index, count = (
             torch.tensor(x, dtype=torch.int32) for x in ([0], [seqlen], [[seqlen - used // 2]], [1])
         )
-        mask = LongformerMask(start, length, kind, padding_before, index, count, seqlen)
+        mask = LongformerMask(start, length, kind, padding_before, index, count, start, index, seqlen)
         x = torch.zeros(1, seqlen, 1, 1, dtype=torch.float16)
         x[:, -used:] = torch.randn(1, used, 1, 1, generator=torch.Generator().manual_seed(0))
         x.requires_grad_(backward)

@@ -28,7 +28,12 @@ def encoder_layer(step: Step, layer: int) -> Part:
     if layer == 0:  # one mask for all layers
         part.add(kinds.SMALL, "token_kind", part.rows, 1)
         part.add(kinds.SMALL, "padding_before", part.rows, 4)
-        part.add(kinds.SMALL, "seq_start, seq_len, num_globals, global_index", batch * (3 + globals_), 4)
+        part.add(
+            kinds.SMALL,
+            "seq_start, seq_len, num_globals, position_offset, global_index",
+            batch * (4 + globals_),
+            4,
+        )
     part.states(kinds.HIDDEN, "input of the layer")
     part.states(kinds.QKV, "queries", "keys", "values")
     part.states(kinds.ATTENDED, "output of the attention")
