@@ -10,14 +10,15 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from led_kernels.api import banded_attention, global_attention, longformer_attention
 from led_kernels.global_rows import gather_global_rows
-from led_kernels.mask import LongformerMask
+from led_kernels.mask import LOCAL, LongformerMask
+from led_kernels.mask_tensors import HALO
 
 
 @dataclass(frozen=True)
@@ -25,7 +26,9 @@ class AttentionCase:
     """A case says of one problem its shapes, its window and which tokens are padding or global.
 
     ``globals_per_row`` has for each batch row the positions of its global tokens. ``padding`` is ``none``, ``right``,
-    ``left``, ``holes`` or ``all`` (the last row of the batch is only padding).
+    ``left``, ``holes`` or ``all`` (the last row of the batch is only padding). With ``halo`` so many first and last
+    rows of each sequence are keys alone. With a ``position_offset`` rows stand at other positions of the whole
+    sequence, and global tokens, as keys outside of the band, at some that have nothing to do with their rows.
     """
 
     batch: int = 2
@@ -38,9 +41,30 @@ class AttentionCase:
     packed: bool = False
     softmax_scale: float | None = None
     dropout_p: float = 0.0
+    halo: tuple[int, int] = (0, 0)
+    position_offset: int | None = None
 
     def mask(self, device: torch.device | str = "cpu") -> LongformerMask:
         """Builds the mask of the case."""
+        mask, changes = self._whole_mask(), {}
+        if self.halo != (0, 0):
+            changes["token_kind"] = self._with_halo(mask)
+        if self.position_offset is not None:
+            changes["position_offset"] = torch.full_like(mask.position_offset, self.position_offset)
+            changes["global_position"] = torch.where(mask.global_index < 0, -1, 7 * mask.global_index + 2)
+        return (replace(mask, **changes) if changes else mask).to(device)
+
+    def _with_halo(self, mask: LongformerMask) -> Tensor:
+        """Returns token_kind with the first and last local tokens of each sequence as its halo."""
+        left, right = self.halo
+        kind = mask.token_kind.clone()
+        for b, (start, length) in enumerate(zip(mask.seq_start.tolist(), mask.seq_len.tolist(), strict=True)):
+            row = kind[start : start + length] if mask.is_packed else kind[b, :length]
+            position = torch.arange(length)
+            row[(row == LOCAL) & ((position < left) | (position >= length - right))] = HALO
+        return kind
+
+    def _whole_mask(self) -> LongformerMask:
         if self.packed:
             lengths = torch.tensor([max(1, self.seqlen - 13 * b) for b in range(self.batch)])
             width = max([len(row) for row in self.globals_per_row], default=0)
@@ -49,7 +73,7 @@ class AttentionCase:
                 kept = [i for i in row if i < lengths[b]]
                 index[b, : len(kept)] = torch.tensor(kept)
             cu_seqlens = torch.nn.functional.pad(lengths.cumsum(0), (1, 0))
-            return LongformerMask.packed(cu_seqlens, index).to(device)
+            return LongformerMask.packed(cu_seqlens, index)
         attention_mask = torch.ones(self.batch, self.seqlen, dtype=torch.int64)
         for b in range(self.batch):
             cut = (b + 1) * self.seqlen // (self.batch + 2)
@@ -65,7 +89,7 @@ class AttentionCase:
         global_attention_mask = torch.zeros_like(attention_mask)
         for b, row in enumerate(self.globals_per_row):
             global_attention_mask[b, list(row)] = 1
-        return LongformerMask.from_padding(attention_mask, global_attention_mask).to(device)
+        return LongformerMask.from_padding(attention_mask, global_attention_mask)
 
     def inputs(
         self,
@@ -77,7 +101,7 @@ class AttentionCase:
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Draws q, k and v on the mask's device.
 
-        They are views of one tensor if ``fused``; padding rows hold NaN if ``poison_padding``.
+        They are views of one tensor if ``fused``. If ``poison_padding``, padding rows hold NaN, and q of a halo too.
         """
         generator = torch.Generator().manual_seed(seed)
         rows = mask.token_kind.shape
@@ -88,6 +112,8 @@ class AttentionCase:
         if poison_padding:
             qkv[mask.token_kind == 0] = float("nan")
         q, k, v = qkv.unbind(len(rows))
+        if poison_padding:
+            q[mask.token_kind == HALO] = float("nan")
         return (q, k, v) if fused else (q.contiguous(), k.contiguous(), v.contiguous())
 
 

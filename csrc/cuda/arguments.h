@@ -48,9 +48,10 @@ struct Sequence {
   int length;         // positions from here on are padding
   int num_rows;       // positions that exist; results of all of them are this sequence's to write
   int num_globals;
-  const int32_t* global_index;    // ascending
-  const uint8_t* token_kind;      // by position, as padding_before
-  const int32_t* padding_before;  // counts up to `length`
+  const int32_t* global_index;     // ascending
+  const int32_t* global_position;  // by slot, as global_index; in the whole sequence, for dropout
+  const uint8_t* token_kind;       // by position, as padding_before
+  const int32_t* padding_before;   // counts up to `length`
 
   __device__ __forceinline__ explicit Sequence(const AttentionCall& call)
       : batch(static_cast<int>(blockIdx.z)), head(static_cast<int>(blockIdx.y)) {
@@ -60,6 +61,7 @@ struct Sequence {
     num_rows = mask.packed ? length : static_cast<int>(call.max_seqlen);
     num_globals = mask.max_globals > 0 ? mask.num_globals[batch] : 0;
     global_index = mask.global_index + batch * mask.max_globals;
+    global_position = mask.global_position + batch * mask.max_globals;
     const int64_t mask_row = batch * mask.batch_stride + first_row;
     token_kind = mask.token_kind + mask_row;
     padding_before = mask.padding_before + mask_row;
@@ -73,6 +75,10 @@ struct Sequence {
   // The position of the token in a slot of global_index; `otherwise` where the slot is not in use.
   __device__ __forceinline__ int position(int slot, int otherwise) const {
     return slot < num_globals ? global_index[slot] : otherwise;
+  }
+  // The position that dropout draws for of the token in a slot; 0 where the slot is not in use.
+  __device__ __forceinline__ int dropout_position(int slot) const {
+    return slot < num_globals ? global_position[slot] : 0;
   }
 
   // Row 0 of the result is row `first` of the tensor's batch entry.

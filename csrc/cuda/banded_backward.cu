@@ -25,7 +25,10 @@ __global__ void __launch_bounds__(P::kThreads, 1) banded_dq_kernel(const Argumen
 
   typename P::Result dq;
   dq.clear();
-  if (row_start < seq.length) {  // behind that there is only padding
+  bool has_result = false;
+#pragma unroll
+  for (int r = 0; r < P::kRowsPerLane; ++r) has_result |= rows.has_result(r);
+  if (__syncthreads_or(has_result)) {
     const Band band{static_cast<int>(call.window.left), static_cast<int>(call.window.right), seq.length};
     accumulate_dq_tiles<P>(dq, a, seq, in, queries, rows, row_start, seq.length,
                            TileWalk<P::kColumns>(band, row_start, kBlockM, seq.num_globals),
@@ -38,13 +41,9 @@ __global__ void __launch_bounds__(P::kThreads, 1) banded_dq_kernel(const Argumen
       [&](int r) { return rows.has_result(r); }, [&](int) { return scale; });
 }
 
-// Whether one of the positions start ... stop - 1 is padding or global: its q and d_out need not be finite.
+// Whether one of the positions start ... stop - 1 is not a local token: its q and d_out need not be finite.
 __device__ __forceinline__ bool has_others_than_local(const Sequence& seq, int start, int stop) {
-  bool found = false;
-  for (int i = start + static_cast<int>(threadIdx.x); i < stop; i += static_cast<int>(blockDim.x)) {
-    found |= seq.token_kind[i] != kLocal;
-  }
-  return __syncthreads_or(found) != 0;
+  return any_position(start, stop, [&](int i) { return seq.token_kind[i] != kLocal; });
 }
 
 template <class P>
@@ -73,9 +72,9 @@ __global__ void __launch_bounds__(P::kThreads, 1) banded_dkdv_kernel(const Argum
         dk, dv, a, seq, in, queries, tiles, has_others,
         [&](typename P::Scores& scores, const Tile& tile) { mask_scores(scores, tile, bands, seq, false); },
         [&](const Tile& tile) {
-          return Dropout(a, seq, kBandedStream).of_queries<kBlockM, P::kRowsPerLane>(warp_start, [&](int i) {
-            return tile.start + i;
-          });
+          const Dropout dropout(a, seq, kBandedStream);
+          return dropout.of_queries<kBlockM, P::kRowsPerLane>(
+              warp_start, [&](int i) { return dropout.position(tile.start + i); });
         });
   }
   write_dkdv<P>(a, seq, dk, dv, key);
@@ -108,10 +107,12 @@ __global__ void __launch_bounds__(P::kThreads, 1) banded_dkdv_globals_kernel(con
       dk, dv, a, seq, in, queries, tiles, has_others,
       [](typename P::Scores&, const Tile&) {},  // every local query sees every global key
       [&](const Tile& tile) {
-        return Dropout(a, seq, kBandedStream)
-            .of_pairs<kBlockM, P::kRowsPerLane>(
-                [&](int, int r, int) { return seq.position(slot(r), 0); },
-                [&](int n, int, int e) { return tile.start + 8 * n + 2 * lane_in_group() + e; });
+        const Dropout dropout(a, seq, kBandedStream);
+        return dropout.of_pairs<kBlockM, P::kRowsPerLane>(
+            [&](int, int r, int) { return seq.dropout_position(slot(r)); },
+            [&](int n, int, int e) {
+              return dropout.position(tile.start + 8 * n + 2 * lane_in_group() + e);
+            });
       });
   const int head_dim = static_cast<int>(call.head_dim);
 #pragma unroll

@@ -13,14 +13,19 @@ class Dropout {
   __device__ __forceinline__ Dropout(const Arguments& a, const Sequence& seq, uint32_t stream)
       : last_dropped_(a.last_dropped),
         head_(static_cast<uint32_t>(seq.batch * a.call.heads + seq.head)),
-        stream_(stream) {
+        stream_(stream),
+        offset_(a.call.mask.position_offset[seq.batch]) {
     const auto seed = static_cast<uint64_t>(*a.call.dropout.device_seed);
     k0_ = static_cast<uint32_t>(seed);
     k1_ = static_cast<uint32_t>(seed >> 32);
   }
 
-  // Rows are queries, query(r); columns are the keys from key_start, a multiple of 4, on. Neighboring lanes
-  // see the two halves of a draw of four keys, so each draws for one of two blocks of columns.
+  // Where a row stands in the whole sequence: draws are made for these positions.
+  __device__ __forceinline__ int position(int row) const { return row + offset_; }
+
+  // Rows are queries at the positions query(r); columns are the keys of the rows from key_start, a multiple
+  // of 4, on. Neighboring lanes see the two halves of a draw of four keys, so each draws for one of two
+  // blocks of columns.
   template <int kColumns, int kRowsPerLane, class QueryAt>
   __device__ __forceinline__ ElementBits of_keys(int key_start, QueryAt query) const {
     ElementBits keep = 0;
@@ -29,7 +34,7 @@ class Dropout {
     for (int n = 0; n < kColumns / 8; n += 2) {
 #pragma unroll
       for (int r = 0; r < kRowsPerLane; ++r) {
-        const uint32_t mine = draw((key_start + 8 * (n + t % 2)) / 4 + t / 2, query(r));
+        const uint32_t mine = draw((position(key_start) + 8 * (n + t % 2)) / 4 + t / 2, query(r));
         const uint32_t other = __shfl_xor_sync(kAllLanes, mine, 1);
         const uint32_t first = t % 2 == 0 ? mine & 3 : other >> 2,
                        second = t % 2 == 0 ? other & 3 : mine >> 2;
@@ -40,8 +45,8 @@ class Dropout {
     return keep;
   }
 
-  // Rows are keys, of which row 0 of the warp is key_start, a multiple of 8; columns are queries,
-  // query(column). The four lanes that see a draw's four keys each draw for one of four columns.
+  // Rows are keys, of which row 0 of the warp is key_start, a multiple of 8; columns are queries at the
+  // positions query(column). The four lanes that see a draw's four keys each draw for one of four columns.
   template <int kColumns, int kRowsPerLane, class QueryAt>
   __device__ __forceinline__ ElementBits of_queries(int key_start, QueryAt query) const {
     ElementBits keep = 0;
@@ -51,7 +56,7 @@ class Dropout {
       const int my_query = query(8 * (n + key / 2) + 2 * lane_in_group() + key % 2);
 #pragma unroll
       for (int r = 0; r < kRowsPerLane; ++r) {
-        const uint32_t mine = draw(key_start / 4 + 2 * r + lane_group() / 4, my_query);
+        const uint32_t mine = draw(position(key_start) / 4 + 2 * r + lane_group() / 4, my_query);
 #pragma unroll
         for (int step = 0; step < 4; ++step) {
           const uint32_t draws = step == 0 ? mine : __shfl_xor_sync(kAllLanes, mine, 4 * step);
@@ -64,7 +69,7 @@ class Dropout {
     return keep;
   }
 
-  // Elements are of any keys and queries, key(n, r, e) and query(n, r, e).
+  // Elements are of keys and queries at any positions, key(n, r, e) and query(n, r, e).
   template <int kColumns, int kRowsPerLane, class KeyAt, class QueryAt>
   __device__ __forceinline__ ElementBits of_pairs(KeyAt key, QueryAt query) const {
     ElementBits keep = 0;
@@ -98,17 +103,19 @@ class Dropout {
   }
 
   uint32_t k0_, k1_, last_dropped_, head_, stream_;
+  int offset_;
 };
 
-// The bits of banded attention, for a tile of keys under the rows query(r).
+// The bits of banded attention, for a tile of keys under the queries of the rows query(r).
 template <class P, class QueryAt>
 __device__ __forceinline__ ElementBits keep_of_tile(const Arguments& a, const Sequence& seq, const Tile& tile,
                                                     QueryAt query) {
   const Dropout dropout(a, seq, kBandedStream);
-  if (!tile.is_global) return dropout.of_keys<P::kColumns, P::kRowsPerLane>(tile.start, query);
+  auto query_position = [&](int r) { return dropout.position(query(r)); };
+  if (!tile.is_global) return dropout.of_keys<P::kColumns, P::kRowsPerLane>(tile.start, query_position);
   return dropout.of_pairs<P::kColumns, P::kRowsPerLane>(
-      [&](int n, int, int e) { return seq.position(tile.start + 8 * n + 2 * lane_in_group() + e, 0); },
-      [&](int, int r, int) { return query(r); });
+      [&](int n, int, int e) { return seq.dropout_position(tile.start + 8 * n + 2 * lane_in_group() + e); },
+      [&](int, int r, int) { return query_position(r); });
 }
 
 }  // namespace led::cuda

@@ -14,7 +14,7 @@ __global__ void __launch_bounds__(P::kThreads, 1) global_dq_kernel(const Argumen
   const SplitBlock<P> block(a, seq);
   if (block.is_empty(seq)) return;
   auto slot = [&](int r) { return block.slot(r); };
-  auto query = [&](int r) { return seq.position(slot(r), 0); };
+  auto query = [&](int r) { return seq.dropout_position(slot(r)); };
   auto exists = [&](int r) { return slot(r) < seq.num_globals; };
 
   const HeadInputs in(call, seq, 0);
@@ -67,7 +67,7 @@ __global__ void __launch_bounds__(P::kThreads, 1) global_dkdv_kernel(const Argum
         [](typename P::Scores&, const Tile&) {},  // lse is inf where there is no query
         [&](const Tile& tile) {
           return Dropout(a, seq, kGlobalStream).of_queries<kBlockM, P::kRowsPerLane>(warp_start, [&](int i) {
-            return seq.position(tile.start + i, 0);
+            return seq.dropout_position(tile.start + i);
           });
         });
   }

@@ -14,7 +14,7 @@ __global__ void __launch_bounds__(P::kThreads, 1) global_forward_kernel(const Ar
   const SplitBlock<P> block(a, seq);
   if (block.is_empty(seq)) return;
   auto slot = [&](int r) { return block.slot(r); };
-  auto query = [&](int r) { return seq.position(slot(r), 0); };
+  auto query = [&](int r) { return seq.dropout_position(slot(r)); };
 
   const HeadInputs in(call, seq, 0);
   OnlineSoftmax<P> softmax;

@@ -7,6 +7,16 @@
 
 namespace led::cuda {
 
+// Whether `holds` of one of the positions start ... stop - 1; all threads of the block ask together.
+template <class Predicate>
+__device__ __forceinline__ bool any_position(int start, int stop, Predicate holds) {
+  bool found = false;
+  for (int i = start + static_cast<int>(threadIdx.x); i < stop; i += static_cast<int>(blockDim.x)) {
+    found |= holds(i);
+  }
+  return __syncthreads_or(found) != 0;
+}
+
 // Each of a lane's rows sees the columns lower ... lower + width.
 template <int kRowsPerLane>
 struct RowBands {

@@ -51,6 +51,7 @@ def _banded_forward(call: AttentionCall) -> tuple[Tensor, Tensor]:
     allowed = (kind != PADDING)[:, None, :] & (in_band | is_global[:, None, :])  # [batch, query, key]
     key_position = torch.where(in_band, position[:, None, :], position_of_global[:, None, :])
     query_position = position[:, None, :, None]  # [batch, 1, query, 1]
+    q = q.masked_fill((kind != LOCAL)[:, :, None, None], 0)  # what it holds in other rows need not be finite
     out, lse = _attend(call, q, k, v, allowed, kind == LOCAL, query_position, key_position[:, None])
     return _from_padded(out, mask, call.q), _lse_from_padded(lse, mask, call.q)
 

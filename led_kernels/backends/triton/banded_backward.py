@@ -1,7 +1,8 @@
 """Banded attention's backward goes by query tiles for dq, by key tiles for dk and dv, by two stages for global keys.
 
 Probabilities are recomputed from lse, which is +inf on rows without a result, so that those have probabilities of 0.
-Tiles are interior or masked ones as in the forward; where the tiles of a program hold padding, all are masked. The dq
+Tiles are interior or masked ones as in the forward; where the tiles of a program hold padding, or those of dk and dv
+other queries than local ones, all are masked. The dq
 kernel runs first and also writes ``delta``, the row sums of ``out * d_out``, for the others. Dropout's keep_scale is
 applied once, to the finished gradients: until then d_out goes without it, and delta is divided by it.
 
@@ -34,11 +35,12 @@ from led_kernels.backends.triton.launch import (
 from led_kernels.backends.triton.mask import (
     band_mask,
     band_tiles,
+    count_local,
     count_padding,
-    has_global_token,
     is_between,
     is_token,
     key_exists,
+    load_global_positions,
     locate_sequence,
     tile_around_gap,
 )
@@ -58,12 +60,14 @@ from led_kernels.mask import LongformerMask
 
 _QUERIES_PER_SPLIT = 256
 _BLOCK_SPLITS = 32  # that are summed at a time
+_KINDS_AT_ONCE = tl.constexpr(1024)  # of token_kind that are looked at
 
 
 @triton.jit
 def _accumulate_dq_of_global_keys(
     dq, q, d_out, lse, delta, query, k_ptr, v_ptr, k_stride_s, v_stride_s,
-    global_index_ptr, num_globals, lower, upper, qk_scale, seed, batch_head, last_dropped,
+    global_index_ptr, global_position_ptr, num_globals, lower, upper,
+    qk_scale, seed, position_offset, batch_head, last_dropped,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_G: tl.constexpr,
     DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -76,8 +80,16 @@ def _accumulate_dq_of_global_keys(
         visible = exists[None, :] & ~is_between(key, lower, upper)
         keep = None
         if DROPOUT:
+            position = load_global_positions(global_position_ptr, slot, num_globals)
             keep = keep_of_global_keys(
-                seed, query, key, batch_head, BANDED_STREAM, last_dropped, BLOCK_M, BLOCK_G
+                seed,
+                query + position_offset,
+                position,
+                batch_head,
+                BANDED_STREAM,
+                last_dropped,
+                BLOCK_M,
+                BLOCK_G,
             )
         _, d_scores = differentiate_tile(
             q, k, d_out, v, lse[:, None], delta[:, None], visible, keep, 1.0, qk_scale, PRECISION
@@ -89,7 +101,7 @@ def _accumulate_dq_of_global_keys(
 @triton.jit
 def _accumulate_dq_of_band(
     dq, q, d_out, lse, delta, query, k_ptr, v_ptr, k_stride_s, v_stride_s, padding_before_ptr, length,
-    start, num_tiles, gap_at, gap, lower, upper, qk_scale, seed, batch_head, last_dropped,
+    start, num_tiles, gap_at, gap, lower, upper, qk_scale, seed, position_offset, batch_head, last_dropped,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     IS_MASKED: tl.constexpr, HAS_PADDING: tl.constexpr,
     DROPOUT: tl.constexpr, PRECISION: tl.constexpr, NUM_STAGES: tl.constexpr,
@@ -115,8 +127,9 @@ def _accumulate_dq_of_band(
         keep = None
         if DROPOUT:
             keep = keep_of_tile(
-                seed, query, key_start, batch_head, BANDED_STREAM, last_dropped, BLOCK_M, BLOCK_N
-            )
+                seed, query + position_offset, key_start + position_offset, batch_head, BANDED_STREAM, last_dropped,
+                BLOCK_M, BLOCK_N,
+            )  # fmt: skip
         _, d_scores = differentiate_tile(
             q, k, d_out, v, lse[:, None], delta[:, None], visible, keep, 1.0, qk_scale, PRECISION
         )  # [BLOCK_M, BLOCK_N]
@@ -127,7 +140,8 @@ def _accumulate_dq_of_band(
 @triton.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=("token_kind_ptr",))
 def _banded_dq_kernel(
     q_ptr, k_ptr, v_ptr, out_ptr, d_out_ptr, dq_ptr, lse_ptr, d_lse_ptr, delta_ptr,
-    seq_start_ptr, seq_len_ptr, token_kind_ptr, padding_before_ptr, global_index_ptr, num_globals_ptr, seed_ptr,
+    seq_start_ptr, seq_len_ptr, token_kind_ptr, padding_before_ptr, global_index_ptr, num_globals_ptr,
+    position_offset_ptr, global_position_ptr, seed_ptr,
     q_stride_b, q_stride_s, q_stride_h, k_stride_b, k_stride_s, k_stride_h, v_stride_b, v_stride_s, v_stride_h,
     out_stride_b, out_stride_s, out_stride_h, d_out_stride_b, d_out_stride_s, d_out_stride_h,
     dq_stride_b, dq_stride_s, dq_stride_h, lse_stride_b, lse_stride_h, mask_stride_b,
@@ -149,7 +163,8 @@ def _banded_dq_kernel(
     lse_row = row_offset(batch, first_row, head, lse_stride_b, 1, lse_stride_h)
     dq_ptr += row_offset(batch, tile_row, head, dq_stride_b, dq_stride_s, dq_stride_h)
     dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    if query_start >= length:  # all these rows are padding
+    lse = tl.load(lse_ptr + lse_row + query, mask=query < length, other=float("inf"))
+    if tl.max((lse != float("inf")).to(tl.int32), 0) == 0:  # no row has a result
         store_tile(dq_ptr, dq_stride_s, dq, query < num_rows, HEAD_DIM, BLOCK_D)
         tl.store(delta_ptr + lse_row + query, 0.0, mask=query < num_rows)
         return
@@ -159,7 +174,6 @@ def _banded_dq_kernel(
     d_out_ptr += row_offset(batch, tile_row, head, d_out_stride_b, d_out_stride_s, d_out_stride_h)
     k_ptr += row_offset(batch, first_row, head, k_stride_b, k_stride_s, k_stride_h)
     v_ptr += row_offset(batch, first_row, head, v_stride_b, v_stride_s, v_stride_h)
-    lse = tl.load(lse_ptr + lse_row + query, mask=query < length, other=float("inf"))
     # rows without a result come in as zeros, so that their delta and dq are 0
     q, d_out, delta = load_queries(
         q_ptr, out_ptr, d_out_ptr, d_lse_ptr, q_stride_s, out_stride_s, d_out_stride_s, lse_row + query,
@@ -173,10 +187,12 @@ def _banded_dq_kernel(
     lower, upper = query - window_left, tl.minimum(query + window_right, length - 1)  # the band of each query
     batch_head = batch * heads + head
     seed = tl.load(seed_ptr) if DROPOUT else 0
+    position_offset = tl.load(position_offset_ptr + batch) if DROPOUT else 0
     dq = _accumulate_dq_of_global_keys(
         dq, q, d_out, lse, delta, query, k_ptr, v_ptr, k_stride_s, v_stride_s,
-        global_index_ptr + batch * max_globals, tl.load(num_globals_ptr + batch), lower, query + window_right,
-        qk_scale, seed, batch_head, last_dropped,
+        global_index_ptr + batch * max_globals, global_position_ptr + batch * max_globals,
+        tl.load(num_globals_ptr + batch), lower, query + window_right,
+        qk_scale, seed, position_offset, batch_head, last_dropped,
         HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_G, DROPOUT, PRECISION,
     )  # fmt: skip
     start, stop, num_tiles, num_left, num_interior = band_tiles(
@@ -187,14 +203,14 @@ def _banded_dq_kernel(
             dq, q, d_out, lse, delta, query, k_ptr, v_ptr, k_stride_s, v_stride_s,
             padding_before_ptr + mask_row, stop,
             start, num_tiles - num_interior, num_left, num_interior, lower, upper,
-            qk_scale, seed, batch_head, last_dropped,
+            qk_scale, seed, position_offset, batch_head, last_dropped,
             HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, True, False, DROPOUT, PRECISION, NUM_STAGES,
         )  # fmt: skip
         dq = _accumulate_dq_of_band(
             dq, q, d_out, lse, delta, query, k_ptr, v_ptr, k_stride_s, v_stride_s,
             padding_before_ptr + mask_row, length,
             start + num_left * BLOCK_N, num_interior, 0, 0, lower, upper,
-            qk_scale, seed, batch_head, last_dropped,
+            qk_scale, seed, position_offset, batch_head, last_dropped,
             HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, False, False, DROPOUT, PRECISION, NUM_STAGES,
         )  # fmt: skip
     else:
@@ -202,7 +218,7 @@ def _banded_dq_kernel(
             dq, q, d_out, lse, delta, query, k_ptr, v_ptr, k_stride_s, v_stride_s,
             padding_before_ptr + mask_row, length,
             start, num_tiles, 0, 0, lower, upper,
-            qk_scale, seed, batch_head, last_dropped,
+            qk_scale, seed, position_offset, batch_head, last_dropped,
             HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, True, True, DROPOUT, PRECISION, NUM_STAGES,
         )  # fmt: skip
     store_tile(dq_ptr, dq_stride_s, dq * (softmax_scale * keep_scale), query < num_rows, HEAD_DIM, BLOCK_D)
@@ -211,7 +227,7 @@ def _banded_dq_kernel(
 @triton.jit
 def _accumulate_dkdv_of_band(
     dk, dv, k, v, key_start, q_ptr, d_out_ptr, q_stride_s, d_out_stride_s, lse_ptr, delta_ptr, length,
-    start, num_tiles, gap_at, gap, lower, upper, qk_scale, seed, batch_head, last_dropped,
+    start, num_tiles, gap_at, gap, lower, upper, qk_scale, seed, position_offset, batch_head, last_dropped,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     IS_MASKED: tl.constexpr, HAS_PADDING: tl.constexpr,
     DROPOUT: tl.constexpr, PRECISION: tl.constexpr, NUM_STAGES: tl.constexpr,
@@ -245,11 +261,11 @@ def _accumulate_dkdv_of_band(
             visible = is_between(query, lower, upper)
         keep = None
         if DROPOUT:
-            keep = tl.trans(
-                keep_of_tile(
-                    seed, query, key_start, batch_head, BANDED_STREAM, last_dropped, BLOCK_M, BLOCK_N
-                )
-            )
+            keep = keep_of_tile(
+                seed, query + position_offset, key_start + position_offset, batch_head, BANDED_STREAM, last_dropped,
+                BLOCK_M, BLOCK_N,
+            )  # fmt: skip
+            keep = tl.trans(keep)
         p, d_scores = differentiate_tile(
             k, q, v, d_out, lse[None, :] * LOG2_E, delta[None, :], visible, keep, 1.0, qk_scale, PRECISION
         )  # [BLOCK_N, BLOCK_M]
@@ -261,11 +277,11 @@ def _accumulate_dkdv_of_band(
 @triton.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=("token_kind_ptr",))
 def _banded_dkdv_kernel(
     q_ptr, k_ptr, v_ptr, d_out_ptr, dk_ptr, dv_ptr, lse_ptr, delta_ptr,
-    seq_start_ptr, seq_len_ptr, token_kind_ptr, padding_before_ptr, global_index_ptr, num_globals_ptr, seed_ptr,
+    seq_start_ptr, seq_len_ptr, token_kind_ptr, padding_before_ptr, position_offset_ptr, seed_ptr,
     q_stride_b, q_stride_s, q_stride_h, k_stride_b, k_stride_s, k_stride_h, v_stride_b, v_stride_s, v_stride_h,
     d_out_stride_b, d_out_stride_s, d_out_stride_h, dk_stride_b, dk_stride_s, dk_stride_h,
     dv_stride_b, dv_stride_s, dv_stride_h, lse_stride_b, lse_stride_h, mask_stride_b,
-    heads, max_globals, window_left, window_right, softmax_scale, keep_scale, last_dropped: tl.uint32,
+    heads, window_left, window_right, softmax_scale, keep_scale, last_dropped: tl.uint32,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     DROPOUT: tl.constexpr, PRECISION: tl.constexpr, NUM_STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -294,32 +310,30 @@ def _banded_dkdv_kernel(
         lower, upper = key - window_right, tl.minimum(key + window_left, length - 1)
         batch_head = batch * heads + head
         seed = tl.load(seed_ptr) if DROPOUT else 0
+        position_offset = tl.load(position_offset_ptr + batch) if DROPOUT else 0
         start, stop, num_tiles, num_left, num_interior = band_tiles(
             key_start, length, window_right, window_left, BLOCK_N, BLOCK_M
         )
-        # p is 0 on rows without a result, but what their d_out holds need not be finite
-        has_padding = count_padding(token_kind_ptr, padding_before_ptr, mask_row, start, stop) > 0
-        has_global = has_global_token(
-            global_index_ptr + batch * max_globals, tl.load(num_globals_ptr + batch), start, stop
-        )
-        if not (has_padding | has_global):
+        # p is 0 on rows without a result, but what their q and d_out hold need not be finite
+        num_local = count_local(token_kind_ptr + mask_row, start, stop, _KINDS_AT_ONCE)
+        if num_local == stop - start:
             dk, dv = _accumulate_dkdv_of_band(
                 dk, dv, k, v, key_start, q_ptr, d_out_ptr, q_stride_s, d_out_stride_s, lse_ptr, delta_ptr, stop,
                 start, num_tiles - num_interior, num_left, num_interior, lower, upper,
-                qk_scale, seed, batch_head, last_dropped,
+                qk_scale, seed, position_offset, batch_head, last_dropped,
                 HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, True, False, DROPOUT, PRECISION, NUM_STAGES,
             )  # fmt: skip
             dk, dv = _accumulate_dkdv_of_band(
                 dk, dv, k, v, key_start, q_ptr, d_out_ptr, q_stride_s, d_out_stride_s, lse_ptr, delta_ptr, length,
                 start + num_left * BLOCK_M, num_interior, 0, 0, lower, upper,
-                qk_scale, seed, batch_head, last_dropped,
+                qk_scale, seed, position_offset, batch_head, last_dropped,
                 HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, False, False, DROPOUT, PRECISION, NUM_STAGES,
             )  # fmt: skip
         else:
             dk, dv = _accumulate_dkdv_of_band(
                 dk, dv, k, v, key_start, q_ptr, d_out_ptr, q_stride_s, d_out_stride_s, lse_ptr, delta_ptr, length,
-                start, num_tiles, 0, 0, lower, upper,
-                qk_scale, seed, batch_head, last_dropped,
+                start, tl.where(num_local > 0, num_tiles, 0), 0, 0, lower, upper,
+                qk_scale, seed, position_offset, batch_head, last_dropped,
                 HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, True, True, DROPOUT, PRECISION, NUM_STAGES,
             )  # fmt: skip
         exists = is_token(padding_before_ptr + mask_row, key, length)[:, None]
@@ -334,7 +348,7 @@ def _banded_dkdv_kernel(
 @triton.jit(do_not_specialize=(*SIZES, "queries_per_split"))
 def _banded_dkdv_globals_kernel(
     q_ptr, k_ptr, v_ptr, d_out_ptr, partial_dk_ptr, partial_dv_ptr, lse_ptr, delta_ptr,
-    seq_start_ptr, seq_len_ptr, global_index_ptr, num_globals_ptr, seed_ptr,
+    seq_start_ptr, seq_len_ptr, global_index_ptr, num_globals_ptr, position_offset_ptr, global_position_ptr, seed_ptr,
     q_stride_b, q_stride_s, q_stride_h, k_stride_b, k_stride_s, k_stride_h, v_stride_b, v_stride_s, v_stride_h,
     d_out_stride_b, d_out_stride_s, d_out_stride_h, lse_stride_b, lse_stride_h, mask_stride_b,
     heads, max_globals, queries_per_split, softmax_scale, last_dropped: tl.uint32,
@@ -358,13 +372,17 @@ def _banded_dkdv_globals_kernel(
     lse_ptr += lse_row
     delta_ptr += lse_row
     slot = slot_start + tl.arange(0, BLOCK_N)
-    key, exists, k, v = load_global_keys(
+    _, exists, k, v = load_global_keys(
         slot, global_index_ptr + batch * max_globals, num_globals, k_ptr, v_ptr, k_stride_s, v_stride_s,
         HEAD_DIM, BLOCK_D,
     )  # fmt: skip
     qk_scale = softmax_scale * LOG2_E
     batch_head = batch * heads + head
     seed = tl.load(seed_ptr) if DROPOUT else 0
+    position_offset = tl.load(position_offset_ptr + batch) if DROPOUT else 0
+    position = slot
+    if DROPOUT:
+        position = load_global_positions(global_position_ptr + batch * max_globals, slot, num_globals)
     dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     dv = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     stop = tl.minimum(start + queries_per_split, length)
@@ -379,11 +397,17 @@ def _banded_dkdv_globals_kernel(
         d_out = load_tile(d_out_ptr + row * d_out_stride_s, d_out_stride_s, is_local, HEAD_DIM, BLOCK_D, True)
         keep = None
         if DROPOUT:
-            keep = tl.trans(
-                keep_of_global_keys(
-                    seed, query, key, batch_head, BANDED_STREAM, last_dropped, BLOCK_M, BLOCK_N
-                )
+            keep = keep_of_global_keys(
+                seed,
+                query + position_offset,
+                position,
+                batch_head,
+                BANDED_STREAM,
+                last_dropped,
+                BLOCK_M,
+                BLOCK_N,
             )
+            keep = tl.trans(keep)
         p, d_scores = differentiate_tile(
             k, q, v, d_out, lse[None, :] * LOG2_E, delta[None, :], None, keep, 1.0, qk_scale, PRECISION
         )  # [BLOCK_N, BLOCK_M]

@@ -38,10 +38,11 @@ from led_kernels.backends.triton.mask import (
     PADDING,
     band_mask,
     band_tiles,
+    count_local,
     count_padding,
     is_between,
-    is_token,
     key_exists,
+    load_global_positions,
     locate_sequence,
 )
 from led_kernels.backends.triton.softmax import LOG2_E, attend_tile, empty_softmax, log_sum_exp
@@ -58,7 +59,8 @@ from led_kernels.call import AttentionCall
 @triton.jit
 def _attend_global_keys(
     acc, row_sum, row_max, q, query, k_ptr, v_ptr, k_stride_s, v_stride_s,
-    global_index_ptr, num_globals, lower, upper, qk_scale, seed, batch_head, last_dropped,
+    global_index_ptr, global_position_ptr, num_globals, lower, upper,
+    qk_scale, seed, position_offset, batch_head, last_dropped,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_G: tl.constexpr,
     DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -72,8 +74,16 @@ def _attend_global_keys(
         scores = tl.where(exists[None, :] & ~is_between(key, lower, upper), scores, float("-inf"))
         keep = None
         if DROPOUT:
+            position = load_global_positions(global_position_ptr, slot, num_globals)
             keep = keep_of_global_keys(
-                seed, query, key, batch_head, BANDED_STREAM, last_dropped, BLOCK_M, BLOCK_G
+                seed,
+                query + position_offset,
+                position,
+                batch_head,
+                BANDED_STREAM,
+                last_dropped,
+                BLOCK_M,
+                BLOCK_G,
             )
         acc, row_sum, row_max = attend_tile(acc, row_sum, row_max, scores, v, keep, qk_scale, PRECISION)
     return acc, row_sum, row_max
@@ -83,7 +93,7 @@ def _attend_global_keys(
 def _attend_band(
     acc, row_sum, row_max, q, query, k_ptr, v_ptr, k_stride_s, v_stride_s, k_desc, v_desc, desc_batch, desc_row,
     desc_head, padding_before_ptr, length, start, num_tiles, gap_at, gap, lower, upper,
-    qk_scale, seed, batch_head, last_dropped,
+    qk_scale, seed, position_offset, batch_head, last_dropped,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     IS_MASKED: tl.constexpr, HAS_PADDING: tl.constexpr, DROPOUT: tl.constexpr,
     PRECISION: tl.constexpr, NUM_STAGES: tl.constexpr,
@@ -120,8 +130,9 @@ def _attend_band(
         keep = None
         if DROPOUT:
             keep = keep_of_tile(
-                seed, query, key_start, batch_head, BANDED_STREAM, last_dropped, BLOCK_M, BLOCK_N
-            )
+                seed, query + position_offset, key_start + position_offset, batch_head, BANDED_STREAM, last_dropped,
+                BLOCK_M, BLOCK_N,
+            )  # fmt: skip
         if v_desc is None:
             v = load_tile(v_ptr, v_stride_s, exists, HEAD_DIM, BLOCK_D, IS_MASKED)
         else:
@@ -141,7 +152,8 @@ def _attend_band(
 @triton.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=("token_kind_ptr",))
 def _banded_forward_kernel(
     q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, k_desc, v_desc,
-    seq_start_ptr, seq_len_ptr, token_kind_ptr, padding_before_ptr, global_index_ptr, num_globals_ptr, seed_ptr,
+    seq_start_ptr, seq_len_ptr, token_kind_ptr, padding_before_ptr, global_index_ptr, num_globals_ptr,
+    position_offset_ptr, global_position_ptr, seed_ptr,
     q_stride_b, q_stride_s, q_stride_h, k_stride_b, k_stride_s, k_stride_h, v_stride_b, v_stride_s, v_stride_h,
     out_stride_b, out_stride_s, out_stride_h, lse_stride_b, lse_stride_h, mask_stride_b,
     heads, max_globals, window_left, window_right, softmax_scale, keep_scale, last_dropped: tl.uint32,
@@ -165,7 +177,8 @@ def _banded_forward_kernel(
     out_offsets = tile_offsets(out_stride_s, BLOCK_M, BLOCK_D)  # of both stores, which saves registers
     is_written = query < num_rows
     acc, row_sum, row_max = empty_softmax(BLOCK_M, BLOCK_D)
-    if query_start >= length:  # all these rows are padding
+    query_stop = tl.minimum(query_start + BLOCK_M, length)
+    if count_local(token_kind_ptr + mask_row, query_start, query_stop, BLOCK_M) == 0:
         store_rows(out_ptr, out_offsets, acc, is_written, HEAD_DIM, BLOCK_D)
         tl.store(lse_ptr + query, float("inf"), mask=is_written)
         return
@@ -177,17 +190,17 @@ def _banded_forward_kernel(
         query_start, length, window_left, window_right, BLOCK_M, BLOCK_N
     )
     has_padding = count_padding(token_kind_ptr, padding_before_ptr, mask_row, start, stop) > 0
-    # padding comes in as zeros, so that acc is finite and a factor of 0 can clear it
-    exists = is_token(padding_before_ptr + mask_row, query, length)
-    q = load_tile(q_ptr, q_stride_s, exists, HEAD_DIM, BLOCK_D, True)
+    q = load_tile(q_ptr, q_stride_s, query < length, HEAD_DIM, BLOCK_D, True)
     qk_scale = softmax_scale * LOG2_E
     lower, upper = query - window_left, tl.minimum(query + window_right, length - 1)  # the band of each query
     batch_head = batch * heads + head
     seed = tl.load(seed_ptr) if DROPOUT else 0
+    position_offset = tl.load(position_offset_ptr + batch) if DROPOUT else 0
     acc, row_sum, row_max = _attend_global_keys(
         acc, row_sum, row_max, q, query, k_ptr, v_ptr, k_stride_s, v_stride_s,
-        global_index_ptr + batch * max_globals, tl.load(num_globals_ptr + batch), lower, query + window_right,
-        qk_scale, seed, batch_head, last_dropped,
+        global_index_ptr + batch * max_globals, global_position_ptr + batch * max_globals,
+        tl.load(num_globals_ptr + batch), lower, query + window_right,
+        qk_scale, seed, position_offset, batch_head, last_dropped,
         HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_G, DROPOUT, PRECISION,
     )  # fmt: skip
     if not has_padding:
@@ -195,7 +208,7 @@ def _banded_forward_kernel(
             acc, row_sum, row_max, q, query, k_ptr, v_ptr, k_stride_s, v_stride_s, None, None, batch,
             first_row.to(tl.int32), head, padding_before_ptr + mask_row, stop,
             start, num_tiles - num_interior, num_left, num_interior, lower, upper,
-            qk_scale, seed, batch_head, last_dropped,
+            qk_scale, seed, position_offset, batch_head, last_dropped,
             HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, True, False, DROPOUT, PRECISION, NUM_STAGES,
         )  # fmt: skip
         acc, row_sum, row_max = _attend_band(
@@ -203,7 +216,7 @@ def _banded_forward_kernel(
             tl.where(mask_stride_b == 0, 0, batch),  # packed sequences are one batch entry
             first_row.to(tl.int32), head, padding_before_ptr + mask_row, length,
             start + num_left * BLOCK_N, num_interior, 0, 0, lower, upper,
-            qk_scale, seed, batch_head, last_dropped,
+            qk_scale, seed, position_offset, batch_head, last_dropped,
             HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, False, False, DROPOUT, PRECISION, NUM_STAGES,
         )  # fmt: skip
     else:
@@ -211,12 +224,13 @@ def _banded_forward_kernel(
             acc, row_sum, row_max, q, query, k_ptr, v_ptr, k_stride_s, v_stride_s, None, None, batch,
             first_row.to(tl.int32), head, padding_before_ptr + mask_row, length,
             start, tl.cdiv(stop - start, PADDED_BLOCK_N), 0, 0, lower, upper,
-            qk_scale, seed, batch_head, last_dropped,
+            qk_scale, seed, position_offset, batch_head, last_dropped,
             HEAD_DIM, BLOCK_D, BLOCK_M, PADDED_BLOCK_N, True, True, DROPOUT, PRECISION, 1,
         )  # fmt: skip
 
     is_local = tl.load(token_kind_ptr + mask_row + query, mask=query < length, other=PADDING) == LOCAL
-    acc *= tl.where(is_local, keep_scale / row_sum, 0.0)[:, None]
+    acc *= (keep_scale / row_sum)[:, None]
+    acc = tl.where(is_local[:, None], acc, 0.0)  # selects: other rows may hold NaN
     store_rows(out_ptr, out_offsets, acc, is_written, HEAD_DIM, BLOCK_D)
     lse = tl.where(is_local, log_sum_exp(row_sum, row_max), float("inf"))
     tl.store(lse_ptr + query, lse, mask=is_written)

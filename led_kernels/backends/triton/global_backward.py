@@ -47,7 +47,7 @@ _BLOCK_SPLITS = 16  # that are summed at a time
 @triton.jit
 def _load_global_queries(
     slot_start, num_globals, q_ptr, out_ptr, d_out_ptr, q_stride_s, out_stride_s, d_out_stride_s,
-    lse_ptr, d_lse_ptr, lse_row, global_index_ptr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
+    lse_ptr, d_lse_ptr, lse_row, global_position_ptr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr, DROPOUT: tl.constexpr,
 ):  # fmt: skip
     """Loads what the backward needs of the global tokens in slots ``slot_start … slot_start + BLOCK_M - 1``.
@@ -69,14 +69,14 @@ def _load_global_queries(
     lse = tl.load(lse_ptr + lse_row + slot, mask=exists, other=float("inf"))
     query = slot
     if DROPOUT:
-        query = load_global_positions(global_index_ptr, slot, num_globals)
+        query = load_global_positions(global_position_ptr, slot, num_globals)
     return q, d_out, lse * LOG2_E, delta, query
 
 
 @triton.jit
 def _differentiate_global_tile(
     q, k, v, d_out, lse, delta, query, key_start, exists,
-    softmax_scale, keep_scale, seed, batch_head, last_dropped,
+    softmax_scale, keep_scale, seed, position_offset, batch_head, last_dropped,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     IS_MASKED: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -86,7 +86,16 @@ def _differentiate_global_tile(
         visible = exists[None, :]
     keep = None
     if DROPOUT:
-        keep = keep_of_tile(seed, query, key_start, batch_head, GLOBAL_STREAM, last_dropped, BLOCK_M, BLOCK_N)
+        keep = keep_of_tile(
+            seed,
+            query,
+            key_start + position_offset,
+            batch_head,
+            GLOBAL_STREAM,
+            last_dropped,
+            BLOCK_M,
+            BLOCK_N,
+        )
     p, d_scores = differentiate_tile(
         q, k, d_out, v, lse[:, None], delta[:, None], visible, keep, keep_scale, softmax_scale * LOG2_E, PRECISION
     )  # fmt: skip
@@ -97,7 +106,7 @@ def _differentiate_global_tile(
 def _accumulate_dq(
     dq, q, d_out, lse, delta, query, k_ptr, v_ptr, dk_ptr, dv_ptr,
     k_stride_s, v_stride_s, dk_stride_s, dv_stride_s, padding_before_ptr, length, num_rows,
-    start, num_tiles, softmax_scale, keep_scale, seed, batch_head, last_dropped,
+    start, num_tiles, softmax_scale, keep_scale, seed, position_offset, batch_head, last_dropped,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     IS_MASKED: tl.constexpr, WRITE_DKDV: tl.constexpr,
     DROPOUT: tl.constexpr, PRECISION: tl.constexpr, NUM_STAGES: tl.constexpr,
@@ -115,7 +124,7 @@ def _accumulate_dq(
         v = load_tile(v_ptr + row * v_stride_s, v_stride_s, exists, HEAD_DIM, BLOCK_D, IS_MASKED)
         p, d_scores = _differentiate_global_tile(
             q, k, v, d_out, lse, delta, query, key_start, exists,
-            softmax_scale, keep_scale, seed, batch_head, last_dropped,
+            softmax_scale, keep_scale, seed, position_offset, batch_head, last_dropped,
             BLOCK_M, BLOCK_N, IS_MASKED, DROPOUT, PRECISION,
         )  # fmt: skip
         dq = tl.dot(d_scores, k, dq, input_precision=PRECISION)
@@ -130,7 +139,8 @@ def _accumulate_dq(
 @triton.jit(do_not_specialize=(*SIZES, "keys_per_split"), do_not_specialize_on_alignment=("token_kind_ptr",))
 def _global_dq_kernel(
     q_ptr, k_ptr, v_ptr, out_ptr, d_out_ptr, dk_ptr, dv_ptr, lse_ptr, d_lse_ptr, partial_dq_ptr,
-    seq_start_ptr, seq_len_ptr, token_kind_ptr, padding_before_ptr, global_index_ptr, num_globals_ptr, seed_ptr,
+    seq_start_ptr, seq_len_ptr, token_kind_ptr, padding_before_ptr, num_globals_ptr,
+    position_offset_ptr, global_position_ptr, seed_ptr,
     q_stride_b, q_stride_s, q_stride_h, k_stride_b, k_stride_s, k_stride_h, v_stride_b, v_stride_s, v_stride_h,
     out_stride_b, out_stride_s, out_stride_h, d_out_stride_b, d_out_stride_s, d_out_stride_h,
     dk_stride_b, dk_stride_s, dk_stride_h, dv_stride_b, dv_stride_s, dv_stride_h,
@@ -165,10 +175,11 @@ def _global_dq_kernel(
     lse_row = row_offset(batch, 0, head, lse_stride_b, 1, lse_stride_h)
     q, d_out, lse, delta, query = _load_global_queries(
         slot_start, num_globals, q_ptr, out_ptr, d_out_ptr, q_stride_s, out_stride_s, d_out_stride_s,
-        lse_ptr, d_lse_ptr, lse_row, global_index_ptr + batch * max_globals, HEAD_DIM, BLOCK_D, BLOCK_M, DROPOUT,
+        lse_ptr, d_lse_ptr, lse_row, global_position_ptr + batch * max_globals, HEAD_DIM, BLOCK_D, BLOCK_M, DROPOUT,
     )  # fmt: skip
     batch_head = batch * heads + head
     seed = tl.load(seed_ptr) if DROPOUT else 0
+    position_offset = tl.load(position_offset_ptr + batch) if DROPOUT else 0
     dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
 
     key_stop = tl.minimum(stop, length)
@@ -180,13 +191,14 @@ def _global_dq_kernel(
     dq = _accumulate_dq(
         dq, q, d_out, lse, delta, query, k_ptr, v_ptr, dk_ptr, dv_ptr,
         k_stride_s, v_stride_s, dk_stride_s, dv_stride_s, padding_before_ptr, length, num_rows,
-        start, num_interior, softmax_scale, keep_scale, seed, batch_head, last_dropped,
+        start, num_interior, softmax_scale, keep_scale, seed, position_offset, batch_head, last_dropped,
         HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, False, WRITE_DKDV, DROPOUT, PRECISION, NUM_STAGES,
     )  # fmt: skip
     dq = _accumulate_dq(
         dq, q, d_out, lse, delta, query, k_ptr, v_ptr, dk_ptr, dv_ptr,
         k_stride_s, v_stride_s, dk_stride_s, dv_stride_s, padding_before_ptr, length, num_rows,
-        start + num_interior * BLOCK_N, num_masked, softmax_scale, keep_scale, seed, batch_head, last_dropped,
+        start + num_interior * BLOCK_N, num_masked, softmax_scale, keep_scale,
+        seed, position_offset, batch_head, last_dropped,
         HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, True, WRITE_DKDV, DROPOUT, PRECISION, NUM_STAGES,
     )  # fmt: skip
     # partial_dq: [batch, heads, splits, max_globals, HEAD_DIM]
@@ -199,7 +211,7 @@ def _global_dq_kernel(
 def _accumulate_dkdv(
     dk, dv, k, v, exists, key_start, num_globals,
     q_ptr, out_ptr, d_out_ptr, q_stride_s, out_stride_s, d_out_stride_s, lse_ptr, d_lse_ptr, lse_row,
-    global_index_ptr, softmax_scale, keep_scale, seed, batch_head, last_dropped,
+    global_position_ptr, softmax_scale, keep_scale, seed, position_offset, batch_head, last_dropped,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     IS_MASKED: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr, NUM_STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -207,11 +219,11 @@ def _accumulate_dkdv(
     for slot_start in tl.range(0, num_globals, BLOCK_M, num_stages=NUM_STAGES):
         q, d_out, lse, delta, query = _load_global_queries(
             slot_start, num_globals, q_ptr, out_ptr, d_out_ptr, q_stride_s, out_stride_s, d_out_stride_s,
-            lse_ptr, d_lse_ptr, lse_row, global_index_ptr, HEAD_DIM, BLOCK_D, BLOCK_M, DROPOUT,
+            lse_ptr, d_lse_ptr, lse_row, global_position_ptr, HEAD_DIM, BLOCK_D, BLOCK_M, DROPOUT,
         )  # fmt: skip
         p, d_scores = _differentiate_global_tile(
             q, k, v, d_out, lse, delta, query, key_start, exists,
-            softmax_scale, keep_scale, seed, batch_head, last_dropped,
+            softmax_scale, keep_scale, seed, position_offset, batch_head, last_dropped,
             BLOCK_M, BLOCK_N, IS_MASKED, DROPOUT, PRECISION,
         )  # fmt: skip
         dv = tl.dot(tl.trans(p), d_out, dv, input_precision=PRECISION)
@@ -222,7 +234,8 @@ def _accumulate_dkdv(
 @triton.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=("token_kind_ptr",))
 def _global_dkdv_kernel(
     q_ptr, k_ptr, v_ptr, out_ptr, d_out_ptr, dk_ptr, dv_ptr, lse_ptr, d_lse_ptr,
-    seq_start_ptr, seq_len_ptr, token_kind_ptr, padding_before_ptr, global_index_ptr, num_globals_ptr, seed_ptr,
+    seq_start_ptr, seq_len_ptr, token_kind_ptr, padding_before_ptr, num_globals_ptr,
+    position_offset_ptr, global_position_ptr, seed_ptr,
     q_stride_b, q_stride_s, q_stride_h, k_stride_b, k_stride_s, k_stride_h, v_stride_b, v_stride_s, v_stride_h,
     out_stride_b, out_stride_s, out_stride_h, d_out_stride_b, d_out_stride_s, d_out_stride_h,
     dk_stride_b, dk_stride_s, dk_stride_h, dv_stride_b, dv_stride_s, dv_stride_h,
@@ -247,9 +260,10 @@ def _global_dkdv_kernel(
     out_ptr += row_offset(batch, 0, head, out_stride_b, out_stride_s, out_stride_h)
     d_out_ptr += row_offset(batch, 0, head, d_out_stride_b, d_out_stride_s, d_out_stride_h)
     lse_row = row_offset(batch, 0, head, lse_stride_b, 1, lse_stride_h)
-    global_index_ptr += batch * max_globals
+    global_position_ptr += batch * max_globals
     batch_head = batch * heads + head
     seed = tl.load(seed_ptr) if DROPOUT else 0
+    position_offset = tl.load(position_offset_ptr + batch) if DROPOUT else 0
     key = key_start + tl.arange(0, BLOCK_N)
     stop = tl.minimum(key_start + BLOCK_N, num_rows)
     is_interior = (key_start + BLOCK_N <= length) & (
@@ -263,13 +277,13 @@ def _global_dkdv_kernel(
     dk, dv = _accumulate_dkdv(
         dk, dv, k, v, exists, key_start, tl.where(is_interior, num_globals, 0),
         q_ptr, out_ptr, d_out_ptr, q_stride_s, out_stride_s, d_out_stride_s, lse_ptr, d_lse_ptr, lse_row,
-        global_index_ptr, softmax_scale, keep_scale, seed, batch_head, last_dropped,
+        global_position_ptr, softmax_scale, keep_scale, seed, position_offset, batch_head, last_dropped,
         HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, False, DROPOUT, PRECISION, NUM_STAGES,
     )  # fmt: skip
     dk, dv = _accumulate_dkdv(
         dk, dv, k, v, exists, key_start, tl.where(is_interior | (key_start >= length), 0, num_globals),
         q_ptr, out_ptr, d_out_ptr, q_stride_s, out_stride_s, d_out_stride_s, lse_ptr, d_lse_ptr, lse_row,
-        global_index_ptr, softmax_scale, keep_scale, seed, batch_head, last_dropped,
+        global_position_ptr, softmax_scale, keep_scale, seed, position_offset, batch_head, last_dropped,
         HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, True, DROPOUT, PRECISION, NUM_STAGES,
     )  # fmt: skip
     store_tile(dk_ptr, dk_stride_s, dk * softmax_scale, key < num_rows, HEAD_DIM, BLOCK_D)

@@ -44,7 +44,7 @@ _BLOCK_SPLITS = 16  # that are merged at a time
 @triton.jit
 def _attend_keys(
     acc, row_sum, row_max, q, query, k_ptr, v_ptr, k_stride_s, v_stride_s, padding_before_ptr, length,
-    start, num_tiles, qk_scale, seed, batch_head, last_dropped,
+    start, num_tiles, qk_scale, seed, position_offset, batch_head, last_dropped,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     IS_MASKED: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr, NUM_STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -64,7 +64,14 @@ def _attend_keys(
         keep = None
         if DROPOUT:
             keep = keep_of_tile(
-                seed, query, key_start, batch_head, GLOBAL_STREAM, last_dropped, BLOCK_M, BLOCK_N
+                seed,
+                query,
+                key_start + position_offset,
+                batch_head,
+                GLOBAL_STREAM,
+                last_dropped,
+                BLOCK_M,
+                BLOCK_N,
             )
         v = load_tile(v_ptr + row * v_stride_s, v_stride_s, exists, HEAD_DIM, BLOCK_D, IS_MASKED)
         acc, row_sum, row_max = attend_tile(acc, row_sum, row_max, scores, v, keep, qk_scale, PRECISION)
@@ -74,7 +81,8 @@ def _attend_keys(
 @triton.jit(do_not_specialize=(*SIZES, "keys_per_split"), do_not_specialize_on_alignment=("token_kind_ptr",))
 def _global_forward_kernel(
     q_ptr, k_ptr, v_ptr, partial_out_ptr, partial_lse_ptr,
-    seq_start_ptr, seq_len_ptr, token_kind_ptr, padding_before_ptr, global_index_ptr, num_globals_ptr, seed_ptr,
+    seq_start_ptr, seq_len_ptr, token_kind_ptr, padding_before_ptr, num_globals_ptr,
+    position_offset_ptr, global_position_ptr, seed_ptr,
     q_stride_b, q_stride_s, q_stride_h, k_stride_b, k_stride_s, k_stride_h, v_stride_b, v_stride_s, v_stride_h,
     mask_stride_b, heads, max_globals, keys_per_split, softmax_scale, keep_scale, last_dropped: tl.uint32,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -100,9 +108,10 @@ def _global_forward_kernel(
     qk_scale = softmax_scale * LOG2_E
     batch_head = batch * heads + head
     seed = tl.load(seed_ptr) if DROPOUT else 0
+    position_offset = tl.load(position_offset_ptr + batch) if DROPOUT else 0
     query = slot
     if DROPOUT:
-        query = load_global_positions(global_index_ptr + batch * max_globals, slot, num_globals)
+        query = load_global_positions(global_position_ptr + batch * max_globals, slot, num_globals)
     acc, row_sum, row_max = empty_softmax(BLOCK_M, BLOCK_D)
 
     has_padding = count_padding(token_kind_ptr, padding_before_ptr, mask_row, start, stop) > 0
@@ -111,12 +120,12 @@ def _global_forward_kernel(
     padding_before_ptr += mask_row
     acc, row_sum, row_max = _attend_keys(
         acc, row_sum, row_max, q, query, k_ptr, v_ptr, k_stride_s, v_stride_s, padding_before_ptr, length,
-        start, num_interior, qk_scale, seed, batch_head, last_dropped,
+        start, num_interior, qk_scale, seed, position_offset, batch_head, last_dropped,
         HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, False, DROPOUT, PRECISION, NUM_STAGES,
     )  # fmt: skip
     acc, row_sum, row_max = _attend_keys(
         acc, row_sum, row_max, q, query, k_ptr, v_ptr, k_stride_s, v_stride_s, padding_before_ptr, length,
-        start + num_interior * BLOCK_N, num_masked, qk_scale, seed, batch_head, last_dropped,
+        start + num_interior * BLOCK_N, num_masked, qk_scale, seed, position_offset, batch_head, last_dropped,
         HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, True, DROPOUT, PRECISION, NUM_STAGES,
     )  # fmt: skip
 
@@ -141,7 +150,8 @@ def _merge_splits_kernel(
     out_ptr += row_offset(batch, slot, head, out_stride_b, out_stride_s, out_stride_h)
     out_ptrs = out_ptr + tl.arange(0, BLOCK_D)
     lse_ptr += row_offset(batch, slot, head, lse_stride_b, 1, lse_stride_h)
-    if slot >= tl.load(num_globals_ptr + batch):
+    length = tl.load(seq_len_ptr + batch)  # 0 where all is padding: then no slot has a result
+    if (slot >= tl.load(num_globals_ptr + batch)) | (length == 0):
         store_row(out_ptrs, tl.zeros([BLOCK_D], tl.float32), HEAD_DIM)
         tl.store(lse_ptr, float("inf"))
         return
@@ -149,7 +159,7 @@ def _merge_splits_kernel(
     partial_row = (batch.to(tl.int64) * heads + head) * num_splits * max_globals + slot
     partial_out_ptr += partial_row * HEAD_DIM
     partial_lse_ptr += partial_row
-    num_written = tl.cdiv(tl.load(seq_len_ptr + batch), keys_per_split)
+    num_written = tl.cdiv(length, keys_per_split)
     all_splits = tl.arange(0, MAX_SPLITS)
     lse_of_splits = tl.load(
         partial_lse_ptr + all_splits * max_globals, mask=all_splits < num_written, other=float("-inf")

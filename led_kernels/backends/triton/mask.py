@@ -1,6 +1,7 @@
 """Kernels read a ``LongformerMask`` by these functions: where a sequence lies, what its band needs, what is padding.
 
-Positions are relative to their sequence and int32.
+Positions are relative to their sequence and int32. Those of dropout alone are positions in the whole sequence, of which
+the rows may be a piece: a row stands at ``position_offset`` further on.
 """
 
 from __future__ import annotations
@@ -121,18 +122,17 @@ def count_padding(token_kind_ptr, padding_before_ptr, mask_row, start, stop):
 
 
 @triton.jit
-def has_global_token(global_index_ptr, num_globals, start, stop):
-    """Tells whether one of the sequence's global tokens, whose positions ascend, lies at ``start … stop - 1``."""
-    low, high = num_globals * 0, num_globals
-    while low < high:  # ends with low at the first slot whose position is not before start
-        middle = (low + high) // 2
-        is_before = tl.load(global_index_ptr + middle) < start
-        low = tl.where(is_before, middle + 1, low)
-        high = tl.where(is_before, high, middle)
-    return tl.load(global_index_ptr + low, mask=low < num_globals, other=stop) < stop
+def count_local(token_kind_ptr, start, stop, BLOCK: tl.constexpr):
+    """Counts the local tokens at ``start … stop - 1`` of the sequence whose ``token_kind`` starts at the pointer."""
+    counts = tl.zeros([BLOCK], tl.int32)
+    for block_start in range(start, stop, BLOCK):
+        position = block_start + tl.arange(0, BLOCK)
+        kind = tl.load(token_kind_ptr + position, mask=position < stop, other=PADDING)
+        counts += (kind == LOCAL).to(tl.int32)
+    return tl.sum(counts, 0)
 
 
 @triton.jit
-def load_global_positions(global_index_ptr, slot, num_globals):
-    """Loads the positions of the global tokens in the slots; 0 for slots that hold none."""
-    return tl.load(global_index_ptr + slot, mask=slot < num_globals, other=0)
+def load_global_positions(global_ptr, slot, num_globals):
+    """Loads what ``global_index`` or ``global_position`` holds for the slots; 0 for slots that hold no token."""
+    return tl.load(global_ptr + slot, mask=slot < num_globals, other=0)

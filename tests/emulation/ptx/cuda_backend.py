@@ -32,7 +32,8 @@ class _LseRef(ctypes.Structure):
 class _MaskRef(ctypes.Structure):
     _fields_ = [
         *((name, ctypes.c_int64) for name in ("seq_start", "seq_len", "token_kind", "padding_before")),
-        *((name, ctypes.c_int64) for name in ("global_index", "num_globals", "batch_stride", "max_globals")),
+        *((name, ctypes.c_int64) for name in ("global_index", "num_globals", "position_offset")),
+        *((name, ctypes.c_int64) for name in ("global_position", "batch_stride", "max_globals")),
         ("packed", ctypes.c_bool),
     ]
 
