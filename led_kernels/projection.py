@@ -5,7 +5,7 @@ The projections are those of Beltagy et al., "Longformer: The Long-Document Tran
 
 from __future__ import annotations
 
-from typing import Any, TypeGuard
+from typing import Any, NamedTuple, TypeGuard
 
 from torch import Tensor, nn
 
@@ -69,52 +69,92 @@ def encoder_self_attention(
         ValueError, TypeError: naming the argument and the remedy.
         BackendUnavailable: when the named backend cannot run the call.
     """
+    projections = _GlobalProjections(query_global, key_global, value_global, num_heads)
+    settings: dict[str, Any] = {"dropout_p": dropout_p, "backend": backend}
     if isinstance(mask, ContextParallelMask):
-        shard = mask.shard(window_size)
-        keys, banded_seed, global_seed = shard.keys, *common_seeds(dropout_p, q.device, mask.group)
-        *keys_values, rows = global_rows_of_all_ranks([k, v, hidden], shard, mask.group)
-        out = banded_attention_of_part(
-            q, k, v, *keys_values, shard, mask.group, dropout_p=dropout_p, seed=banded_seed, backend=backend
-        )
-    else:
-        keys, global_seed = mask, None
-        out = banded_attention(q, k, v, mask, window_size=window_size, dropout_p=dropout_p, backend=backend)
+        return _attend_in_part(hidden, q, k, v, projections, mask, window_size, settings).flatten(-2)
+    out = banded_attention(q, k, v, mask, window_size=window_size, **settings)
     if mask.max_globals == 0:
-        out = out.flatten(-2)
-        if not processes_share_gradients():
-            return out
-        # Other processes may have global tokens: those projections that learn get zeros for a gradient.
-        for module in (query_global, key_global, value_global):
-            if any(parameter.requires_grad for parameter in module.parameters()):
-                out = out + module(hidden.flatten(0, -2)[:0]).sum()
-        return out
-    if isinstance(mask, LongformerMask):
-        rows = _global_rows(hidden, mask)
-    q_global = query_global(rows).unflatten(-1, (num_heads, -1))
-    saves_work = mask.max_globals * num_heads < hidden.shape[-1]
-    settings: dict[str, Any] = dict(dropout_p=dropout_p, seed=global_seed, return_lse=True)
-    if saves_work and _can_absorb(key_global, hidden) and _can_absorb(value_global, hidden):
-        out_global, lse = absorbed_global_attention(
-            hidden,
-            q_global,
-            key_global.weight,
-            value_global.weight,
-            value_global.bias,
-            keys,
-            **settings,
-        )
-        if key_global.bias is not None:
-            # A constant per query cancels in the softmax: the bias has a gradient, and it is zero.
-            out_global = out_global + key_global.bias[:0].sum()
-    else:
-        k_global, v_global = (
-            module(hidden).unflatten(-1, (num_heads, -1)) for module in (key_global, value_global)
-        )
-        out_global, lse = global_attention(q_global, k_global, v_global, keys, backend=backend, **settings)
-    if isinstance(mask, ContextParallelMask):
-        out_global = merge_over_ranks(out_global, lse, mask.group)
-        return add_own_global_rows(out, out_global, shard).flatten(-2)
+        return projections.with_no_rows(out.flatten(-2), hidden)
+    out_global, _ = projections.attend(hidden, _global_rows(hidden, mask), mask, **settings)
     return add_global_rows(out, out_global, mask).flatten(-2)
+
+
+def _attend_in_part(
+    hidden: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    projections: _GlobalProjections,
+    mask: ContextParallelMask,
+    window_size: int | tuple[int, int],
+    settings: dict[str, Any],
+) -> Tensor:
+    """Computes the self-attention of the own rows of sequences that are split over ranks."""
+    shard, group = mask.shard(window_size), mask.group
+    banded_seed, global_seed = common_seeds(settings["dropout_p"], q.device, group)
+    k_rows, v_rows, rows = global_rows_of_all_ranks([k, v, hidden], shard, group)
+    out = banded_attention_of_part(q, k, v, k_rows, v_rows, shard, group, seed=banded_seed, **settings)
+    if mask.max_globals == 0:
+        return projections.with_no_rows(out, hidden)
+    out_global, lse = projections.attend(
+        hidden, rows, shard.keys, seed=global_seed, return_lse=True, **settings
+    )
+    assert lse is not None  # as it was asked for
+    return add_own_global_rows(out, merge_over_ranks(out_global, lse, group), shard)
+
+
+class _GlobalProjections(NamedTuple):
+    """Holds the modules that project the global tokens' queries, and every token's keys and values for these."""
+
+    query: nn.Module
+    key: nn.Module
+    value: nn.Module
+    num_heads: int
+
+    def attend(
+        self,
+        hidden: Tensor,
+        rows: Tensor,
+        mask: LongformerMask,
+        *,
+        dropout_p: float,
+        backend: str | None,
+        seed: Tensor | None = None,
+        return_lse: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Computes global attention, and its lse if that is asked for.
+
+        Args:
+            hidden: the tokens of ``mask``, ``[batch, seqlen, d_model]``, or ``[total_rows, d_model]`` packed.
+            rows: the global tokens, ``[batch, max_globals, d_model]``.
+        """
+        q_global = self.query(rows).unflatten(-1, (self.num_heads, -1))
+        settings: dict[str, Any] = {"dropout_p": dropout_p, "seed": seed, "return_lse": return_lse}
+        saves_work = mask.max_globals * self.num_heads < hidden.shape[-1]
+        key, value = self.key, self.value
+        if saves_work and _can_absorb(key, hidden) and _can_absorb(value, hidden):
+            weights = key.weight, value.weight, value.bias
+            found = absorbed_global_attention(hidden, q_global, *weights, mask, **settings)
+            out, lse = found if return_lse else (found, None)
+            if key.bias is not None:
+                # A constant per query cancels in the softmax: the bias has a gradient, and it is zero.
+                out = out + key.bias[:0].sum()
+            return out, lse
+        k_global, v_global = (module(hidden).unflatten(-1, (self.num_heads, -1)) for module in (key, value))
+        found = global_attention(q_global, k_global, v_global, mask, backend=backend, **settings)
+        return found if return_lse else (found, None)
+
+    def with_no_rows(self, out: Tensor, hidden: Tensor) -> Tensor:
+        """Returns ``out`` of a batch without global tokens, for which the modules are not needed.
+
+        Other processes may have some: then those modules that learn get zeros for a gradient.
+        """
+        if processes_share_gradients():
+            for module in (self.query, self.key, self.value):
+                if any(parameter.requires_grad for parameter in module.parameters()):
+                    out = out + module(hidden.flatten(0, -2)[:0]).sum()
+        return out
 
 
 def project_global_queries(

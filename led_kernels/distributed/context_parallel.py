@@ -44,7 +44,7 @@ def context_parallel(model: Model, mesh: DeviceMesh, *, average_gradients: bool 
         raise TypeError(f"mesh is a {type(mesh).__name__}; give a torch DeviceMesh, for instance mesh['cp'].")
     if mesh.ndim != 1:
         raise ValueError(f"mesh has {mesh.ndim} dimensions; give one of them, for instance mesh['cp'].")
-    modules = [module for module in model.modules() if hasattr(type(module), "context")]
+    modules: list[Any] = [module for module in model.modules() if hasattr(type(module), "context")]
     if not any(getattr(type(module), "splits_rows", False) for module in modules):
         raise ValueError(
             "model has no encoder that can be split; give one of led_model, or an LED or Longformer of transformers "

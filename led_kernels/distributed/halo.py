@@ -36,7 +36,7 @@ class Halo:
         self.group = group
         self.rank = shard.rank
         self.shapes = [x.shape for x in tensors]
-        self.sends, self.receives = _routes(shard)
+        self.sends, self.receives = routes(shard)
         self.splits = [[self._numel(rows) for rows in routes] for routes in (self.sends, self.receives)]
         self.work: dist.Work | None = None
         self.returned: Tensor | None = None  # gradients of the rows that were sent, once they are back
@@ -82,7 +82,7 @@ class Halo:
         return found
 
 
-def _routes(shard: MaskShard) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
+def routes(shard: MaskShard) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
     """Returns for each rank which of the own rows it gets, and which of its rows are wanted here.
 
     The latter count from the start of the left halo, and are without the own rows.

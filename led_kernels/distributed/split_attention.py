@@ -62,12 +62,12 @@ def context_parallel_attention(
     check_qkv(dict(q=q, k=k, v=v, q_global=q_global, k_global=k_global, v_global=v_global), shard.keys)
     seeds = common_seeds(dropout_p, q.device, group)
     settings: dict[str, Any] = dict(softmax_scale=softmax_scale, dropout_p=dropout_p, backend=backend)
-    of_globals = global_rows_of_all_ranks([k, v, q_global], shard, group)
-    out = banded_attention_of_part(q, k, v, *of_globals[:2], shard, group, seed=seeds[0], **settings)
+    k_rows, v_rows, q_rows = global_rows_of_all_ranks([k, v, q_global], shard, group)
+    out = banded_attention_of_part(q, k, v, k_rows, v_rows, shard, group, seed=seeds[0], **settings)
     if mask.max_globals == 0:
         return out
     partial = global_attention(
-        of_globals[2], k_global, v_global, shard.keys, seed=seeds[1], return_lse=True, **settings
+        q_rows, k_global, v_global, shard.keys, seed=seeds[1], return_lse=True, **settings
     )
     return add_own_global_rows(out, merge_over_ranks(*partial, group), shard)
 

@@ -101,16 +101,17 @@ class FusedLEDEncoder(LEDEncoder):
             )
         if attention_mask is None:
             attention_mask = torch.ones(shape, dtype=torch.long, device=given.device)
-        mask: LongformerMask | ContextParallelMask = LongformerMask.from_padding(
+        whole = LongformerMask.from_padding(
             attention_mask, global_attention_mask, self.led_kernels_options.max_globals
         )
+        mask: LongformerMask | ContextParallelMask = whole
         output_attentions = config.output_attentions if output_attentions is None else output_attentions
         if output_hidden_states is None:
             output_hidden_states = config.output_hidden_states
         first, chance = 0, nullcontext()
         if self.context is not None:
             check_can_split(self, output_attentions or output_hidden_states)
-            mask = ContextParallelMask(mask, self.context.group)
+            mask = ContextParallelMask(whole, self.context.group)
             given, first = given[:, mask.own], mask.own.start
             chance = self.context.chance(given.device, is_common=False, is_training=self.training)
         if inputs_embeds is None:
