@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+from typing import ParamSpec, TypeVar
+
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.overrides import _get_current_function_mode_stack
 from torch.utils._device import DeviceContext
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
+
+_Arguments = ParamSpec("_Arguments")
+_Result = TypeVar("_Result")
 
 _PLAIN_TYPES = (Tensor, nn.Parameter)
 
@@ -61,3 +68,17 @@ def _runs_now(under: type | None = None) -> bool:
     return torch._C._len_torch_dispatch_stack() == 0 or all(
         type(mode) is under for mode in _get_current_dispatch_mode_stack()
     )
+
+
+def never_compiled(function: Callable[_Arguments, _Result]) -> Callable[_Arguments, _Result]:
+    """Returns a function that ``torch.compile`` leaves out of its graphs.
+
+    ``torch.compiler.disable`` does so too, but imports the compiler when it is called, for two seconds.
+    """
+
+    @functools.wraps(function)
+    def called(*args: _Arguments.args, **kwargs: _Arguments.kwargs) -> _Result:
+        run = torch.compiler.disable(function) if torch.compiler.is_compiling() else function
+        return run(*args, **kwargs)
+
+    return called

@@ -19,6 +19,7 @@ from led_kernels.distributed.split_attention import (
     common_seeds,
     global_rows_of_all_ranks,
 )
+from led_kernels.eager import never_compiled
 from led_kernels.global_rows import add_global_rows, gather_global_rows
 from led_kernels.mask import LongformerMask
 from led_kernels.modules import is_plain_linear
@@ -80,6 +81,7 @@ def encoder_self_attention(
     return add_global_rows(out, out_global, mask).flatten(-2)
 
 
+@never_compiled
 def _attend_in_part(
     hidden: Tensor,
     q: Tensor,

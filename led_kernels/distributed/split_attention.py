@@ -19,13 +19,14 @@ from led_kernels.arguments import check_qkv, draw_seed
 from led_kernels.distributed.collectives import merge_over_ranks, sum_over_ranks
 from led_kernels.distributed.context import ContextParallelMask, from_first_rank
 from led_kernels.distributed.halo import Halo
+from led_kernels.eager import never_compiled
 from led_kernels.first_order import first_order_only
 from led_kernels.global_rows import add_global_rows, gather_global_rows
 from led_kernels.mask import LongformerMask
 from led_kernels.mask_shard import MaskShard, Piece
 
 
-@torch.compiler.disable
+@never_compiled
 def context_parallel_attention(
     q: Tensor,
     k: Tensor,

@@ -12,6 +12,7 @@ from led_kernels.api import global_attention
 from led_kernels.arguments import draw_seed
 from led_kernels.distributed.collectives import merge_over_ranks
 from led_kernels.distributed.context import even_part, from_first_rank
+from led_kernels.eager import never_compiled
 from led_kernels.mask import LongformerMask
 from led_kernels.mask_tensors import build_tensors
 
@@ -53,7 +54,7 @@ class SplitKeys:
             )
         return cls(own, group)
 
-    @torch.compiler.disable
+    @never_compiled
     def attend(self, q: Tensor, k: Tensor, v: Tensor, dropout_p: float = 0.0) -> Tensor:
         """Returns attention over the keys of all ranks, ``[batch, heads, queries, head_dim]``.
 

@@ -77,9 +77,8 @@ class LEDEncoder(EmbeddedStack):
                 f"encoder_layerdrop is {self.layerdrop}, and ranks that split a document cannot leave out different "
                 "layers; set model.led.encoder.layerdrop = 0."
             )
-        given = ("input_ids", input_ids, "inputs_embeds", inputs_embeds)
-        check_inputs(*given, self)
         split = ContextParallelMask(mask, context.group)
+        check_inputs("input_ids", input_ids, "inputs_embeds", inputs_embeds, self)
         position = torch.arange(mask.max_seqlen, device=mask.device)[split.own]
         ids, embeds = (None if x is None else x[:, split.own] for x in (input_ids, inputs_embeds))
         embedded = self.embed_inputs("input_ids", ids, "inputs_embeds", embeds, one_position_each=False)
