@@ -28,7 +28,7 @@ __global__ void __launch_bounds__(P::kThreads, 1) banded_dq_kernel(const Argumen
   bool has_result = false;
 #pragma unroll
   for (int r = 0; r < P::kRowsPerLane; ++r) has_result |= rows.has_result(r);
-  if (__syncthreads_or(has_result)) {
+  if (any_thread(has_result)) {
     const Band band{static_cast<int>(call.window.left), static_cast<int>(call.window.right), seq.length};
     accumulate_dq_tiles<P>(dq, a, seq, in, queries, rows, row_start, seq.length,
                            TileWalk<P::kColumns>(band, row_start, kBlockM, seq.num_globals),
