@@ -7,12 +7,6 @@
 
 namespace led::cuda {
 
-// Whether some thread of the block has found it; all ask together. By the shuffle the compiler knows that the
-// lanes of a warp agree: a branch on the barrier's own result costs the loops in it their uniform registers.
-__device__ __forceinline__ bool any_thread(bool found) {
-  return __shfl_sync(kAllLanes, __syncthreads_or(found), 0) != 0;
-}
-
 // Whether `holds` of one of the positions start ... stop - 1; all threads of the block ask together.
 template <class Predicate>
 __device__ __forceinline__ bool any_position(int start, int stop, Predicate holds) {
@@ -20,7 +14,13 @@ __device__ __forceinline__ bool any_position(int start, int stop, Predicate hold
   for (int i = start + static_cast<int>(threadIdx.x); i < stop; i += static_cast<int>(blockDim.x)) {
     found |= holds(i);
   }
-  return any_thread(found);
+  return __syncthreads_or(found) != 0;
+}
+
+// The same value in all lanes, which the compiler then knows: a branch on another one costs the loops in it
+// their uniform registers.
+__device__ __forceinline__ bool uniform(bool x) {
+  return __shfl_sync(kAllLanes, x, 0);
 }
 
 // Each of a lane's rows sees the columns lower ... lower + width.
