@@ -34,7 +34,7 @@ class Dropout {
     for (int n = 0; n < kColumns / 8; n += 2) {
 #pragma unroll
       for (int r = 0; r < kRowsPerLane; ++r) {
-        const uint32_t mine = draw((position(key_start) + 8 * (n + t % 2) >> 2) + t / 2, query(r));
+        const uint32_t mine = draw(((position(key_start) + 8 * (n + t % 2)) >> 2) + t / 2, query(r));
         const uint32_t other = __shfl_xor_sync(kAllLanes, mine, 1);
         const uint32_t first = t % 2 == 0 ? mine & 3 : other >> 2,
                        second = t % 2 == 0 ? other & 3 : mine >> 2;
