@@ -13,7 +13,7 @@ import pytest
 import torch
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
-from triton.runtime.interpreter import InterpretedFunction
+from triton.runtime.interpreter import InterpretedFunction, InterpreterBuilder
 
 from led_kernels.testing import AttentionCase, assert_matches_reference
 from tests.kernels.kernel_cases import (
@@ -113,6 +113,23 @@ class TestPieces:
     def test_pieces_match_the_whole(self, op, case, dtype, monkeypatch):
         monkeypatch.setenv("LED_KERNELS_TRITON_CONFIG", "32x16x4x2")
         assert_pieces_match_whole(op, replace(CUT_CASES[case], heads=1), "triton", "cpu", dtype)
+
+
+def test_tiles_of_halo_alone_multiply_nothing(monkeypatch):
+    """Neither as queries, nor as keys that no local token sees."""
+    dots, create_dot = [], InterpreterBuilder.create_dot
+
+    def counted(*args):
+        dots.append(args)
+        return create_dot(*args)
+
+    monkeypatch.setattr(InterpreterBuilder, "create_dot", counted)
+    case = replace(BASE, seqlen=70, globals_per_row=())
+    check("banded", case, torch.float32)
+    assert dots
+    dots.clear()
+    check("banded", replace(case, halo=(70, 0)), torch.float32)
+    assert not dots
 
 
 def test_far_halo_is_not_read(monkeypatch):
