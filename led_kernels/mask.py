@@ -54,10 +54,11 @@ class LongformerMask:
         num_globals: int32 ``[batch]``.
         position_offset: int32 ``[batch]``, multiples of 4 that may be negative: row ``i`` stands at position
             ``i + position_offset[b]`` of the whole sequence, of which the rows may be a piece. Only dropout looks at
-            it, so that the pieces drop what the whole sequence would. Local and halo rows stand at 0 or later; a
-            global one that no query has in its window may stand anywhere.
+            it, so that the pieces drop what the whole sequence would. Local and halo rows stand at 0 or later; the row
+            of a global token that no local one has in its window may be anywhere.
         global_position: int32 ``[batch, max_globals]``, positions of the global tokens in the whole sequence, in the
-            order of ``global_index``, filled with -1; for dropout too.
+            order of ``global_index``, filled with -1; for dropout too. A global token that a local one has in its
+            window stands where its row does, at ``global_index + position_offset``.
         max_seqlen: the longest sequence that the shapes admit.
 
     Its tensors are not to be changed in place: values are checked when it is built, and only some backends look again.

@@ -105,7 +105,7 @@ def check_values(tensors: MaskTensors, max_seqlen: int) -> None:
         is_padding = (kind == PADDING).to(torch.int32)
         good = {"padding_before": (padding_before == is_padding.cumsum(-1) - is_padding).all()}
         position = torch.arange(kind.shape[1], device=kind.device)
-        good["seq_len"] = ((kind == PADDING) | (position < length[:, None])).all()
+        good["seq_len"] = (torch.where(kind == PADDING, 0, position + 1).amax(1) == length).all()
         stands = (kind != LOCAL) & (kind != HALO) | (position + offset[:, None] >= 0)
         good["position_offset"] = stands.all()
         marked = kind.gather(1, at)

@@ -28,7 +28,7 @@ class AttentionCase:
     ``globals_per_row`` has for each batch row the positions of its global tokens. ``padding`` is ``none``, ``right``,
     ``left``, ``holes`` or ``all`` (the last row of the batch is only padding). With ``halo`` so many first and last
     rows of each sequence are keys alone. With a ``position_offset`` rows stand at other positions of the whole
-    sequence, and global tokens, as keys outside of the band, at some that have nothing to do with their rows.
+    sequence, and global tokens that no local one has in its window at some that are not their rows'.
     """
 
     batch: int = 2
@@ -46,23 +46,22 @@ class AttentionCase:
 
     def mask(self, device: torch.device | str = "cpu") -> LongformerMask:
         """Builds the mask of the case."""
-        mask, changes = self._whole_mask(), {}
-        if self.halo != (0, 0):
-            changes["token_kind"] = self._with_halo(mask)
-        if self.position_offset is not None:
-            changes["position_offset"] = torch.full_like(mask.position_offset, self.position_offset)
-            changes["global_position"] = torch.where(mask.global_index < 0, -1, 7 * mask.global_index + 2)
-        return (replace(mask, **changes) if changes else mask).to(device)
-
-    def _with_halo(self, mask: LongformerMask) -> Tensor:
-        """Returns token_kind with the first and last local tokens of each sequence as its halo."""
-        left, right = self.halo
-        kind = mask.token_kind.clone()
+        mask = self._whole_mask()
+        if self.halo == (0, 0) and self.position_offset is None:
+            return mask.to(device)
+        kind, places, offset = mask.token_kind.clone(), mask.global_index.clone(), self.position_offset or 0
+        window = self.window_size if isinstance(self.window_size, tuple) else (self.window_size,) * 2
+        left, right = (self.seqlen if side < 0 else side for side in window)
         for b, (start, length) in enumerate(zip(mask.seq_start.tolist(), mask.seq_len.tolist(), strict=True)):
             row = kind[start : start + length] if mask.is_packed else kind[b, :length]
             position = torch.arange(length)
-            row[(row == LOCAL) & ((position < left) | (position >= length - right))] = HALO
-        return kind
+            in_halo = (position < self.halo[0]) | (position >= length - self.halo[1])
+            row[(row == LOCAL) & in_halo] = HALO
+            for slot, i in enumerate(mask.global_index[b, : mask.num_globals[b]].tolist()):
+                is_seen = (row[max(i - right, 0) : i + left + 1] == LOCAL).any()
+                places[b, slot] = i + offset if is_seen else 7 * i + 2
+        offsets = torch.full_like(mask.position_offset, offset)
+        return replace(mask, token_kind=kind, position_offset=offsets, global_position=places).to(device)
 
     def _whole_mask(self) -> LongformerMask:
         if self.packed:

@@ -88,10 +88,7 @@ struct Sequence {
     global_index = mask.global_index + b * mask.max_globals;
     global_position = mask.global_position + b * mask.max_globals;
     num_globals = mask.num_globals[b];
-    // A piece of a sequence may hold nothing but padding: then no global token has a result.
-    const bool has_keys =
-        len > 0 && padding_before[len - 1] + (kind[len - 1] == kPadding) - padding_before[0] < len;
-    num_global_queries = has_keys ? num_globals : 0;
+    num_global_queries = len > 0 ? num_globals : 0;  // where all keys are padding, no slot has a result
     position_offset = mask.position_offset[b];
   }
   uint32_t position(int64_t row) const { return static_cast<uint32_t>(row + position_offset); }

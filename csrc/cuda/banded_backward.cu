@@ -25,10 +25,8 @@ __global__ void __launch_bounds__(P::kThreads, 1) banded_dq_kernel(const Argumen
 
   typename P::Result dq;
   dq.clear();
-  bool has_result = false;
-#pragma unroll
-  for (int r = 0; r < P::kRowsPerLane; ++r) has_result |= rows.has_result(r);
-  if (__syncthreads_or(has_result)) {
+  const int row_stop = min(row_start + kBlockM, seq.length);
+  if (uniform(any_position(row_start, row_stop, [&](int i) { return queries.lse[i] != INFINITY; }))) {
     const Band band{static_cast<int>(call.window.left), static_cast<int>(call.window.right), seq.length};
     accumulate_dq_tiles<P>(dq, a, seq, in, queries, rows, row_start, seq.length,
                            TileWalk<P::kColumns>(band, row_start, kBlockM, seq.num_globals),

@@ -18,7 +18,7 @@ __global__ void __launch_bounds__(P::kThreads, 1) banded_forward_kernel(const Ar
 
   OnlineSoftmax<P> softmax;
   const int row_stop = min(row_start + kBlockM, seq.length);
-  if (any_position(row_start, row_stop, [&](int i) { return seq.token_kind[i] == kLocal; })) {
+  if (uniform(any_position(row_start, row_stop, [&](int i) { return seq.token_kind[i] == kLocal; }))) {
     const HeadInputs in(call, seq, seq.first_row);
     const Band band{static_cast<int>(call.window.left), static_cast<int>(call.window.right), seq.length};
     attend_tiles<P, kMayDrop>(softmax, a, seq, in, row_start, seq.length,

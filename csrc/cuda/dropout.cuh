@@ -34,7 +34,7 @@ class Dropout {
     for (int n = 0; n < kColumns / 8; n += 2) {
 #pragma unroll
       for (int r = 0; r < kRowsPerLane; ++r) {
-        const uint32_t mine = draw((position(key_start) + 8 * (n + t % 2)) / 4 + t / 2, query(r));
+        const uint32_t mine = draw(((position(key_start) + 8 * (n + t % 2)) >> 2) + t / 2, query(r));
         const uint32_t other = __shfl_xor_sync(kAllLanes, mine, 1);
         const uint32_t first = t % 2 == 0 ? mine & 3 : other >> 2,
                        second = t % 2 == 0 ? other & 3 : mine >> 2;
@@ -56,7 +56,7 @@ class Dropout {
       const int my_query = query(8 * (n + key / 2) + 2 * lane_in_group() + key % 2);
 #pragma unroll
       for (int r = 0; r < kRowsPerLane; ++r) {
-        const uint32_t mine = draw(position(key_start) / 4 + 2 * r + lane_group() / 4, my_query);
+        const uint32_t mine = draw((position(key_start) >> 2) + 2 * r + lane_group() / 4, my_query);
 #pragma unroll
         for (int step = 0; step < 4; ++step) {
           const uint32_t draws = step == 0 ? mine : __shfl_xor_sync(kAllLanes, mine, 4 * step);
@@ -80,7 +80,7 @@ class Dropout {
 #pragma unroll 1
         for (int e = 0; e < 2; ++e) {
           const int k = key(n, r, e);
-          const uint32_t bit = draw(k / 4, query(n, r, e)) >> (k % 4) & 1;
+          const uint32_t bit = draw(k >> 2, query(n, r, e)) >> (k & 3) & 1;
           keep |= static_cast<ElementBits>(bit) << ((n * kRowsPerLane + r) * 2 + e);
         }
       }

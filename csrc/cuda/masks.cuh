@@ -17,6 +17,12 @@ __device__ __forceinline__ bool any_position(int start, int stop, Predicate hold
   return __syncthreads_or(found) != 0;
 }
 
+// The same value in all lanes, which the compiler then knows: a branch on another one costs the loops in it
+// their uniform registers.
+__device__ __forceinline__ bool uniform(bool x) {
+  return __shfl_sync(kAllLanes, x, 0);
+}
+
 // Each of a lane's rows sees the columns lower ... lower + width.
 template <int kRowsPerLane>
 struct RowBands {

@@ -76,7 +76,10 @@ def backward(
                 grad[:, :, block.band] += update[:, :, :in_band]
                 global_grad += update[:, :, in_band:]
         dk, dv = problem.add_to_global_keys(dk, global_dk), problem.add_to_global_keys(dv, global_dv)
-        for result, grad in zip(results, (dq.mul_(call.softmax_scale), dk, dv), strict=True):
+        dq = dq.mul_(call.softmax_scale).masked_fill_(
+            ~problem.is_query[:, None, :, None], 0
+        )  # 0 · NaN is NaN
+        for result, grad in zip(results, (dq, dk, dv), strict=True):
             part.rows(result).copy_(grad.transpose(1, 2))
     return results
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from led_kernels.testing import AttentionCase, assert_matches_reference, unaligned
+from tests.kernels.pieces import CUT_CASES, assert_pieces_match_whole
 
 pytestmark = pytest.mark.gpu
 
@@ -40,6 +41,15 @@ CASES = {
         packed=True,
         dropout_p=0.2,
     ),
+    "piece": AttentionCase(
+        seqlen=300,
+        head_dim=64,
+        window_size=30,
+        globals_per_row=((0, 290), (150,)),
+        dropout_p=0.3,
+        halo=(150, 100),
+        position_offset=1000,
+    ),
     "unaligned": UnalignedCase(
         seqlen=131, head_dim=64, window_size=30, globals_per_row=((0, 9), (130,)), padding="left"
     ),
@@ -68,6 +78,13 @@ CASES_OF_CUDA = {
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
 def test_matches_reference(op, dtype, case, backend):
     assert_matches_reference(op, case, backend, "cuda", dtype)
+
+
+@pytest.mark.parametrize("op", ["banded", "global"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("case", CUT_CASES.values(), ids=CUT_CASES.keys())
+def test_pieces_match_the_whole(op, dtype, case, backend):
+    assert_pieces_match_whole(op, case, backend, "cuda", dtype)
 
 
 @pytest.mark.parametrize("backend", ["cuda"], indirect=True)

@@ -27,6 +27,30 @@ GLOBALS = {
     "all-of-one-row": (EVERY, (3,)),
 }
 
+HALO_CASES = {
+    "halo": AttentionCase(globals_per_row=((0, 20, 21, 60), (5,)), halo=(20, 15)),
+    "tiles-of-halo": AttentionCase(
+        seqlen=300, heads=1, window_size=30, globals_per_row=((0, 290), (150,)), halo=(150, 100)
+    ),
+    "nothing-but-halo": AttentionCase(globals_per_row=((3,), ()), halo=(60, 60), dropout_p=0.3),
+    "halo-and-holes": AttentionCase(
+        globals_per_row=((0, 30), (5, 66)),
+        padding="holes",
+        halo=(20, 15),
+        dropout_p=0.3,
+        position_offset=1000,
+    ),
+    "packed-halo": AttentionCase(
+        globals_per_row=((0, 30), (5,)), packed=True, halo=(20, 15), dropout_p=0.3, position_offset=64
+    ),
+    "before-the-start": AttentionCase(
+        globals_per_row=((20, 30), (5, 66)), padding="left", dropout_p=0.3, position_offset=-16
+    ),
+    "many-globals": AttentionCase(
+        globals_per_row=(tuple(range(0, 60, 3)), (1, 2)), halo=(9, 9), dropout_p=0.3, position_offset=2**30
+    ),
+}
+
 
 def in_turns(values: Iterable, *others: Iterable) -> list[tuple]:
     """Returns each of the values with one of each of the others, which take turns."""

@@ -233,3 +233,25 @@ def merge(outs: Tensor, lses: Tensor) -> tuple[Tensor, Tensor]:
     weights = (logarithms - total).exp()  # [pieces, batch, heads, rows]
     out = (weights.transpose(2, 3)[..., None] * outs).sum(0)
     return out, total.masked_fill(~has_result, float("inf"))
+
+
+def assert_far_halo_is_not_read(
+    backend: str, device: torch.device | str, dtype: torch.dtype, halo: int, poisoned: int
+) -> None:
+    """Asserts that NaN in the first ``poisoned`` rows of a halo, keys too, is in no result of another row.
+
+    No local token sees these rows, and tiles with local tokens end before them: they are not computed at all.
+    """
+    case = AttentionCase(1, halo + 40, 1, window_size=20, globals_per_row=((halo + 3,),), halo=(halo, 0))
+    mask = case.mask(device)
+    results = []
+    for value in (0.0, float("nan")):
+        q, k, v = _leaves(case.inputs(mask, dtype, fused=False))
+        for x in (q, k, v):
+            x.data[:, :poisoned] = value
+        out, lse = banded_attention(q, k, v, mask, window_size=20, return_lse=True, backend=backend)
+        grads = torch.autograd.grad((out, lse), (q, k, v), (torch.ones_like(out), torch.ones_like(lse)))
+        results.append([out, lse.transpose(1, 2), *grads])
+    for one, other in zip(*results, strict=True):
+        assert torch.equal(one[:, poisoned:], other[:, poisoned:])
+        assert not other[:, halo:].isnan().any()

@@ -234,15 +234,14 @@ def test_absorbed_matches_projected(dtype, packed, bias, dropout_p):
         del inputs["value_bias"]
 
     def absorbed(hidden, q_global, key_weight, value_weight, value_bias=None):
-        out = absorbed_global_attention(
-            hidden, q_global, key_weight, value_weight, value_bias, mask, dropout_p=dropout_p
-        )
-        return out, None
+        projections = q_global, key_weight, value_weight, value_bias
+        return absorbed_global_attention(hidden, *projections, mask, dropout_p=dropout_p, return_lse=True)
 
     def projected(hidden, q_global, key_weight, value_weight, value_bias=None):
         k = (hidden @ key_weight.T).view(*rows, heads, head_dim)
         v = torch.nn.functional.linear(hidden, value_weight, value_bias).view(*rows, heads, head_dim)
-        return global_attention(q_global, k, v, mask, dropout_p=dropout_p, backend="reference"), None
+        settings = {"dropout_p": dropout_p, "backend": "reference", "return_lse": True}
+        return global_attention(q_global, k, v, mask, **settings)
 
     def run(function, dtype_run, **replaced):
         values = [x.to(dtype_run) for x in (inputs | replaced).values()]

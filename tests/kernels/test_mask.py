@@ -328,6 +328,17 @@ def two_sequences(packed: bool) -> LongformerMask:
         ("seq_len", lambda x: -x, ValueError, "holds values that do not go"),
         ("seq_len", lambda x: x[:1], ValueError, "has shape"),
         ("token_kind", lambda x: x + 3, ValueError, "holds values that do not go"),
+        ("position_offset", lambda x: x + 2, ValueError, "holds values that do not go"),
+        ("position_offset", lambda x: x[:1], ValueError, "position_offset of a mask has shape"),
+        ("position_offset", lambda x: x.long(), TypeError, "has dtype torch.int64; give torch.int32"),
+        ("global_position", lambda x: x - 3, ValueError, "holds values that do not go"),
+        ("global_position", lambda x: x.abs(), ValueError, "holds values that do not go"),
+        (
+            "global_position",
+            lambda x: x[:, :1].contiguous(),
+            ValueError,
+            "global_position of a mask has shape",
+        ),
         ("token_kind", lambda x: x.long(), TypeError, "has dtype torch.int64; give torch.uint8"),
         ("token_kind", lambda x: x.to("meta"), ValueError, "move both to one device"),
         ("padding_before", lambda x: x.float(), TypeError, "has dtype torch.float32; give torch.int32"),
@@ -352,6 +363,32 @@ def test_a_mask_made_by_hand_of_right_tensors():
         replace(mask, max_seqlen=5)
     with pytest.raises(ValueError, match="seq_len of a mask holds"):
         replace(two_sequences(True), max_seqlen=3)
+    with pytest.raises(ValueError, match="seq_len of a mask holds"):  # the last position is padding
+        replace(mask, token_kind=torch.tensor([[2, 1, 2, 0], [0, 2, 1, 0]]).byte())
+
+
+def test_a_mask_of_a_piece():
+    """Rows of a halo, and positions in the whole sequence; no token stands before its start."""
+    mask = two_sequences(False)
+    kind = torch.tensor([[2, 3, 2, 1], [0, 2, 3, 0]]).byte()
+    moved = replace(mask, token_kind=kind, position_offset=mask.position_offset + 8)
+    assert moved.token_kind.tolist() == kind.tolist()
+    shifted = torch.tensor([0, -4]).int()
+    only_global = torch.tensor([[2, 3, 2, 1], [0, 2, 0, 0]]).byte(), torch.tensor([4, 2]).int()
+    padding_before = torch.tensor([[0, 0, 0, 0], [0, 1, 1, 2]]).int()
+    tensors = dict(zip(("token_kind", "seq_len"), only_global, strict=True)) | {
+        "padding_before": padding_before
+    }
+    assert replace(mask, position_offset=shifted, **tensors).position_offset.tolist() == [0, -4]
+    with pytest.raises(ValueError, match="position_offset of a mask holds"):
+        replace(mask, position_offset=shifted)
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
+def test_constructors_give_positions_of_whole_sequences(packed):
+    mask = two_sequences(packed)
+    assert mask.position_offset.tolist() == [0, 0]
+    assert mask.global_position is mask.global_index
 
 
 @pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])

@@ -86,8 +86,6 @@ def test_backward_refuses_what_the_forward_did_not_give(name, backend):
         {"seq_len": torch.tensor([-1, 5]).int()},
         {"seq_start": torch.tensor([0, 1]).int()},
         {"num_globals": torch.tensor([3, 2]).int()},
-        {"global_index": torch.tensor([[9, -1], [1, 2]]).int()},
-        {"global_index": torch.tensor([[0, -1], [2, 1]]).int()},
     ],
     ids=str,
 )
@@ -96,6 +94,18 @@ def test_the_extension_compares_the_values_of_a_mask(values):
     for op in ("banded", "global"):
         with pytest.raises(ValueError, match="of the mask"):
             call("cpu", op, **values)
+
+
+@needs_extension
+@pytest.mark.parametrize("index", [[[9, -1], [1, 2]], [[0, -1], [2, 1]], [[-1, -1], [-1, -1]]], ids=str)
+def test_the_extension_looks_at_global_index_where_it_reads_the_rows(index):
+    values = {"global_index": torch.tensor(index).int()}
+    for op in ("banded_forward", "banded_backward"):
+        with pytest.raises(ValueError, match="global_index of the mask does not ascend"):
+            call("cpu", op, **values)
+    for op in ("global_forward", "global_backward"):
+        for result, expected in zip(call("cpu", op, **values), call("cpu", op), strict=True):
+            assert torch.equal(result, expected)
 
 
 @needs_extension

@@ -60,7 +60,7 @@ from led_kernels.mask import LongformerMask
 
 _QUERIES_PER_SPLIT = 256
 _BLOCK_SPLITS = 32  # that are summed at a time
-_KINDS_AT_ONCE = tl.constexpr(1024)  # of token_kind that are looked at
+_KINDS_AT_ONCE = tl.constexpr(512)  # of token_kind that are looked at
 
 
 @triton.jit

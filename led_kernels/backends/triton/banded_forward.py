@@ -38,7 +38,6 @@ from led_kernels.backends.triton.mask import (
     PADDING,
     band_mask,
     band_tiles,
-    count_local,
     count_padding,
     is_between,
     key_exists,
@@ -177,8 +176,9 @@ def _banded_forward_kernel(
     out_offsets = tile_offsets(out_stride_s, BLOCK_M, BLOCK_D)  # of both stores, which saves registers
     is_written = query < num_rows
     acc, row_sum, row_max = empty_softmax(BLOCK_M, BLOCK_D)
-    query_stop = tl.minimum(query_start + BLOCK_M, length)
-    if count_local(token_kind_ptr + mask_row, query_start, query_stop, BLOCK_M) == 0:
+    # q is loaded without regard to it: a load of one byte must not decide about an operand (see is_token)
+    is_local = tl.load(token_kind_ptr + mask_row + query, mask=query < length, other=PADDING) == LOCAL
+    if tl.max(is_local.to(tl.int32), 0) == 0:  # no row has a result
         store_rows(out_ptr, out_offsets, acc, is_written, HEAD_DIM, BLOCK_D)
         tl.store(lse_ptr + query, float("inf"), mask=is_written)
         return
@@ -228,7 +228,6 @@ def _banded_forward_kernel(
             HEAD_DIM, BLOCK_D, BLOCK_M, PADDED_BLOCK_N, True, True, DROPOUT, PRECISION, 1,
         )  # fmt: skip
 
-    is_local = tl.load(token_kind_ptr + mask_row + query, mask=query < length, other=PADDING) == LOCAL
     acc *= (keep_scale / row_sum)[:, None]
     acc = tl.where(is_local[:, None], acc, 0.0)  # selects: other rows may hold NaN
     store_rows(out_ptr, out_offsets, acc, is_written, HEAD_DIM, BLOCK_D)

@@ -19,3 +19,4 @@ from tests.kernels.test_attention import (  # noqa: F401
     test_packed_equals_one_by_one,
     test_scores_of_ten_thousand,
 )
+from tests.kernels.test_pieces import test_a_piece_without_keys  # noqa: F401

@@ -22,7 +22,18 @@ from led_kernels.testing import (
     assert_within_error_bound,
     unaligned,
 )
-from tests.kernels.kernel_cases import DTYPES, GLOBALS, OPS, PADDINGS, WINDOWS, at_seqlen, in_turns, name_of
+from tests.kernels.kernel_cases import (
+    DTYPES,
+    GLOBALS,
+    HALO_CASES,
+    OPS,
+    PADDINGS,
+    WINDOWS,
+    at_seqlen,
+    in_turns,
+    name_of,
+)
+from tests.kernels.pieces import CUT_CASES, assert_far_halo_is_not_read, assert_pieces_match_whole
 from tests.kernels.test_properties import cases
 
 TILED_HEAD_DIMS = (64, 32, 128)  # on tensor cores; others go to the general kernel
@@ -139,6 +150,25 @@ class TestAgainstReference:
 
         for actual, expected in zip(results([unaligned(x) for x in inputs]), results(inputs), strict=True):
             assert_within_error_bound(actual, expected.double(), expected, "result")
+
+
+@pytest.mark.parametrize("op", OPS)
+class TestPieces:
+    @pytest.mark.parametrize("case", HALO_CASES)
+    @pytest.mark.parametrize(("dtype", "head_dim"), in_turns(DTYPES, TILED_HEAD_DIMS), ids=name_of)
+    def test_halo_and_positions(self, op, case, dtype, head_dim):
+        check(op, replace(HALO_CASES[case], head_dim=head_dim), dtype)
+
+    @pytest.mark.parametrize("case", CUT_CASES)
+    @pytest.mark.parametrize(
+        ("dtype", "head_dim"), in_turns((*DTYPES, torch.bfloat16), (64, 128, 32, 24)), ids=name_of
+    )
+    def test_pieces_match_the_whole(self, op, case, dtype, head_dim):
+        assert_pieces_match_whole(op, replace(CUT_CASES[case], head_dim=head_dim), "cuda", "cpu", dtype)
+
+
+def test_far_halo_is_not_read():
+    assert_far_halo_is_not_read("cuda", "cpu", torch.float32, halo=400, poisoned=200)
 
 
 @pytest.mark.parametrize(("window_size", "dtype", "head_dim"), in_every_dtype(WINDOWS), ids=name_of)

@@ -13,3 +13,4 @@ from tests.kernels.test_attention import (  # noqa: F401
     test_nan_of_one_padding_token_stays_there,
     test_packed_equals_one_by_one,
 )
+from tests.kernels.test_pieces import test_a_piece_without_keys  # noqa: F401

@@ -13,10 +13,21 @@ import pytest
 import torch
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
-from triton.runtime.interpreter import InterpretedFunction
+from triton.runtime.interpreter import InterpretedFunction, InterpreterBuilder
 
 from led_kernels.testing import AttentionCase, assert_matches_reference
-from tests.kernels.kernel_cases import DTYPES, GLOBALS, OPS, PADDINGS, WINDOWS, at_seqlen, in_turns, name_of
+from tests.kernels.kernel_cases import (
+    DTYPES,
+    GLOBALS,
+    HALO_CASES,
+    OPS,
+    PADDINGS,
+    WINDOWS,
+    at_seqlen,
+    in_turns,
+    name_of,
+)
+from tests.kernels.pieces import CUT_CASES, assert_far_halo_is_not_read, assert_pieces_match_whole
 from tests.kernels.test_properties import cases
 
 TILES = ((32, 16), (16, 32), (16, 16), (64, 32))  # BLOCK_M, BLOCK_N
@@ -90,6 +101,40 @@ class TestAgainstReference:
     def test_more_heads_and_rows(self, op, packed, fused):
         case = AttentionCase(3, 70, 3, globals_per_row=((1,), (4, 30), ()), padding="left", packed=packed)
         check(op, case, torch.bfloat16, (64, 32), fused=fused)
+
+
+@pytest.mark.parametrize("op", OPS)
+class TestPieces:
+    @pytest.mark.parametrize(("case", "dtype", "tiles"), in_turns(HALO_CASES, DTYPES, TILES), ids=name_of)
+    def test_halo_and_positions(self, op, case, dtype, tiles):
+        check(op, replace(HALO_CASES[case], heads=1), dtype, tiles)
+
+    @pytest.mark.parametrize(("case", "dtype"), in_turns(CUT_CASES, DTYPES), ids=name_of)
+    def test_pieces_match_the_whole(self, op, case, dtype, monkeypatch):
+        monkeypatch.setenv("LED_KERNELS_TRITON_CONFIG", "32x16x4x2")
+        assert_pieces_match_whole(op, replace(CUT_CASES[case], heads=1), "triton", "cpu", dtype)
+
+
+def test_tiles_of_halo_alone_multiply_nothing(monkeypatch):
+    """Neither as queries, nor as keys that no local token sees."""
+    dots, create_dot = [], InterpreterBuilder.create_dot
+
+    def counted(*args):
+        dots.append(args)
+        return create_dot(*args)
+
+    monkeypatch.setattr(InterpreterBuilder, "create_dot", counted)
+    case = replace(BASE, seqlen=70, globals_per_row=())
+    check("banded", case, torch.float32)
+    assert dots
+    dots.clear()
+    check("banded", replace(case, halo=(70, 0)), torch.float32)
+    assert not dots
+
+
+def test_far_halo_is_not_read(monkeypatch):
+    monkeypatch.setenv("LED_KERNELS_TRITON_CONFIG", "32x16x4x2")
+    assert_far_halo_is_not_read("triton", "cpu", torch.float32, halo=160, poisoned=96)
 
 
 @pytest.mark.parametrize(("window_size", "dtype", "tiles"), in_turns(WINDOWS, DTYPES, TILES), ids=name_of)

@@ -32,6 +32,15 @@ CASES = {
 }
 DROPOUT_CASES = {
     "dropout": AttentionCase(**SIZES, seqlen=145, window_size=30, globals_per_row=GLOBALS, dropout_p=0.2),
+    "piece": AttentionCase(
+        **SIZES,
+        seqlen=190,
+        window_size=30,
+        globals_per_row=((0, 5, 185), (66,)),
+        dropout_p=0.3,
+        halo=(70, 9),
+        position_offset=64,
+    ),
     "dropout_packed": AttentionCase(
         **SIZES, seqlen=97, window_size=(7, 50), globals_per_row=GLOBALS, packed=True, dropout_p=0.5
     ),

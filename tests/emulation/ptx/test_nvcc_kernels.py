@@ -37,6 +37,14 @@ CASES = {
         packed=True,
         dropout_p=0.2,
     ),
+    "piece": AttentionCase(
+        **SIZES,
+        window_size=40,
+        globals_per_row=((0, 77, 190),),
+        dropout_p=0.3,
+        halo=(70, 9),
+        position_offset=64,
+    ),
     # interior tiles; more global tokens than one warp's rows hold
     "many_globals": AttentionCase(
         **(SIZES | dict(heads=2, head_dim=32, seqlen=333)),
