@@ -16,16 +16,16 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from led_model.cli.documents import Document, Source, Unreadable
+from led_model.batch.documents import Document, Source, Unreadable
+from led_model.batch.pieces import Piece
+from led_model.batch.streaming import TextStreamer
+from led_model.batch.tasks import Result, Task, as_text
 from led_model.cli.finding import find_sources
 from led_model.cli.joined import Joined
 from led_model.cli.loading import load_task, made_by
-from led_model.cli.pieces import Piece
 from led_model.cli.results import ResultFile, to_line
-from led_model.cli.streaming import TextStreamer
-from led_model.cli.tasks import Result, Task, as_text
-from led_model.cli.terminal import log, log_error, no_bars, one_line, quiet, seconds
 from led_model.overflow import NotFinite
+from led_model.terminal import log, log_error, no_bars, one_line, quiet, seconds
 
 DONE, SOME_FAILED, INTERRUPTED = 0, 3, 130
 

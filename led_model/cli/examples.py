@@ -9,11 +9,11 @@ from dataclasses import dataclass, field
 import numpy as np
 from tqdm import tqdm
 
-from led_model.cli.documents import MAX_BYTES, Document, Source, Unreadable, too_much
+from led_model.batch.documents import MAX_BYTES, Document, Source, Unreadable, too_much
+from led_model.batch.json_lines import check_encodable, parse_record, parts_of
+from led_model.batch.pieces import Reader
 from led_model.cli.finding import find_sources
-from led_model.cli.json_lines import check_encodable, parse_record, parts_of
-from led_model.cli.pieces import Reader
-from led_model.cli.terminal import log_error, no_bars, quiet
+from led_model.terminal import log_error, no_bars, quiet
 from led_model.tokenization.tokenizer import LEDTokenizer
 
 PROG = "led finetune"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from led_model.cli.documents import MAX_BYTES, Document, Source, Unreadable, too_much
+from led_model.batch.documents import MAX_BYTES, Document, Source, Unreadable, too_much
 
 
 @dataclass

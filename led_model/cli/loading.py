@@ -9,13 +9,13 @@ from typing import Any
 
 import torch
 
+from led_model.batch.tasks import Classifier, SpanFinder, Task
+from led_model.batch.writers import SAMPLING_FLAGS, Answerer, Summarizer
 from led_model.checkpoint.checkpoint import trained_head
 from led_model.checkpoint.fingerprint import fingerprint
-from led_model.cli.tasks import Classifier, SpanFinder, Task
-from led_model.cli.terminal import log
-from led_model.cli.writers import SAMPLING_FLAGS, Answerer, Summarizer
 from led_model.modeling.heads import LEDForQuestionAnswering, LEDForSequenceClassification
 from led_model.modeling.model import LEDForConditionalGeneration
+from led_model.terminal import log
 from led_model.tokenization.tokenizer import LEDTokenizer
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

@@ -9,7 +9,7 @@ from argparse import Namespace
 import torch
 
 from led_kernels import BackendUnavailable
-from led_model.cli.terminal import log_error
+from led_model.terminal import log_error
 
 
 def open_missing_streams() -> None:

@@ -14,9 +14,9 @@ from collections import defaultdict
 from types import TracebackType
 from typing import Any
 
-from led_model.cli.documents import Document
+from led_model.batch.documents import Document
 from led_model.cli.finding import identity
-from led_model.cli.terminal import log
+from led_model.terminal import log
 
 try:
     import fcntl

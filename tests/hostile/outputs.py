@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
-from led_model.cli.documents import Document
+from led_model.batch.documents import Document
 from led_model.cli.parser import main
 from led_model.cli.results import ResultFile
 from tests.hostile.documents import prepare

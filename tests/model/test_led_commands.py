@@ -19,7 +19,7 @@ from led_model import (
     LEDForQuestionAnswering,
     LEDForSequenceClassification,
 )
-from led_model.cli.writers import mean_log_probs
+from led_model.batch.writers import mean_log_probs
 from led_model.tokenization.tokenizer import LEDTokenizer
 from tests.model.commands import LIMIT, PARAGRAPHS, TEXT, TEXTS, inputs, led, records, written
 
@@ -81,7 +81,7 @@ def test_progress_on_a_terminal(save, documents, capsys, monkeypatch):
     directory = save()
     bars = Terminal()
     monkeypatch.setattr("sys.stderr", bars)
-    monkeypatch.setattr("led_model.cli.terminal.tqdm.update", lambda bar, n=1: True)  # as when it redraws
+    monkeypatch.setattr("led_model.terminal.tqdm.update", lambda bar, n=1: True)  # as when it redraws
     flags = ["--model", directory, "--max-new-tokens", 20]
     assert led("summarize", "docs/0.txt", *flags) == 0
     assert capsys.readouterr().out == written(directory, TEXTS[0], max_new_tokens=20) + "\n"
@@ -415,7 +415,7 @@ def test_long_texts_are_read_in_windows(save, documents, monkeypatch):
     directory = save()
     Path("long.txt").write_text("".join(PARAGRAPHS) * 3)
     assert led("summarize", "long.txt", "--model", directory, "--long", "chunk", "--output", "a.jsonl") == 0
-    monkeypatch.setattr("led_model.cli.pieces._WINDOW", 50)
+    monkeypatch.setattr("led_model.batch.pieces._WINDOW", 50)
     assert led("summarize", "long.txt", "--model", directory, "--long", "chunk", "--output", "b.jsonl") == 0
     assert records("a.jsonl") == records("b.jsonl")
     encoded = []
@@ -423,7 +423,7 @@ def test_long_texts_are_read_in_windows(save, documents, monkeypatch):
     monkeypatch.setattr(
         LEDTokenizer, "__call__", lambda self, text, **k: encoded.append(text) or call(self, text, **k)
     )
-    monkeypatch.setattr("led_model.cli.pieces._WINDOW", 500)
+    monkeypatch.setattr("led_model.batch.pieces._WINDOW", 500)
     Path("longer.txt").write_text(TEXT * 1000)
     assert led("summarize", "longer.txt", "--model", directory, "--long", "truncate") == 0
     assert len(encoded) <= 3

@@ -14,9 +14,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from led_model.cli.documents import Document, Unreadable
+from led_model.batch.documents import Document, Unreadable
+from led_model.batch.pieces import split
 from led_model.cli.finding import find_sources
-from led_model.cli.pieces import split
 from led_model.cli.results import ResultFile
 
 NAMES = ["b.txt", "a.MD", "sub/c.jsonl", "sub/deep/d.txt", "sub/table.csv", ".hidden/e.txt"]
@@ -374,8 +374,8 @@ def test_byte_order_marks(tmp_path, encoding):
 
 
 def test_endless_inputs_are_read_to_a_bound(tmp_path, monkeypatch):
-    monkeypatch.setattr("led_model.cli.documents.MAX_BYTES", 2**16)
-    monkeypatch.setattr("led_model.cli.documents._MAX_SKIPPED", 2**18)
+    monkeypatch.setattr("led_model.batch.documents.MAX_BYTES", 2**16)
+    monkeypatch.setattr("led_model.batch.documents._MAX_SKIPPED", 2**18)
     for jsonl in (False, True):
         ((source,), _) = find_sources(["/dev/zero"], jsonl=jsonl)
         first, *others = source.read()
@@ -384,7 +384,7 @@ def test_endless_inputs_are_read_to_a_bound(tmp_path, monkeypatch):
 
 
 def test_a_line_that_is_too_long_takes_no_other_with_it(tmp_path, monkeypatch):
-    monkeypatch.setattr("led_model.cli.documents.MAX_BYTES", 2**16)
+    monkeypatch.setattr("led_model.batch.documents.MAX_BYTES", 2**16)
     path = tmp_path / "long.jsonl"
     path.write_text('{"text": "a"}\n{"text": "' + "b" * 2**17 + '"}\n{"text": "c"}\n')
     ((source,), _) = find_sources([str(path)])
@@ -426,7 +426,7 @@ def test_nul_is_no_text(tmp_path):
 
 
 def test_a_pipe_that_nobody_writes_into_is_not_waited_for(tmp_path, monkeypatch):
-    monkeypatch.setattr("led_model.cli.pipe._WAIT_MILLISECONDS", 50)
+    monkeypatch.setattr("led_model.batch.pipe._WAIT_MILLISECONDS", 50)
     path = tmp_path / "pipe"
     os.mkfifo(path)
     ((source,), _) = find_sources([str(path)])
@@ -434,7 +434,7 @@ def test_a_pipe_that_nobody_writes_into_is_not_waited_for(tmp_path, monkeypatch)
 
 
 def test_a_slow_writer_is_waited_for(tmp_path, monkeypatch):
-    monkeypatch.setattr("led_model.cli.pipe._WAIT_MILLISECONDS", 50)
+    monkeypatch.setattr("led_model.batch.pipe._WAIT_MILLISECONDS", 50)
     path = tmp_path / "pipe"
     os.mkfifo(path)
 

@@ -12,9 +12,9 @@ import pytest
 import torch
 
 from led_model import LEDForConditionalGeneration, LEDForQuestionAnswering, LEDForSequenceClassification
+from led_model.batch.streaming import TextStreamer
 from led_model.cli.parser import main
 from led_model.cli.results import ResultFile
-from led_model.cli.streaming import TextStreamer
 from led_model.tokenization.tokenizer import LEDTokenizer
 from tests.model.commands import LIMIT, PARAGRAPHS, TEXTS, inputs, led, records, written
 

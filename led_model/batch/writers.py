@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from led_model.cli.documents import Document
-from led_model.cli.pieces import Piece
-from led_model.cli.tasks import Result, Task
-from led_model.cli.terminal import log, no_bars, quiet
+from led_model.batch.documents import Document
+from led_model.batch.pieces import Piece
+from led_model.batch.tasks import Result, Task
 from led_model.masks import key_mask
 from led_model.modeling.model import LEDForConditionalGeneration
 from led_model.overflow import check_finite
+from led_model.terminal import log, no_bars, quiet
 from led_model.tokenization.batch_encoding import BatchEncoding
 from led_model.tokenization.tokenizer import LEDTokenizer
 

@@ -13,14 +13,14 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch import Tensor, nn
 
+from led_model.batch.documents import Document
+from led_model.batch.pieces import Piece, Reader
+from led_model.batch.streaming import TextStreamer
 from led_model.checkpoint.pretrained import LEDPreTrainedModel
-from led_model.cli.documents import Document
-from led_model.cli.pieces import Piece, Reader
-from led_model.cli.streaming import TextStreamer
-from led_model.cli.terminal import layer_progress, seconds
 from led_model.config import LEDConfig
 from led_model.modeling.heads import LEDForQuestionAnswering, LEDForSequenceClassification
 from led_model.overflow import check_finite
+from led_model.terminal import layer_progress, seconds
 from led_model.tokenization.batch_encoding import BatchEncoding
 from led_model.tokenization.tokenizer import LEDTokenizer
 

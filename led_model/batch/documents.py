@@ -16,8 +16,8 @@ from functools import cached_property
 from itertools import islice
 from typing import BinaryIO
 
-from led_model.cli.json_lines import check_encodable, parse_record, parts_of, short
-from led_model.cli.pipe import NoWriter, Pipe
+from led_model.batch.json_lines import check_encodable, parse_record, parts_of, short
+from led_model.batch.pipe import NoWriter, Pipe
 
 BETWEEN_PARTS = "\n\n"
 # A document has no more: that is a hundred books, of which Python and the tokenizer hold copies.

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 import numpy as np
 from torch import device as Device
 
-from led_model.cli.documents import BETWEEN_PARTS, Document
-from led_model.cli.terminal import log
+from led_model.batch.documents import BETWEEN_PARTS, Document
+from led_model.terminal import log
 from led_model.tokenization.batch_encoding import BatchEncoding
 from led_model.tokenization.tokenizer import LEDTokenizer
 

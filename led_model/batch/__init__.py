@@ -1,0 +1,1 @@
+"""Reads documents, and runs a model over them in batches."""
