@@ -46,6 +46,11 @@ class Piece:
         return [*self.prefix, *self.ids.tolist(), *self.suffix]
 
     @property
+    def length(self) -> int:
+        """Returns how many ids the model reads."""
+        return len(self.prefix) + len(self.ids) + len(self.suffix)
+
+    @property
     def first(self) -> int:
         """Returns the index in ``input_ids`` at which the document's own tokens begin."""
         return len(self.prefix)

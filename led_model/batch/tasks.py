@@ -30,9 +30,10 @@ Result = dict[str, Any]  # what a model gives for a piece, or for a document
 
 @dataclass
 class Work:
-    """Counts tokens read and written so far, and the seconds that took."""
+    """Counts tokens read and written so far, and the seconds that took; ``padded_tokens`` are read and padding."""
 
     read_tokens: int = 0
+    padded_tokens: int = 0
     read_seconds: float = 0.0
     written_tokens: int = 0
     written_seconds: float = 0.0
@@ -97,6 +98,7 @@ class Task(ABC, Generic[Model]):
         with torch.no_grad():
             found = self._run(pieces, inputs)
         self.work.read_tokens += int(inputs.attention_mask.sum())
+        self.work.padded_tokens += inputs.attention_mask.numel()
         return found
 
     def read(self, inputs: BatchEncoding) -> AbstractContextManager[None]:

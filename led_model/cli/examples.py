@@ -67,7 +67,8 @@ def find_examples(
     found, problems = find_sources(inputs, jsonl=True)
     if problems:
         raise ValueError(f"{flag}: {problems[0].partition(';')[0]}; give .jsonl files, or a quoted glob.")
-    return [ExampleSource(source.path, True, text_field, target_field, question_field) for source in found]
+    fields = {"text_field": text_field, "target_field": target_field, "question_field": question_field}
+    return [ExampleSource(source.path, True, **fields) for source in found]
 
 
 @dataclass
@@ -102,7 +103,7 @@ class ExampleEncoder:
         Args:
             what: what the examples are for, a word of the bar.
         """
-        size = sum(source.extent[1] for source in sources)
+        size = sum(source.size for source in sources)
         with tqdm(
             total=size or None,
             desc=f"reading {what}",

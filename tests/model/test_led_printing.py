@@ -92,7 +92,7 @@ def test_printed_beside_the_output(save, capsys, monkeypatch, command, model_cla
     assert capsys.readouterr().out == ""
     assert led(command, "docs/0.txt", "docs/1.txt", *arguments, "--format", "text") == 0
     assert capsys.readouterr().out == "".join(texts)
-    monkeypatch.setattr("led_model.cli.commands.load_task", None)
+    monkeypatch.setattr("led_model.cli.run.load_task", None)
     assert led(command, "docs/1.txt", "docs/0.txt", *arguments, "--format", "text") == 0
     assert capsys.readouterr().out == "".join(reversed(texts))
     assert led(command, "docs/0.txt", "docs/1.txt", *arguments, "--format", "jsonl") == 0
