@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
+import numpy as np
 import torch
 
 from led_model.batch.ahead import ReadAhead
@@ -23,7 +24,7 @@ ROWS = 32
 """So many pieces make a batch at most, unless another number is asked for."""
 
 _BATCHES_AHEAD = 64
-_CHARACTERS_AHEAD = 2**26  # texts stay in memory until their documents are done
+_CHARACTERS_AHEAD = 2**24  # texts stay in memory until their documents are done
 _DOCUMENTS_AHEAD = 4096  # counting those that need no model
 _PATIENCE = 1.0  # seconds without another document, and those that are there are not kept waiting
 
@@ -51,9 +52,10 @@ def run_documents(
     """Yields what becomes of each document as soon as all its pieces are read; no document spoils another.
 
     A thread iterates over ``documents`` and makes their pieces. Pieces of ``read_ahead`` batches are sorted by length
-    and cut into batches of little padding, which are run by the order of their first documents. A batch that runs
-    out of memory is halved, and so are later ones that are as large. What fails alone is yielded with its error:
-    a document that is too long, whose numbers overflow (:class:`NotFinite`) or for which memory does not suffice.
+    and cut into batches of little padding (:func:`cut_batches`), which are run by the order of their first documents.
+    A batch that runs out of memory is halved, and so are later ones that are as large. What fails alone is yielded
+    with its error: a document that is too long, whose numbers overflow (:class:`NotFinite`) or for which memory does
+    not suffice.
 
     Memory is bounded: beside the documents that are being run, as many are held as are read ahead. Closing the
     iterator ends the thread. Where no document comes for a second, as from a pipe, those that are there are run.
@@ -107,27 +109,51 @@ def run_documents(
 
 
 def cut_batches(
-    lengths: Sequence[int], batch_tokens: int, batch_size: int, sorts: bool = True
+    lengths: Sequence[int], batch_tokens: int, batch_size: int, batch_cost: int
 ) -> list[list[int]]:
-    """Returns the indices of the pieces of each batch, both in the order in which their first pieces came.
+    """Returns the indices of the pieces of each batch; pieces are in order, and batches in that of their first.
+
+    Batches hold pieces of similar length, and are such that all of them together cost least: a batch costs its tokens,
+    padding included, and ``batch_cost``.
 
     Args:
         lengths: tokens of each piece.
         batch_tokens: of a batch, padding included; a longer piece is alone.
         batch_size: pieces of a batch at most.
-        sorts: whether pieces of similar length are put together, which makes little padding.
+        batch_cost: tokens.
     """
-    order = range(len(lengths))
+    order = sorted(range(len(lengths)), key=lambda index: -lengths[index])
+    descending = np.array([lengths[index] for index in order], np.int64)
+    # Of the first n pieces: what they cost at least, and where their last batch then begins.
+    costs, begins = np.zeros(len(order) + 1), [0]
+    for end in range(1, len(order) + 1):
+        begin = np.arange(max(0, end - batch_size), end)
+        rows = end - begin
+        tokens = rows * descending[begin]
+        cost = costs[begin] + tokens + batch_cost
+        cost[(tokens > batch_tokens) & (rows > 1)] = np.inf
+        best = int(cost.argmin())
+        costs[end] = cost[best]
+        begins.append(int(begin[best]))
+    batches, end = [], len(order)
+    while end:
+        batches.append(sorted(order[begins[end] : end]))
+        end = begins[end]
+    return sorted(batches)
+
+
+def _cut_in_turn(lengths: Sequence[int], batch_tokens: int, batch_size: int) -> list[list[int]]:
+    """Returns the indices of the pieces of each batch, which are cut one after another, in the order that they have."""
     batches: list[list[int]] = []
     longest = 0
-    for index in sorted(order, key=lambda i: -lengths[i]) if sorts else order:
-        longest = max(longest, lengths[index])
-        rows = len(batches[-1]) + 1 if batches else batch_size + 1
-        if rows > batch_size or rows * longest > batch_tokens:
+    for index, length in enumerate(lengths):
+        longest = max(longest, length)
+        rows = len(batches[-1]) + 1 if batches else 1
+        if not batches or rows > batch_size or rows * longest > batch_tokens:
             batches.append([])
-            longest = lengths[index]
+            longest = length
         batches[-1].append(index)
-    return sorted(map(sorted, batches))
+    return batches
 
 
 @dataclass
@@ -166,13 +192,15 @@ class _Batches:
             places += [place] * len(prepared.pieces)
         found: dict[int, dict[int, Result]] = {}  # the results of each document's pieces, until it is done
         done: set[int] = set()
+
+        def is_wanted(index: int) -> bool:
+            return places[index] not in done
+
         lengths = [piece.length for piece in pieces]
-        for batch in cut_batches(lengths, self.batch_tokens, self.batch_size, self.sorts):
-            batch = [index for index in batch if places[index] not in done]
-            for index, result in self._results([(index, pieces[index]) for index in batch]):
+        limits = (lengths, self.batch_tokens, self.batch_size)
+        for batch in cut_batches(*limits, self.task.batch_cost) if self.sorts else _cut_in_turn(*limits):
+            for index, result in self._results(batch, pieces, is_wanted):
                 place, piece = places[index], pieces[index]
-                if place in done:  # another piece of it has failed
-                    continue
                 if not isinstance(result, Exception):
                     of_document = found.setdefault(place, {})
                     of_document[piece.index] = result
@@ -185,18 +213,24 @@ class _Batches:
                 about = {"tokens": piece.tokens, "pieces": piece.count, "truncated": piece.is_truncated}
                 yield place, Outcome(piece.document, result, about)
 
-    def _results(self, batch: Sequence[tuple[int, Piece]]) -> Iterator[tuple[int, Result | Exception]]:
-        """Yields the result of each piece, or its error, by the numbers that come with the pieces."""
+    def _results(
+        self, batch: Sequence[int], pieces: Sequence[Piece], is_wanted: Callable[[int], bool]
+    ) -> Iterator[tuple[int, Result | Exception]]:
+        """Yields the result of each of the ``pieces`` that ``batch`` names, or its error.
+
+        Those that are not wanted, as another piece of their document has failed, are left out.
+        """
+        batch = [index for index in batch if is_wanted(index)]
         if not batch:
             return
-        rows, longest = len(batch), max(piece.length for _, piece in batch)
+        rows, longest = len(batch), max(pieces[index].length for index in batch)
         if rows == 1 or not self._is_too_large(rows, longest):
-            found = self._guarded(partial(self.task.run, [piece for _, piece in batch]))
+            found = self._guarded(partial(self.task.run, [pieces[index] for index in batch]))
             if not isinstance(found, Exception):
-                yield from ((index, result) for (index, _), result in zip(batch, found, strict=True))
+                yield from zip(batch, found, strict=True)
                 return
             if rows == 1:
-                yield batch[0][0], found
+                yield batch[0], found
                 return
             if is_out_of_memory(found):
                 self._may_fit.append(((rows + 1) // 2, longest))
@@ -204,9 +238,10 @@ class _Batches:
                     f"memory ran out for a batch of {rows} texts of up to {longest:,} tokens; going on with half as "
                     "many at once."
                 )
-        by_length = sorted(batch, key=lambda numbered: numbered[1].length) if self.sorts else batch
-        yield from self._results(by_length[: rows // 2])
-        yield from self._results(by_length[rows // 2 :])
+        if self.sorts:
+            batch.sort(key=lambda index: pieces[index].length)
+        yield from self._results(batch[: rows // 2], pieces, is_wanted)
+        yield from self._results(batch[rows // 2 :], pieces, is_wanted)
 
     def _guarded(self, call: Callable[[], Found]) -> Found | Exception:
         """Returns what ``call`` does, or the error of a batch or a document that cannot be read as it is."""

@@ -74,6 +74,8 @@ class Task(ABC, Generic[Model]):
     """
 
     writes = False
+    batch_cost = 256
+    """What a batch costs beside its tokens, in tokens: so many could be read in that time."""
     streamer: TextStreamer | None = None
 
     def __init__(self, model: Model, tokenizer: LEDTokenizer, **reading: Any) -> None:

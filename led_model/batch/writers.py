@@ -31,6 +31,7 @@ class _Writer(Task[LEDForConditionalGeneration]):
 
     field: str
     writes = True
+    batch_cost = 2048  # every token that is written takes a pass over the decoder's weights
     compares = False
 
     def __init__(
