@@ -21,7 +21,11 @@ from led_model.terminal import log
 Found = TypeVar("Found")
 
 ROWS = 32
-"""So many pieces make a batch at most, unless another number is asked for."""
+"""So many pieces make a batch at most, unless another number is asked for.
+
+On a CPU, a model of led-base's shape writes a token of one text in 15.8 ms, and of 4, 8, 16, 32 or 64 texts in 7.5,
+5.6, 5.1, 4.4 or 4.2 ms a text. The memory that a batch takes grows with their number.
+"""
 
 _BATCHES_AHEAD = 64
 _CHARACTERS_AHEAD = 2**24  # texts stay in memory until their documents are done
