@@ -23,9 +23,9 @@ from led_model import LEDForSequenceClassification, LEDModel
 from led_model.batch import Document, Outcome, run_documents
 from led_model.batch import scheduling as scheduling_module
 from led_model.batch.ahead import ReadAhead
+from led_model.batch.cutting import cut_batches
 from led_model.batch.documents import Unreadable
 from led_model.batch.pieces import Piece
-from led_model.batch.scheduling import cut_batches
 from led_model.batch.tasks import Classifier
 from led_model.cli.results import ResultFile
 from led_model.overflow import NotFinite
@@ -298,6 +298,14 @@ def test_read_ahead_is_bounded(text, limits, bound):
     time.sleep(0.05)
     assert task.read == read
     assert "read-ahead" not in [thread.name for thread in threading.enumerate()]
+
+
+@pytest.mark.parametrize("name", ["batch_tokens", "batch_size", "read_ahead"])
+@pytest.mark.parametrize("value", [0, -1, 1.5, "8"])
+def test_limits_without_meaning(name, value):
+    """Refused before anything is read."""
+    with pytest.raises(ValueError, match=name):
+        run_documents(Counting(), iter([]), **{name: value})
 
 
 def test_pieces_are_made_while_the_model_runs():
