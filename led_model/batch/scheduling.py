@@ -57,10 +57,9 @@ def run_documents(
     """Yields what becomes of each document as soon as all its pieces are read; no document spoils another.
 
     A thread iterates over ``documents`` and makes their pieces. Pieces of ``read_ahead`` batches are sorted by length
-    and cut into batches of little padding (:func:`~led_model.batch.cutting.cut_batches`), which are run by the order of their first documents.
-    A batch that runs out of memory is halved, and so are later ones that are as large. What fails alone is yielded
-    with its error: a document that is too long, whose numbers overflow (:class:`NotFinite`) or for which memory does
-    not suffice.
+    and cut into batches of little padding, which are run by the order of their first documents. A batch that runs out
+    of memory is halved, and so are later ones that are as large. What fails alone is yielded with its error: a
+    document that is too long, whose numbers overflow (:class:`NotFinite`) or for which memory does not suffice.
 
     Memory is bounded: beside the documents that are being run, as many are held as are read ahead. Closing the
     iterator ends the thread. Where no document comes for a second, as from a pipe, those that are there are run.
