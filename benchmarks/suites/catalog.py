@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 from benchmarks.harness.table import RESULTS
-from benchmarks.suites import attention, compiled, encoder, generation, training_step
+from benchmarks.suites import attention, compiled, documents, encoder, generation, training_step
 
 SUITES = {
     suite.name: suite
-    for suite in (attention.SUITE, encoder.SUITE, generation.SUITE, compiled.SUITE, training_step.SUITE)
+    for suite in (
+        attention.SUITE,
+        encoder.SUITE,
+        generation.SUITE,
+        compiled.SUITE,
+        training_step.SUITE,
+        documents.SUITE,
+    )
 }
 
 TOGETHER = (attention.SUITE, encoder.SUITE)

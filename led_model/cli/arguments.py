@@ -1,10 +1,13 @@
-"""Adds the flags that commands on documents share, and parses their values; nothing here imports torch."""
+"""Adds the flags that commands on documents share, and parses their values."""
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
 from typing import Any
+
+from led_model.batch.scheduling import ROWS
+from led_model.cli.shards import shard
 
 
 def at_least(smallest: int) -> Callable[[str], int]:
@@ -108,8 +111,38 @@ def add_sampling(parser: argparse.ArgumentParser) -> None:
         "--seed",
         type=within(-(2**63), 2**63 - 1, int),
         metavar="N",
-        help="of the chances, the same for each batch: with --batch-size 1 a document's text is the same in "
-        "every run that has this seed",
+        help="of the chances, the same for each batch: with --batch-size 1, which is the default of a run with a "
+        "seed, a document's text is the same in every run that has this seed",
+    )
+
+
+def add_batches(parser: argparse.ArgumentParser) -> None:
+    """Adds the flags that say which documents are read at once, and by which run."""
+    group = parser.add_argument_group(
+        "many documents", "Documents are read ahead, and those of similar length at once, a batch."
+    )
+    group.add_argument(
+        "--batch-tokens",
+        type=at_least(1),
+        metavar="N",
+        help="tokens of a batch, padding included; a longer document is read alone. More are faster on a GPU and take "
+        "more memory. A batch for which it does not suffice is halved, and a document for which it does not is "
+        "reported. Default: the longest input of the model, or with --batch-size that many of these",
+    )
+    group.add_argument(
+        "--batch-size",
+        type=at_least(1),
+        metavar="N",
+        help=f"documents (or pieces) of a batch at most; 1: one after another, in the order given. Default: {ROWS}",
+    )
+    group.add_argument(
+        "--shard",
+        type=shard,
+        metavar="I/N",
+        help="read the I-th of N equal shares of the documents, I from 1 to N: so N runs with the same inputs, each "
+        "with an --output of its own, do the work together. Files are dealt out in turn, and so are lines of JSONL, "
+        "which the other runs do not parse; an id that is in two shares is not noticed. The outputs, one after "
+        "another in a file, are that of a single run",
     )
 
 

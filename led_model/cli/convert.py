@@ -7,8 +7,8 @@ import textwrap
 
 from led_model.cli.arguments import at_least, not_empty, within
 from led_model.cli.loading import DTYPES
-from led_model.cli.terminal import log, megabytes
 from led_model.conversion.convert import convert_checkpoint
+from led_model.terminal import log, megabytes
 
 _DESCRIPTION = (
     "Writes an LED made of a BART, or a Longformer made of a RoBERTa, XLM-RoBERTa, CamemBERT or BERT, with the head "

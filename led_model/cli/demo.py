@@ -21,9 +21,9 @@ from led_kernels.dispatch import choose_backend
 from led_kernels.extras import install_extra
 from led_model.checkpoint.tensor_names import to_hf_state_dict
 from led_model.cli.memory import peak_memory
-from led_model.cli.terminal import layer_progress, megabytes, seconds, table
 from led_model.config import LEDConfig
 from led_model.modeling.model import LEDForConditionalGeneration
+from led_model.terminal import layer_progress, megabytes, seconds, table
 
 _WARM_UP_TOKENS = 64
 _FIRST_WORD_ID = 4  # the special tokens come before

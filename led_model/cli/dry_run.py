@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from argparse import Namespace
 
+from led_model.batch.documents import Document, Unreadable
+from led_model.batch.pieces import Reader
+from led_model.batch.tasks import longest_input
 from led_model.checkpoint.checkpoint import read_config
 from led_model.checkpoint.hub import checkpoint_files
 from led_model.cli.commands import DONE, SOME_FAILED, find_documents
-from led_model.cli.documents import Document, Unreadable
 from led_model.cli.loading import finds_answers
-from led_model.cli.pieces import Reader
-from led_model.cli.tasks import longest_input
-from led_model.cli.terminal import log_error, quiet
+from led_model.terminal import log_error, quiet
 from led_model.tokenization.tokenizer import LEDTokenizer
 
 

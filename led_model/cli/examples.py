@@ -9,11 +9,11 @@ from dataclasses import dataclass, field
 import numpy as np
 from tqdm import tqdm
 
-from led_model.cli.documents import MAX_BYTES, Document, Source, Unreadable, too_much
+from led_model.batch.documents import MAX_BYTES, Document, Source, Unreadable, too_much
+from led_model.batch.json_lines import check_encodable, parse_record, parts_of
+from led_model.batch.pieces import Reader
 from led_model.cli.finding import find_sources
-from led_model.cli.json_lines import check_encodable, parse_record, parts_of
-from led_model.cli.pieces import Reader
-from led_model.cli.terminal import log_error, no_bars, quiet
+from led_model.terminal import log_error, no_bars, quiet
 from led_model.tokenization.tokenizer import LEDTokenizer
 
 PROG = "led finetune"
@@ -67,7 +67,8 @@ def find_examples(
     found, problems = find_sources(inputs, jsonl=True)
     if problems:
         raise ValueError(f"{flag}: {problems[0].partition(';')[0]}; give .jsonl files, or a quoted glob.")
-    return [ExampleSource(source.path, True, text_field, target_field, question_field) for source in found]
+    fields = {"text_field": text_field, "target_field": target_field, "question_field": question_field}
+    return [ExampleSource(source.path, True, **fields) for source in found]
 
 
 @dataclass
@@ -102,7 +103,7 @@ class ExampleEncoder:
         Args:
             what: what the examples are for, a word of the bar.
         """
-        size = sum(source.extent[1] for source in sources)
+        size = sum(source.size for source in sources)
         with tqdm(
             total=size or None,
             desc=f"reading {what}",

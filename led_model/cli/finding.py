@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from led_model.cli.documents import Source
+from led_model.batch.documents import Source
 
 SUFFIXES = (".txt", ".md", ".jsonl")
 _ANY_DEPTH = "**"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from led_model.cli.documents import MAX_BYTES, Document, Source, Unreadable, too_much
+from led_model.batch.documents import MAX_BYTES, Document, Source, Unreadable, too_much
 
 
 @dataclass
@@ -14,10 +14,12 @@ class Joined:
 
     sources: Sequence[Source]
 
+    is_jsonl = False  # it is one document, whatever its parts are
+
     @property
-    def extent(self) -> tuple[int, int]:
-        """Returns the number of documents, one, and that of its bytes as far as they are known."""
-        return 1, sum(source.extent[1] for source in self.sources)
+    def size(self) -> int:
+        """Returns the number of its bytes, as far as they are known."""
+        return sum(source.size for source in self.sources)
 
     def read(self) -> Iterator[Document | Unreadable]:
         """Yields what is wrong with the parts, and the document unless one is missing."""

@@ -9,13 +9,13 @@ from typing import Any
 
 import torch
 
+from led_model.batch.tasks import Classifier, SpanFinder, Task
+from led_model.batch.writers import SAMPLING_FLAGS, Answerer, Summarizer
 from led_model.checkpoint.checkpoint import trained_head
 from led_model.checkpoint.fingerprint import fingerprint
-from led_model.cli.tasks import Classifier, SpanFinder, Task
-from led_model.cli.terminal import log
-from led_model.cli.writers import SAMPLING_FLAGS, Answerer, Summarizer
 from led_model.modeling.heads import LEDForQuestionAnswering, LEDForSequenceClassification
 from led_model.modeling.model import LEDForConditionalGeneration
+from led_model.terminal import log
 from led_model.tokenization.tokenizer import LEDTokenizer
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -43,10 +43,17 @@ def made_by(args: Namespace) -> dict[str, Any]:
     flags |= {name: True for name in ("load_in_4bit", "load_in_8bit") if getattr(args, name)}
     # What is drawn for a document depends on the others of its batch.
     if getattr(args, "seed", None) is not None:
-        flags["batch_size"] = args.batch_size
+        flags |= batch_limits(args)
     given = {f"--{name.replace('_', '-')}": value for name, value in flags.items() if value is not None}
     weights = fingerprint(args.model, args.revision)
     return {"command": args.command, "model": args.model, "model's fingerprint": weights, **given}
+
+
+def batch_limits(args: Namespace) -> dict[str, Any]:
+    """Returns how large batches may be: with a seed a document is by itself, unless more are asked for."""
+    is_seeded = getattr(args, "seed", None) is not None
+    batch_size = 1 if args.batch_size is None and is_seeded else args.batch_size
+    return {"batch_size": batch_size, "batch_tokens": args.batch_tokens}
 
 
 def load_task(args: Namespace) -> Task:

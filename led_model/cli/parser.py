@@ -12,6 +12,7 @@ import torch
 
 from led_kernels import __version__
 from led_model.cli.arguments import (
+    add_batches,
     add_joining,
     add_long,
     add_output,
@@ -36,17 +37,19 @@ Documents are .txt and .md files, one document each, and .jsonl files, one a lin
 {"id": "a7", "text": "…"}, where the id may be missing and is then the number of the line,
 and the text a list of strings, the parts of one document.
 
-With --output each result is on disk before the next document begins. After an
-interruption the same command goes on where it stopped: it leaves out documents
-whose text the file has a result for. Results of another model or other settings
-are never mixed in: --overwrite begins anew. A file that holds anything else is
-refused. Without --output a single document's result is printed as text, on a
-terminal while it is written unless by beams, and those of several as JSONL;
---format says otherwise.
+With --output each result is on disk as soon as it is there. Documents are done in
+another order than they are given in, and a record has its document's id and
+source. After an interruption the same command goes on where it stopped: it
+leaves out documents whose text the file has a result for. Results of another
+model or other settings are never mixed in: --overwrite begins anew. A file that
+holds anything else, or that another run writes into, is refused. Without
+--output results are printed in the order of the documents: a single one as text,
+on a terminal while it is written unless by beams, and several as JSONL; --format
+says otherwise.
 
 exit status: 0 all documents are done; 1 the command could not run, 2 its arguments
-are wrong; 3 some documents could not be read, each is named on stderr, and all the
-others are done; 130 interrupted.
+are wrong; 3 some documents could not be read, or memory did not suffice for them
+alone, each is named on stderr, and all the others are done; 130 interrupted.
 """
 
 
@@ -90,7 +93,8 @@ def _add_summarize(commands: argparse._SubParsersAction) -> None:
   led summarize paper.txt --model ./led-large-16384-arxiv
   pdftotext paper.pdf - | led summarize - --model allenai/led-base-16384 --num-beams 4
   led summarize 'reports/**/*.md' papers.jsonl --output summaries.jsonl --model ./led \\
-      --batch-size 4 --long chunk --max-new-tokens 128
+      --long chunk --max-new-tokens 128
+  led summarize many.jsonl --shard 1/4 --output first.jsonl --model ./led    # and 2/4, … elsewhere
   led summarize reports/ --model ./led --long condense --output summaries.jsonl --format text > summaries.txt
   led summarize reports/ --model ./led --dry-run
   led summarize monday.txt tuesday.txt --join --model ./primera""",
@@ -179,15 +183,9 @@ def _document_command(
         "--text-field", default="text", metavar="NAME", help="where a JSON line has its text; default: text"
     )
     parser.add_argument("--jsonl", action="store_true", help="stdin, and files of any name, are JSONL")
-    parser.add_argument(
-        "--batch-size",
-        type=at_least(1),
-        default=1,
-        metavar="N",
-        help="documents (or pieces) read at once; more are faster on a GPU and take more memory; default: 1",
-    )
     add_long(parser, chunk, condense)
     add_joining(parser)
+    add_batches(parser)
     add_running(parser)
     return parser
 

@@ -6,10 +6,9 @@ import os
 import sys
 from argparse import Namespace
 
-import torch
-
 from led_kernels import BackendUnavailable
-from led_model.cli.terminal import log_error
+from led_model.batch.out_of_memory import is_out_of_memory, shortage
+from led_model.terminal import log_error
 
 
 def open_missing_streams() -> None:
@@ -46,14 +45,9 @@ def status_of(args: Namespace, can_print: bool) -> int:
     except (ValueError, ImportError, BackendUnavailable) as error:
         log_error(str(error), prog)
     except (RuntimeError, MemoryError) as error:
-        if not _is_out_of_memory(error):
+        if not is_out_of_memory(error):
             raise
-        reason = str(error).strip().split("\n")[0]
-        log_error(
-            f"memory ran out{f' ({reason})' if reason else ''}; shorten the text or change --batch-size, --dtype or "
-            "--device.",
-            prog,
-        )
+        log_error(shortage(error), prog)
     except KeyboardInterrupt:
         log_error("interrupted.", prog)
         return 130
@@ -73,7 +67,3 @@ def _sentence(error: OSError) -> str:
     if error.errno is None:
         return str(error)
     return f"{error.filename} cannot be used ({error.strerror}); check its name and permissions."
-
-
-def _is_out_of_memory(error: RuntimeError | MemoryError) -> bool:
-    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error)

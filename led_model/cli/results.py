@@ -11,12 +11,13 @@ import json
 import os
 import stat
 from collections import defaultdict
+from threading import RLock
 from types import TracebackType
 from typing import Any
 
-from led_model.cli.documents import Document
+from led_model.batch.documents import Document
 from led_model.cli.finding import identity
-from led_model.cli.terminal import log
+from led_model.terminal import log
 
 try:
     import fcntl
@@ -32,8 +33,9 @@ class ResultFile:
     """Appends results, each on disk before the next, and finds those of earlier runs.
 
     Nothing in the file changes before the first result is there: then what a killed run left of a record is cut off,
-    or all earlier results if ``overwrite``. One process at a time can lock the file, and a change that another one
-    makes to it all the same is noticed before the next result.
+    or all earlier results if ``overwrite``. A thread may take earlier results while another appends new ones. One
+    process at a time can lock the file, and a change that another one makes to it all the same is noticed before the
+    next result.
 
     Args:
         path: made if it is not there.
@@ -60,6 +62,7 @@ class ResultFile:
         # The first result leaves so many bytes of the file; with None it leaves all.
         self._keep: int | None = 0 if overwrite else None
         self._needs_newline = False
+        self._lock_of_file = RLock()
         self._is_new = not os.path.exists(path)
         self._real_path = _checked(path, self._is_new)
         try:
@@ -96,10 +99,11 @@ class ResultFile:
         places = self._places.get(document.key)
         if not places:
             return None
-        self.check_unchanged()
-        begin, size = places.pop(0)
-        self._file.seek(begin)
-        return json.loads(self._file.read(size))
+        with self._lock_of_file:
+            self.check_unchanged()
+            begin, size = places.pop(0)
+            self._file.seek(begin)
+            return json.loads(self._file.read(size))
 
     def has_changed(self, document: Document) -> bool:
         """Returns whether a record of the document's name is of another text."""
@@ -112,27 +116,11 @@ class ResultFile:
         Raises:
             OSError: when it is not: the disk is full, or the file was deleted, replaced or changed.
         """
-        self.check_unchanged()
         record = {"led": self.made_by["command"], "id": document.id, "source": document.source} | result
         record |= {"document": document.key, "made_by": self.made_by}
-        line = to_line(record).encode() + b"\n"
-        try:
-            if self._keep is not None:
-                self._file.truncate(self._keep)
-                self._size, self._keep = self._keep, None
-            if self._needs_newline:
-                line = b"\n" + line
-                self._needs_newline = False
-            while line:
-                written = self._file.write(line)
-                self._size += written
-                line = line[written:]
-            os.fsync(self._file.fileno())
-        except OSError as error:
-            raise OSError(
-                f"--output {self.path} cannot be written ({error.strerror}); what is finished is on disk, make room "
-                "and give the same command again."
-            ) from None
+        with self._lock_of_file:
+            self.check_unchanged()
+            self._append(to_line(record).encode() + b"\n")
         self.count += 1
         return record
 
@@ -152,6 +140,26 @@ class ResultFile:
                 f"--output {self.path} was changed by another program during the run; see what it holds, and give "
                 "the same command again."
             )
+
+    def _append(self, line: bytes) -> None:
+        """Appends a line to what shall be kept of the file, and returns when it is on disk."""
+        try:
+            if self._keep is not None:
+                self._file.truncate(self._keep)
+                self._size, self._keep = self._keep, None
+            if self._needs_newline:
+                line = b"\n" + line
+                self._needs_newline = False
+            while line:
+                written = self._file.write(line)
+                self._size += written
+                line = line[written:]
+            os.fsync(self._file.fileno())
+        except OSError as error:
+            raise OSError(
+                f"--output {self.path} cannot be written ({error.strerror}); what is finished is on disk, make room "
+                "and give the same command again."
+            ) from None
 
     def _lock(self) -> None:
         if fcntl is None:

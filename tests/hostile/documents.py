@@ -254,7 +254,8 @@ def _arguments() -> Iterator[Case]:
     numbers = ("-1", "1.5", "1e308", "nan", "inf", "-inf", "four", "", " ", "٣", "0x10", "9" * 40, "9" * 5000)
     for flag in (
         "--max-new-tokens", "--min-new-tokens", "--num-beams", "--length-penalty", "--no-repeat-ngram-size",
-        "--threads", "--batch-size", "--global-tokens", "--temperature", "--top-k", "--top-p", "--seed",
+        "--threads", "--batch-size", "--batch-tokens", "--shard", "--global-tokens", "--temperature",
+        "--top-k", "--top-p", "--seed",
     ):  # fmt: skip
         for value in numbers:
             yield Case("summarize a.txt --model ../model", -1, text, extra=(f"{flag}={value}",))

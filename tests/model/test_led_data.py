@@ -22,8 +22,8 @@ from led_model import (
     TokensWithId,
     unpack,
 )
-from led_model.cli.documents import Document
-from led_model.cli.pieces import Reader
+from led_model.batch.documents import Document
+from led_model.batch.pieces import Reader
 from tests.model.small import small_config
 
 TOKENIZERS = ("led_model", "LEDTokenizer", "LEDTokenizerFast")

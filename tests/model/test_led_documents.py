@@ -14,9 +14,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from led_model.cli.documents import Document, Unreadable
+from led_model.batch.documents import Document, Unreadable
+from led_model.batch.pieces import split
 from led_model.cli.finding import find_sources
-from led_model.cli.pieces import split
 from led_model.cli.results import ResultFile
 
 NAMES = ["b.txt", "a.MD", "sub/c.jsonl", "sub/deep/d.txt", "sub/table.csv", ".hidden/e.txt"]
@@ -88,7 +88,7 @@ def test_json_lines(tmp_path):
     path.write_bytes(b"\n".join(line for line, _ in JSON_LINES))
     [source], _ = find_sources([str(path)])
     documents = list(source.read())
-    assert source.extent[0] == len(documents) == len(JSON_LINES) - 1
+    assert len(documents) == len(JSON_LINES) - 1
     for document, expected in zip(documents, [e for _, e in JSON_LINES if e is not None], strict=True):
         if isinstance(expected, tuple):
             assert isinstance(document, Document)
@@ -98,7 +98,7 @@ def test_json_lines(tmp_path):
             assert expected in document.message
             assert str(path) in document.message
             assert document.message.count("\n") == 0
-    assert sum(document.size for document in documents) == source.extent[1]
+    assert sum(document.size for document in documents) == source.size - 3  # without the blank line
 
 
 def test_what_cannot_be_opened(tmp_path):
@@ -107,13 +107,13 @@ def test_what_cannot_be_opened(tmp_path):
     [source], _ = find_sources([str(path)])
     path.unlink()
     path.mkdir()
-    assert source.extent[0] == 1
+    assert source.size == 0
     [document] = source.read()
     assert "cannot be read (Is a directory)" in document.message
 
 
 def test_a_pipe_is_read_once(tmp_path):
-    """As the shell's ``<(command)``: what was counted is still there."""
+    """As the shell's ``<(command)``: whoever asks for its size takes nothing away."""
     path = tmp_path / "pipe"
     os.mkfifo(path)
     writer = threading.Thread(
@@ -121,7 +121,8 @@ def test_a_pipe_is_read_once(tmp_path):
     )
     writer.start()
     [source], _ = find_sources([str(path)], jsonl=True)
-    assert source.extent == (None, 0)
+    assert source.size == 0
+    assert not source.is_file
     assert [document.text for document in source.read()] == ["one", "two"]
     writer.join()
 
@@ -374,8 +375,8 @@ def test_byte_order_marks(tmp_path, encoding):
 
 
 def test_endless_inputs_are_read_to_a_bound(tmp_path, monkeypatch):
-    monkeypatch.setattr("led_model.cli.documents.MAX_BYTES", 2**16)
-    monkeypatch.setattr("led_model.cli.documents._MAX_SKIPPED", 2**18)
+    monkeypatch.setattr("led_model.batch.documents.MAX_BYTES", 2**16)
+    monkeypatch.setattr("led_model.batch.documents._MAX_SKIPPED", 2**18)
     for jsonl in (False, True):
         ((source,), _) = find_sources(["/dev/zero"], jsonl=jsonl)
         first, *others = source.read()
@@ -384,11 +385,10 @@ def test_endless_inputs_are_read_to_a_bound(tmp_path, monkeypatch):
 
 
 def test_a_line_that_is_too_long_takes_no_other_with_it(tmp_path, monkeypatch):
-    monkeypatch.setattr("led_model.cli.documents.MAX_BYTES", 2**16)
+    monkeypatch.setattr("led_model.batch.documents.MAX_BYTES", 2**16)
     path = tmp_path / "long.jsonl"
     path.write_text('{"text": "a"}\n{"text": "' + "b" * 2**17 + '"}\n{"text": "c"}\n')
     ((source,), _) = find_sources([str(path)])
-    assert source.extent[0] == 3
     first, long, last = source.read()
     assert (first.text, last.text) == ("a", "c")
     assert "line 2 holds more than" in long.message
@@ -426,7 +426,7 @@ def test_nul_is_no_text(tmp_path):
 
 
 def test_a_pipe_that_nobody_writes_into_is_not_waited_for(tmp_path, monkeypatch):
-    monkeypatch.setattr("led_model.cli.pipe._WAIT_MILLISECONDS", 50)
+    monkeypatch.setattr("led_model.batch.pipe._WAIT_MILLISECONDS", 50)
     path = tmp_path / "pipe"
     os.mkfifo(path)
     ((source,), _) = find_sources([str(path)])
@@ -434,7 +434,7 @@ def test_a_pipe_that_nobody_writes_into_is_not_waited_for(tmp_path, monkeypatch)
 
 
 def test_a_slow_writer_is_waited_for(tmp_path, monkeypatch):
-    monkeypatch.setattr("led_model.cli.pipe._WAIT_MILLISECONDS", 50)
+    monkeypatch.setattr("led_model.batch.pipe._WAIT_MILLISECONDS", 50)
     path = tmp_path / "pipe"
     os.mkfifo(path)
 

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from led_model import LEDForConditionalGeneration, LEDForQuestionAnswering
-from led_model.cli.documents import Document
-from led_model.cli.pieces import Reader
+from led_model.batch.documents import Document
+from led_model.batch.pieces import Reader
 from led_model.tokenization.tokenizer import LEDTokenizer
 from tests.model.commands import TEXT, led, records, written
 

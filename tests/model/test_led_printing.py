@@ -12,9 +12,9 @@ import pytest
 import torch
 
 from led_model import LEDForConditionalGeneration, LEDForQuestionAnswering, LEDForSequenceClassification
+from led_model.batch.streaming import TextStreamer
 from led_model.cli.parser import main
 from led_model.cli.results import ResultFile
-from led_model.cli.streaming import TextStreamer
 from led_model.tokenization.tokenizer import LEDTokenizer
 from tests.model.commands import LIMIT, PARAGRAPHS, TEXTS, inputs, led, records, written
 
@@ -92,7 +92,7 @@ def test_printed_beside_the_output(save, capsys, monkeypatch, command, model_cla
     assert capsys.readouterr().out == ""
     assert led(command, "docs/0.txt", "docs/1.txt", *arguments, "--format", "text") == 0
     assert capsys.readouterr().out == "".join(texts)
-    monkeypatch.setattr("led_model.cli.commands.load_task", None)
+    monkeypatch.setattr("led_model.cli.run.load_task", None)
     assert led(command, "docs/1.txt", "docs/0.txt", *arguments, "--format", "text") == 0
     assert capsys.readouterr().out == "".join(reversed(texts))
     assert led(command, "docs/0.txt", "docs/1.txt", *arguments, "--format", "jsonl") == 0

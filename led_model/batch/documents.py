@@ -12,17 +12,14 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from functools import cached_property
-from itertools import islice
 from typing import BinaryIO
 
-from led_model.cli.json_lines import check_encodable, parse_record, parts_of, short
-from led_model.cli.pipe import NoWriter, Pipe
+from led_model.batch.json_lines import check_encodable, parse_record, parts_of, short
+from led_model.batch.pipe import NoWriter, Pipe
 
 BETWEEN_PARTS = "\n\n"
 # A document has no more: that is a hundred books, of which Python and the tokenizer hold copies.
 MAX_BYTES = 2**25
-_MAX_COUNTED = 100_000  # a file of more lines is read without having been counted
 # After as many bytes of a line that is too long, the next line is not looked for.
 _MAX_SKIPPED = 4 * MAX_BYTES
 # After so many lines without a document, one after another, a file is taken for one of something else.
@@ -98,35 +95,35 @@ class Unreadable:
 
 @dataclass
 class Source:
-    """Reads a file of one text, or of one document a line (JSONL). ``path`` is ``-`` for stdin."""
+    """Reads a file of one text, or of one document a line (JSONL). ``path`` is ``-`` for stdin.
+
+    Of the lines that are not blank it reads each ``every``-th, beginning with number ``first`` from 0; others are not
+    parsed.
+    """
 
     path: str
     is_jsonl: bool
     text_field: str = "text"
+    every: int = 1
+    first: int = 0
 
     @property
     def name(self) -> str:
         """Returns what messages and results call the file, in UTF-8, which not all file names are."""
         return "stdin" if self.path == "-" else os.fsencode(self.path).decode("utf-8", "replace")
 
-    @cached_property
-    def extent(self) -> tuple[int | None, int]:
-        """Returns the number of documents, ``None`` where only reading will tell, and that of their bytes."""
+    @property
+    def size(self) -> int:
+        """Returns the bytes of the documents, as far as the file tells without being read, else 0."""
         try:
-            if self.path == "-" or not os.path.isfile(self.path):
-                return (None if self.is_jsonl else 1), 0
-            if not self.is_jsonl:
-                return 1, os.path.getsize(self.path)
-            with open(self.path, "rb") as file:
-                lines = list(
-                    islice(((len(line), not line.strip()) for line, _ in _lines_of(file)), _MAX_COUNTED + 1)
-                )
-            if len(lines) > _MAX_COUNTED:
-                return None, 0
-            sizes = [size for size, is_blank in lines if not is_blank]
-            return len(sizes), sum(sizes)
+            return os.path.getsize(self.path) // self.every if self.is_file else 0
         except OSError:  # read() says why
-            return 1, 0
+            return 0
+
+    @property
+    def is_file(self) -> bool:
+        """Returns whether the path is that of a regular file, which can be read more than once."""
+        return self.path != "-" and os.path.isfile(self.path)
 
     def read(self) -> Iterator[Document | Unreadable]:
         """Yields the documents in the file's order, without blank lines of JSONL."""
@@ -144,7 +141,7 @@ class Source:
 
     def _open(self) -> AbstractContextManager[BinaryIO]:
         if self.path == "-":
-            return nullcontext(sys.stdin.buffer)
+            return _stdin()
         if stat.S_ISFIFO(os.stat(self.path).st_mode):
             return io.BufferedReader(Pipe(self.path))
         return open(self.path, "rb")
@@ -173,16 +170,21 @@ class Source:
     def _lines(self, file: BinaryIO) -> Iterator[Document | Unreadable]:
         line_of: dict[str, int] = {}  # the line that each id was in
         documents = faults = blanks = 0  # the last two count since the last document
+        count = 0  # lines that are not blank
         for number, (line, is_whole) in enumerate(_lines_of(file), 1):
-            if line.strip():
+            is_text, is_own = bool(line.strip()), count % self.every == self.first
+            count += is_text
+            if not is_text:
+                blanks += 1
+            elif not is_own:
+                blanks = 0
+            else:
                 found = self._document(line, number, line_of)
                 yield found
                 if isinstance(found, Document):
                     documents, faults, blanks = documents + 1, 0, 0
                 else:
                     faults += 1
-            else:
-                blanks += 1
             if not is_whole:
                 yield Unreadable(f"{self.name} line {number} goes on and on; what may follow is not read.", 0)
                 return
@@ -193,7 +195,7 @@ class Source:
                     0,
                 )
                 return
-        if documents == faults == 0:
+        if count == 0:
             yield Unreadable(f"{self.name} holds no document; give JSON objects, one a line.", 0)
 
     def _document(self, line: bytes, number: int, line_of: dict[str, int]) -> Document | Unreadable:
@@ -221,6 +223,17 @@ class Source:
             raise ValueError(f"has the id {short(document_id)}; give a string or an integer, or none.")
         check_encodable([str(document_id), *parts])
         return document_id, parts, is_own
+
+
+def _stdin() -> AbstractContextManager[BinaryIO]:
+    """Returns stdin, as a file of our own if it is one.
+
+    A thread that still waits for Python's own when the process ends would be a fatal error.
+    """
+    try:
+        return open(os.dup(sys.stdin.fileno()), "rb")
+    except (OSError, ValueError):  # it was replaced by something without a number
+        return nullcontext(sys.stdin.buffer)
 
 
 def _lines_of(file: BinaryIO) -> Iterator[tuple[bytes, bool]]:

@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from led_model.cli.documents import Document
-from led_model.cli.pieces import Piece
-from led_model.cli.tasks import Result, Task
-from led_model.cli.terminal import log, no_bars, quiet
+from led_model.batch.documents import Document
+from led_model.batch.pieces import Piece
+from led_model.batch.tasks import Result, Task
 from led_model.masks import key_mask
 from led_model.modeling.model import LEDForConditionalGeneration
 from led_model.overflow import check_finite
+from led_model.terminal import log, no_bars, quiet
 from led_model.tokenization.batch_encoding import BatchEncoding
 from led_model.tokenization.tokenizer import LEDTokenizer
 
@@ -31,6 +31,8 @@ class _Writer(Task[LEDForConditionalGeneration]):
 
     field: str
     writes = True
+    # Each of some 170 tokens takes a pass over the decoder's weights, in led-base as long as reading 12 tokens.
+    batch_cost = 2048
     compares = False
 
     def __init__(

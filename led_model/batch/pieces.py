@@ -10,8 +10,8 @@ from dataclasses import dataclass
 import numpy as np
 from torch import device as Device
 
-from led_model.cli.documents import BETWEEN_PARTS, Document
-from led_model.cli.terminal import log
+from led_model.batch.documents import BETWEEN_PARTS, Document
+from led_model.terminal import log
 from led_model.tokenization.batch_encoding import BatchEncoding
 from led_model.tokenization.tokenizer import LEDTokenizer
 
@@ -44,6 +44,11 @@ class Piece:
     def input_ids(self) -> list[int]:
         """Returns all ids that the model reads, made at each call, as a list takes several times the memory."""
         return [*self.prefix, *self.ids.tolist(), *self.suffix]
+
+    @property
+    def length(self) -> int:
+        """Returns how many ids the model reads."""
+        return len(self.prefix) + len(self.ids) + len(self.suffix)
 
     @property
     def first(self) -> int:

@@ -13,14 +13,14 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch import Tensor, nn
 
+from led_model.batch.documents import Document
+from led_model.batch.pieces import Piece, Reader
+from led_model.batch.streaming import TextStreamer
 from led_model.checkpoint.pretrained import LEDPreTrainedModel
-from led_model.cli.documents import Document
-from led_model.cli.pieces import Piece, Reader
-from led_model.cli.streaming import TextStreamer
-from led_model.cli.terminal import layer_progress, seconds
 from led_model.config import LEDConfig
 from led_model.modeling.heads import LEDForQuestionAnswering, LEDForSequenceClassification
 from led_model.overflow import check_finite
+from led_model.terminal import layer_progress, seconds
 from led_model.tokenization.batch_encoding import BatchEncoding
 from led_model.tokenization.tokenizer import LEDTokenizer
 
@@ -30,9 +30,10 @@ Result = dict[str, Any]  # what a model gives for a piece, or for a document
 
 @dataclass
 class Work:
-    """Counts tokens read and written so far, and the seconds that took."""
+    """Counts tokens read and written so far, and the seconds that took; ``padded_tokens`` are read and padding."""
 
     read_tokens: int = 0
+    padded_tokens: int = 0
     read_seconds: float = 0.0
     written_tokens: int = 0
     written_seconds: float = 0.0
@@ -73,6 +74,8 @@ class Task(ABC, Generic[Model]):
     """
 
     writes = False
+    batch_cost = 256
+    """What a batch costs beside its tokens, in tokens: so many could be read in that time."""
     streamer: TextStreamer | None = None
 
     def __init__(self, model: Model, tokenizer: LEDTokenizer, **reading: Any) -> None:
@@ -97,6 +100,7 @@ class Task(ABC, Generic[Model]):
         with torch.no_grad():
             found = self._run(pieces, inputs)
         self.work.read_tokens += int(inputs.attention_mask.sum())
+        self.work.padded_tokens += inputs.attention_mask.numel()
         return found
 
     def read(self, inputs: BatchEncoding) -> AbstractContextManager[None]:
