@@ -5,15 +5,13 @@ The projections are those of Beltagy et al., "Longformer: The Long-Document Tran
 
 from __future__ import annotations
 
-from typing import TypeGuard
-
 from torch import Tensor, nn
 
 from led_kernels.absorbed import absorbed_global_attention
 from led_kernels.api import banded_attention, global_attention
 from led_kernels.global_rows import add_global_rows, gather_global_rows
 from led_kernels.mask import LongformerMask
-from led_kernels.modules import is_plain_linear
+from led_kernels.parallel_linear import products
 from led_kernels.processes import processes_share_gradients
 
 
@@ -35,7 +33,7 @@ def encoder_self_attention(
     """Computes the self-attention of one encoder layer, up to its output projection.
 
     Only the rows of global tokens go through ``query_global``. Every token goes through ``key_global`` and
-    ``value_global``, unless both are plain ``nn.Linear`` and ``max_globals * num_heads < d_model``: then
+    ``value_global``, unless both are plain ``nn.Linear``, or sharded over heads, and ``max_globals < head_dim``: then
     global tokens attend over the hidden states themselves
     (:func:`led_kernels.absorbed_global_attention`), with the same result and gradients. With
     ``mask.max_globals == 0`` none of the three is called, and they get no gradient; where torch.distributed runs with
@@ -71,20 +69,16 @@ def encoder_self_attention(
                 out = out + module(hidden.flatten(0, -2)[:0]).sum()
         return out
     q_global = project_global_queries(hidden, query_global, mask, num_heads)
-    saves_work = mask.max_globals * num_heads < hidden.shape[-1]
-    if saves_work and _can_absorb(key_global, hidden) and _can_absorb(value_global, hidden):
+    # A token costs max_globals * num_heads * d_model in scores, and num_heads * head_dim * d_model to be projected.
+    saves_work = mask.max_globals < q.shape[-1]
+    if saves_work and (found := products((key_global, value_global), hidden)) is not None:
+        states, (key, value) = found
         out_global = absorbed_global_attention(
-            hidden,
-            q_global,
-            key_global.weight,
-            value_global.weight,
-            value_global.bias,
-            mask,
-            dropout_p=dropout_p,
+            states, q_global, key.weight, value.weight, value.bias, mask, dropout_p=dropout_p
         )
-        if key_global.bias is not None:
+        if key.bias is not None:
             # A constant per query cancels in the softmax: the bias has a gradient, and it is zero.
-            out_global = out_global + key_global.bias[:0].sum()
+            out_global = out_global + key.bias[:0].sum()
     else:
         k_global, v_global = (
             module(hidden).unflatten(-1, (num_heads, -1)) for module in (key_global, value_global)
@@ -109,8 +103,3 @@ def project_global_queries(
     # An unused slot repeats some row, which may be padding: NaN there must not reach a weight's gradient.
     rows = rows.masked_fill((mask.global_index < 0)[:, :, None], 0)
     return query_global(rows).unflatten(-1, (num_heads, -1))
-
-
-def _can_absorb(projection: nn.Module, hidden: Tensor) -> TypeGuard[nn.Linear]:
-    """Tells whether global tokens may attend over the hidden states themselves, and not over their projection."""
-    return is_plain_linear(projection) and projection.weight.device == hidden.device

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 from torch import Tensor, nn
 from transformers.models.led.modeling_led import (
@@ -67,6 +69,13 @@ class FusedLEDEncoder(LEDEncoder):
     """Builds one mask per forward, for all its layers, and pads nothing."""
 
     led_kernels_options = Options()
+    tensor_parallel_plan: ClassVar[dict[str, str]] = {
+        "*.longformer_self_attn": "heads",
+        "*.longformer_self_attn.*": "columns",
+        "*.self_attn.output": "rows",
+        "*.fc1": "columns",
+        "*.fc2": "rows",
+    }
 
     @takes_arguments_of(LEDEncoder.forward)
     def forward(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 from torch import Tensor
 from transformers.models.longformer.modeling_longformer import (
     LongformerBaseModelOutput,
@@ -24,6 +26,12 @@ class FusedLongformerEncoder(LongformerEncoder):
     """Builds one mask per forward, for all its layers."""
 
     led_kernels_options = Options()
+    tensor_parallel_plan: ClassVar[dict[str, str]] = {
+        "*.attention.self": "heads",
+        "*.attention.self.*": "columns",
+        "*.intermediate.dense": "columns",
+        "*.output.dense": "rows",  # of the attention, and of the feed-forward
+    }
 
     @takes_arguments_of(LongformerEncoder.forward)
     def forward(
