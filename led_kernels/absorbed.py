@@ -73,7 +73,7 @@ def absorbed_global_attention(
     """Computes :func:`global_attention` from hidden states, without projecting every token to keys and values.
 
     With keys ``W_k x + b_k`` the scores are ``(W_kᵀ q)·x + const``, and the constant cancels in the softmax; the output
-    is ``W_v (Σ p x) + b_v Σ p``. Exact algebra; it pays while ``max_globals * heads < d_model``.
+    is ``W_v (Σ p x) + b_v Σ p``. Exact algebra; it pays while ``max_globals < head_dim``.
 
     Args:
         hidden: ``[batch, seqlen, d_model]``, or ``[total_rows, d_model]`` with a packed mask.

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from led_kernels.eager import is_eager, is_transformed
 from led_kernels.mask import LongformerMask
+from led_kernels.processes import replicated_beside
 
 
 def gather_global_rows(x: Tensor, mask: LongformerMask) -> Tensor:
@@ -16,7 +17,7 @@ def gather_global_rows(x: Tensor, mask: LongformerMask) -> Tensor:
 
     Unused slots repeat a row of the same batch entry.
     """
-    return x[_places(mask, x.shape[0])]
+    return x[replicated_beside(x, _places(mask, x.shape[0]))]
 
 
 def add_global_rows(out: Tensor, out_global: Tensor, mask: LongformerMask) -> Tensor:
@@ -30,7 +31,8 @@ def add_global_rows(out: Tensor, out_global: Tensor, mask: LongformerMask) -> Te
     put = (
         out.index_put if out.requires_grad or out_global.requires_grad or is_transformed() else out.index_put_
     )
-    return put(_places(mask, out.shape[0]), out_global.to(out.dtype), accumulate=True)
+    places = replicated_beside(out, _places(mask, out.shape[0]))
+    return put(places, out_global.to(out.dtype), accumulate=True)
 
 
 class _PutGlobalRows(torch.autograd.Function):

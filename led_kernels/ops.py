@@ -25,6 +25,7 @@ from led_kernels.dispatch import backend_module
 from led_kernels.eager import is_transformed
 from led_kernels.mask import LongformerMask
 from led_kernels.mask_tensors import MaskTensors
+from led_kernels.processes import is_dtensor, replicated_beside
 
 _NO_FORWARD_MODE = (
     "forward-mode differentiation through led_kernels attention is not supported; use reverse mode: torch.func.grad, "
@@ -48,7 +49,16 @@ _NUM_MASK_TENSORS = len(MaskTensors._fields)
 def attend(call: AttentionCall, backend: str) -> tuple[Tensor, Tensor]:
     """Runs a call on the named backend -> out, lse, both with gradients."""
     op = _global if call.is_global else _banded
-    return op(*_flatten(call), backend)
+    arguments = _flatten(call)
+    if is_dtensor(call.q):
+        from led_kernels import sharding  # which imports what DTensors need
+
+        for operator in (banded_forward, banded_backward, global_forward, global_backward):
+            sharding.register(operator._opoverload)
+        sharding.check_dropout(call.q, call.dropout_p)
+        q, k, v, *others = arguments
+        arguments = (q, k, v, *replicated_beside(q, tuple(others)))
+    return op(*arguments, backend)
 
 
 def _flatten(call: AttentionCall) -> tuple:

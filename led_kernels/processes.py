@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from typing import Any, Protocol
@@ -25,6 +26,28 @@ def processes_share_gradients() -> bool:
         and distributed.is_available()
         and distributed.is_initialized()
         and distributed.get_world_size() > 1
+    )
+
+
+def is_dtensor(x: object) -> bool:
+    """Tells whether ``x`` is a DTensor, of which each process holds a part, and imports nothing for it."""
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(x, module.DTensor)
+
+
+def replicated_beside(x: Any, tensors: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Returns ``tensors``, which every process has whole, as they are, or as DTensors where ``x`` is one."""
+    if not is_dtensor(x):
+        return tensors
+    from torch.distributed.tensor import DTensor, Replicate
+
+    mesh = x.device_mesh
+    everywhere = [Replicate()] * mesh.ndim
+    return tuple(
+        DTensor.from_local(tensor, mesh, everywhere, run_check=False)
+        if isinstance(tensor, torch.Tensor) and not is_dtensor(tensor)
+        else tensor
+        for tensor in tensors
     )
 
 

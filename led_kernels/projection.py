@@ -5,7 +5,7 @@ The projections are those of Beltagy et al., "Longformer: The Long-Document Tran
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple, TypeGuard
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
@@ -22,7 +22,7 @@ from led_kernels.distributed.split_attention import (
 from led_kernels.eager import never_compiled
 from led_kernels.global_rows import add_global_rows, gather_global_rows
 from led_kernels.mask import LongformerMask
-from led_kernels.modules import is_plain_linear
+from led_kernels.parallel_linear import products
 from led_kernels.processes import processes_share_gradients
 
 
@@ -44,7 +44,7 @@ def encoder_self_attention(
     """Computes the self-attention of one encoder layer, up to its output projection.
 
     Only the rows of global tokens go through ``query_global``. Every token goes through ``key_global`` and
-    ``value_global``, unless both are plain ``nn.Linear`` and ``max_globals * num_heads < d_model``: then
+    ``value_global``, unless both are plain ``nn.Linear``, or sharded over heads, and ``max_globals < head_dim``: then
     global tokens attend over the hidden states themselves
     (:func:`led_kernels.absorbed_global_attention`), with the same result and gradients. With
     ``mask.max_globals == 0`` none of the three is called, and they get no gradient; where torch.distributed runs with
@@ -133,17 +133,21 @@ class _GlobalProjections(NamedTuple):
         """
         q_global = self.query(rows).unflatten(-1, (self.num_heads, -1))
         settings: dict[str, Any] = {"dropout_p": dropout_p, "seed": seed, "return_lse": return_lse}
-        saves_work = mask.max_globals * self.num_heads < hidden.shape[-1]
-        key, value = self.key, self.value
-        if saves_work and _can_absorb(key, hidden) and _can_absorb(value, hidden):
-            weights = key.weight, value.weight, value.bias
-            found = absorbed_global_attention(hidden, q_global, *weights, mask, **settings)
+        # A token costs max_globals * num_heads * d_model in scores, and num_heads * head_dim * d_model to be projected.
+        saves_work = mask.max_globals < q_global.shape[-1]
+        if saves_work and (multiplied := products((self.key, self.value), hidden)) is not None:
+            states, (key, value) = multiplied
+            found = absorbed_global_attention(
+                states, q_global, key.weight, value.weight, value.bias, mask, **settings
+            )
             out, lse = found if return_lse else (found, None)
             if key.bias is not None:
                 # A constant per query cancels in the softmax: the bias has a gradient, and it is zero.
                 out = out + key.bias[:0].sum()
             return out, lse
-        k_global, v_global = (module(hidden).unflatten(-1, (self.num_heads, -1)) for module in (key, value))
+        k_global, v_global = (
+            module(hidden).unflatten(-1, (self.num_heads, -1)) for module in (self.key, self.value)
+        )
         found = global_attention(q_global, k_global, v_global, mask, backend=backend, **settings)
         return found if return_lse else (found, None)
 
@@ -177,8 +181,3 @@ def _global_rows(hidden: Tensor, mask: LongformerMask) -> Tensor:
     rows = gather_global_rows(hidden, mask)
     # An unused slot repeats some row, which may be padding: NaN there must not reach a weight's gradient.
     return rows.masked_fill((mask.global_index < 0)[:, :, None], 0)
-
-
-def _can_absorb(projection: nn.Module, hidden: Tensor) -> TypeGuard[nn.Linear]:
-    """Tells whether global tokens may attend over the hidden states themselves, and not over their projection."""
-    return is_plain_linear(projection) and projection.weight.device == hidden.device

@@ -12,12 +12,12 @@ from torch import Tensor
 from led_kernels.first_order import first_order_only
 
 
-def sum_over_ranks(x: Tensor, group: dist.ProcessGroup) -> Tensor:
+def all_reduce_sum(x: Tensor, group: dist.ProcessGroup) -> Tensor:
     """Returns the sum of all ranks' ``x``, whose gradient is the sum of all ranks' gradients."""
-    return _SumOverRanks.apply(x, group)
+    return _AllReduceSum.apply(x, group)
 
 
-class _SumOverRanks(torch.autograd.Function):
+class _AllReduceSum(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:
         ctx.group = group
@@ -52,7 +52,7 @@ def merge_over_ranks(out: Tensor, lse: Tensor, group: dist.ProcessGroup) -> Tens
     dist.all_reduce(peak, dist.ReduceOp.MAX, group)
     weight = (lse - peak).exp().transpose(1, 2)[..., None]  # [batch, rows, heads, 1]
     # A rank without a result has weight 0, except where no rank has one.
-    total = sum_over_ranks(torch.cat([out * weight, weight], -1), group)
+    total = all_reduce_sum(torch.cat([out * weight, weight], -1), group)
     return (total[..., :-1] / total[..., -1:]).to(out.dtype)
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from led_kernels.api import banded_attention, global_attention
 from led_kernels.argument_checks import check_number
 from led_kernels.arguments import check_qkv, draw_seed
-from led_kernels.distributed.collectives import merge_over_ranks, sum_over_ranks
+from led_kernels.distributed.collectives import all_reduce_sum, merge_over_ranks
 from led_kernels.distributed.context import ContextParallelMask, from_first_rank
 from led_kernels.distributed.halo import Halo
 from led_kernels.eager import never_compiled
@@ -102,7 +102,7 @@ def global_rows_of_all_ranks(
     rows = [gather_global_rows(x, keys) for x in tensors]
     flat = torch.cat([x.flatten(2) for x in rows], -1)  # [batch, max_globals, any]
     # Each row comes from the one rank that has it, so that the sum is exact; 0 · NaN would not be.
-    summed = sum_over_ranks(flat.masked_fill(keys.global_index[:, :, None] < 0, 0), group)
+    summed = all_reduce_sum(flat.masked_fill(keys.global_index[:, :, None] < 0, 0), group)
     parts = summed.split([x[0, 0].numel() for x in rows], -1)
     return [part.reshape(x.shape).to(x.dtype) for part, x in zip(parts, rows, strict=True)]
 

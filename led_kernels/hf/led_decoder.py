@@ -7,7 +7,7 @@ the unwritten positions of a static cache, and to padding of the prompt.
 from __future__ import annotations
 
 from contextlib import nullcontext
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import transformers
@@ -207,6 +207,13 @@ class FusedLEDDecoder(LEDDecoder):
     led_kernels_options = Options()
     context: ContextParallel | None = None  # the ranks over which documents are split
     where_overridden = CautiousLEDDecoder
+    tensor_parallel_plan: ClassVar[dict[str, str]] = {
+        "*_attn": "heads",
+        "*_attn.[qkv]_proj": "columns",
+        "*_attn.out_proj": "rows",
+        "*.fc1": "columns",
+        "*.fc2": "rows",
+    }
 
     @takes_arguments_of(LEDDecoder.forward, ignores=("global_attention_mask",))
     def forward(

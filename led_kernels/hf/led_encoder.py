@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -73,6 +74,13 @@ class FusedLEDEncoder(LEDEncoder):
     led_kernels_options = Options()
     context: ContextParallel | None = None  # the ranks over which documents are split
     splits_rows = True
+    tensor_parallel_plan: ClassVar[dict[str, str]] = {
+        "*.longformer_self_attn": "heads",
+        "*.longformer_self_attn.*": "columns",
+        "*.self_attn.output": "rows",
+        "*.fc1": "columns",
+        "*.fc2": "rows",
+    }
 
     @takes_arguments_of(LEDEncoder.forward)
     def forward(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor
 from transformers.models.longformer.modeling_longformer import (
@@ -31,6 +31,12 @@ class FusedLongformerEncoder(LongformerEncoder):
     led_kernels_options = Options()
     context: ContextParallel | None = None  # the ranks over which documents are split
     splits_rows = True
+    tensor_parallel_plan: ClassVar[dict[str, str]] = {
+        "*.attention.self": "heads",
+        "*.attention.self.*": "columns",
+        "*.intermediate.dense": "columns",
+        "*.output.dense": "rows",  # of the attention, and of the feed-forward
+    }
 
     @takes_arguments_of(LongformerEncoder.forward)
     def forward(

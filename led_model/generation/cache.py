@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -21,7 +23,7 @@ class StaticKVCache:
     positions. Shapes and addresses never change, and positions are chosen by an index tensor, so a decoding step can be
     compiled once or captured in a graph. Positions not yet written hold zeros (0 weight times NaN would be NaN) and
     :meth:`attention_mask` hides them: it is needed even where a step has one query, or empty positions take part and
-    the tokens are wrong.
+    the tokens are wrong. ``heads`` is the number of them here, where a model's are sharded over processes.
     """
 
     def __init__(
@@ -30,12 +32,13 @@ class StaticKVCache:
         batch: int,
         max_length: int,
         *,
+        heads: int | None = None,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
     ) -> None:
         check_values({"batch": batch, "max_length": max_length}, _SIZES)
-        heads = config.decoder_attention_heads
-        shape = (config.decoder_layers, batch, heads, max_length, config.d_model // heads)
+        head_dim = config.d_model // config.decoder_attention_heads
+        shape = (config.decoder_layers, batch, heads or config.decoder_attention_heads, max_length, head_dim)
         self.keys = torch.zeros(shape, dtype=dtype, device=device)
         self.values = torch.zeros(shape, dtype=dtype, device=device)
         self.positions = torch.arange(max_length, device=device)
@@ -61,7 +64,11 @@ class StaticKVCache:
         """
         batch = hidden.shape[0]
         layers, rows, heads, _, head_dim = self.keys.shape
-        wanted = (len(decoder.layers), batch, decoder.embed_positions.weight.shape[1])
+        width = decoder.embed_positions.weight.shape[1]
+        if len(decoder.layers):  # whose heads may be sharded over processes
+            attention: Any = decoder.layers[0].self_attn
+            width = attention.num_heads * attention.head_dim
+        wanted = (len(decoder.layers), batch, width)
         if (layers, rows, heads * head_dim) != wanted:
             raise ValueError(
                 f"cache has {layers} layers, {rows} rows and width {heads * head_dim}; give one built for "
@@ -142,11 +149,12 @@ class BeamKVCache(StaticKVCache):
         beams: int,
         max_length: int,
         *,
+        heads: int | None = None,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
     ) -> None:
         check_values({"beams": beams, "max_length": max_length}, _SIZES)
-        super().__init__(config, batch, max_length * beams, dtype=dtype, device=device)
+        super().__init__(config, batch, max_length * beams, heads=heads, dtype=dtype, device=device)
         self.positions = torch.arange(max_length, device=device)  # each has one index per beam
         self.beams = torch.arange(beams, device=device)
         self.ancestry = self.beams[:, None].repeat(batch, 1, max_length)

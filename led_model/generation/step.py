@@ -57,10 +57,11 @@ class DecoderStep:
                     "compiled is true, and documents are split over ranks, which is not compiled; leave it out."
                 )
         self.prompt_mask = prompt_mask
+        like = {"heads": key.shape[1], "dtype": key.dtype, "device": device}
         if rows == 1:
-            self.cache = StaticKVCache(model.config, batch, max_steps, dtype=key.dtype, device=device)
+            self.cache = StaticKVCache(model.config, batch, max_steps, **like)
         else:
-            self.cache = BeamKVCache(model.config, batch, rows, max_steps, dtype=key.dtype, device=device)
+            self.cache = BeamKVCache(model.config, batch, rows, max_steps, **like)
         self.run = _compiled_step(device.type) if compiled else _step
         if compiled:
             for tensor in self.cache.tensors():  # a captured graph writes them in place

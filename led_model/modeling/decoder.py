@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -28,6 +28,14 @@ class LEDDecoder(EmbeddedStack):
     """Decodes texts over the encoder's output, or the keys and values that :meth:`cross_keys_values` makes of it."""
 
     context: ContextParallel | None = None  # the ranks over which documents are split
+    tensor_parallel_plan: ClassVar[dict[str, str]] = {
+        "*_attn": "heads",
+        "*_attn.qkv": "fused columns",
+        "*_attn.[qkv]_proj": "columns",
+        "*_attn.out_proj": "rows",
+        "*.fc1": "columns",
+        "*.fc2": "rows",
+    }
 
     def __init__(self, config: LEDConfig, embed_tokens: nn.Embedding) -> None:
         super().__init__(config, embed_tokens, config.max_decoder_position_embeddings)

@@ -118,7 +118,7 @@ def _check_cross_keys_values(pairs: Any, hidden: Tensor, stack: DecoderStack) ->
     Raises:
         ValueError: naming ``cross_keys_values``.
     """
-    batch, _, d_model = hidden.shape
+    batch = hidden.shape[0]
     if (
         not isinstance(pairs, Sequence)
         or len(pairs) != len(stack.layers)
@@ -128,7 +128,7 @@ def _check_cross_keys_values(pairs: Any, hidden: Tensor, stack: DecoderStack) ->
             f"cross_keys_values {describe(pairs)}; give what cross_keys_values(encoder_hidden_states) returns, "
             f"one pair for each of {len(stack.layers)} layers."
         )
-    heads = stack.layers[0].encoder_attn.num_heads if len(stack.layers) else 0
+    attention = stack.layers[0].encoder_attn if len(stack.layers) else None
     # Under autocast they are narrower than what they are made of.
     mixed = autocast_dtype(hidden.device) is not None
     dtype, source = stack.embed_positions.weight.dtype, None
@@ -136,7 +136,8 @@ def _check_cross_keys_values(pairs: Any, hidden: Tensor, stack: DecoderStack) ->
         for tensor in pair:
             if source is None and is_dense(tensor) and tensor.dim() == 4:
                 source = tensor.shape[2]
-            expected = (batch, heads, source, d_model // heads)
+            assert attention is not None  # as there is a pair for each layer
+            expected = (batch, attention.num_heads, source, attention.head_dim)
             if not is_dense(tensor) or tensor.shape != expected:
                 raise ValueError(
                     f"cross_keys_values holds what {describe(tensor)}; give [batch, heads, source, head_dim] = "

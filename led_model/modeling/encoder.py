@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -22,6 +24,14 @@ class LEDEncoder(EmbeddedStack):
 
     context: ContextParallel | None = None  # the ranks over which documents are split
     splits_rows = True
+    tensor_parallel_plan: ClassVar[dict[str, str]] = {
+        "*.self_attn": "heads",
+        "*.self_attn.qkv": "fused columns",
+        "*.self_attn.*_global": "columns",
+        "*.self_attn.output": "rows",
+        "*.fc1": "columns",
+        "*.fc2": "rows",
+    }
 
     def __init__(self, config: LEDConfig, embed_tokens: nn.Embedding) -> None:
         super().__init__(config, embed_tokens, config.max_encoder_position_embeddings)
