@@ -18,6 +18,7 @@ ABOUT = {
     "quantization": "memory and quality of smaller weights; not timed",
     "learning": "losses of a small model on real papers, which pip downloads; not timed",
     "memory": "what a training step keeps, counted and predicted; not timed",
+    "context": "what a rank sends and keeps of a document that is split over 8; not timed",
 }
 OTHERS = {
     "benchmarks.report.summary": "the figures of runs, and the README's tables",

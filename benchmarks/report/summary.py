@@ -15,13 +15,13 @@ from benchmarks.harness import runner, table
 from benchmarks.harness.figures import Figure, Run
 from benchmarks.harness.figures import markdown as figures_markdown
 from benchmarks.harness.table import Row
-from benchmarks.suites import learning, memory, quantization
+from benchmarks.suites import context, learning, memory, quantization
 from benchmarks.suites.catalog import COMMITTED, SUITES, TOGETHER
 
 README = Path(__file__).parents[2] / "README.md"
 FIGURES = "figures"  # the name of the marks around the timed suites' tables
 # Suites that are not timed, whose tables have marks of their names.
-UNTIMED = {"quantization": quantization, "learning": learning, "memory": memory}
+UNTIMED = {"quantization": quantization, "learning": learning, "memory": memory, "context": context}
 
 
 def figures(rows: list[Row]) -> list[Figure]:
