@@ -6,12 +6,14 @@ long the sequences are.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from led_kernels.api import banded_attention, global_attention
 from led_kernels.argument_checks import check_number
@@ -134,18 +136,40 @@ def banded_attention_of_part(
         ``[batch, rows, heads, head_dim]``; the memory behind it may hold more rows.
     """
     settings["window_size"] = shard.window
-    own = [(q, q[:, :0]), (k, k_of_globals), (v, v_of_globals)]
+    of_globals = k_of_globals, v_of_globals
     no_halos = [(x[:, :0], x[:, :0]) for x in (k, v)]
     if shard.world == 1 or max(shard.window) == 0:
-        return _attend(shard.main, own, no_halos, shard, settings)[:, _own_rows(shard)]
+        return _attend(shard.main, (q, k, v), of_globals, no_halos, settings)[:, _own_rows(shard)]
     halo = Halo([k, v], shard, group)
     if shard.strips:
-        out = _attend(shard.main, own, no_halos, shard, settings)
+        out = _attend(shard.main, (q, k, v), of_globals, no_halos, settings)
         halos = halo.wait()
     else:
         halos = halo.wait()
-        out = _attend(shard.main, own, halos, shard, settings)
-    strips = [_attend(strip, own, halos, shard, settings)[:, strip.own_rows] for strip in shard.strips]
+        out = _attend(shard.main, (q, k, v), of_globals, halos, settings)
+    strips = []
+    for strip in shard.strips:
+        own = tuple(x[:, _of_strip(strip, shard)] for x in (q, k, v))
+        is_left = strip.keys[0] < shard.own[0]
+        sides = [(left, right[:, :0]) if is_left else (left[:, :0], right) for left, right in halos]
+        if torch.is_grad_enabled():
+            # A strip has three times as many rows as queries, and is computed again in the backward. What is kept for
+            # that has to be a copy: a slice would keep the memory of all rows.
+            own = tuple(x.clone() for x in own)
+            strips.append(
+                checkpoint(
+                    _attend,
+                    strip,
+                    own,
+                    of_globals,
+                    sides,
+                    settings,
+                    use_reentrant=False,
+                    preserve_rng_state=False,
+                )[:, strip.own_rows]
+            )
+        else:
+            strips.append(_attend(strip, own, of_globals, sides, settings)[:, strip.own_rows])
     return _PutStrips.apply(shard, out, *strips, *(side for pair in halos for side in pair))
 
 
@@ -156,48 +180,41 @@ def _own_rows(shard: MaskShard[LongformerMask]) -> slice:
     return slice(begin, begin + last - first)
 
 
+def _of_strip(strip: Piece[LongformerMask], shard: MaskShard[LongformerMask]) -> slice:
+    """Returns which of the own rows a strip spans."""
+    (first, last), (begin, end) = shard.own, strip.keys
+    return slice(max(begin - first, 0), min(end, last) - first)
+
+
 def _attend(
     piece: Piece[LongformerMask],
-    own: list[tuple[Tensor, Tensor]],
-    halos: list[tuple[Tensor, Tensor]],
-    shard: MaskShard[LongformerMask],
+    own: tuple[Tensor, ...],
+    of_globals: tuple[Tensor, Tensor],
+    halos: Sequence[tuple[Tensor, Tensor]],
     settings: dict[str, Any],
 ) -> Tensor:
-    """Computes a piece, ``[batch, rows of the piece, heads, head_dim]``."""
-    (q, _), *keys = own
-    k, v = (
-        _rows(piece, shard, x, of_globals, *halo) for (x, of_globals), halo in zip(keys, halos, strict=True)
-    )
-    return banded_attention(_query_rows(piece, shard, q), k, v, piece.mask, **settings)
+    """Computes a piece, ``[batch, rows of the piece, heads, head_dim]``.
+
+    Args:
+        own: q, k and v of the own rows that the piece spans.
+        of_globals: k and v of all global tokens.
+        halos: k and v of the rows to the left and to the right of the own ones.
+    """
+    q, *keys = own
+    k, v = (_rows(piece.front, rows, x, *halo) for rows, x, halo in zip(of_globals, keys, halos, strict=True))
+    before, after = piece.front + halos[0][0].shape[1], halos[0][1].shape[1]
+    if before or after:  # Whatever is there for rows that are no queries is not looked at.
+        q = F.pad(q, (0, 0, 0, 0, before, after))
+    return banded_attention(q, k, v, piece.mask, **settings)
 
 
-def _rows(
-    piece: Piece[LongformerMask],
-    shard: MaskShard[LongformerMask],
-    own: Tensor,
-    of_globals: Tensor,
-    left: Tensor,
-    right: Tensor,
-) -> Tensor:
-    """Returns the rows of a piece: those of the global tokens, and those of the halo and the part that it spans."""
-    (first, last), (begin, end) = shard.own, piece.keys
-    rows = [left, own[:, max(begin - first, 0) : min(end, last) - first], right]
-    if begin >= first:
-        rows[0] = left[:, :0]
-    if end <= last:
-        rows[2] = right[:, :0]
-    if piece.front:
-        rows.insert(0, F.pad(of_globals, (0, 0, 0, 0, 0, piece.front - of_globals.shape[1])))
+def _rows(front: int, of_globals: Tensor, own: Tensor, left: Tensor, right: Tensor) -> Tensor:
+    """Returns the rows of a piece: those of the global tokens and the gap, of the halo and of the part."""
+    rows = [left, own, right]
+    if front:
+        rows.insert(0, F.pad(of_globals, (0, 0, 0, 0, 0, front - of_globals.shape[1])))
     rows = [x for x in rows if x.shape[1]]
     return rows[0] if len(rows) == 1 else torch.cat(rows, 1)
-
-
-def _query_rows(piece: Piece[LongformerMask], shard: MaskShard[LongformerMask], q: Tensor) -> Tensor:
-    """Returns q for all rows of a piece; whatever is there for those that are no queries is not looked at."""
-    (first, last), (begin, end) = shard.own, piece.keys
-    own = q[:, max(begin - first, 0) : min(end, last) - first]
-    before, after = piece.front + max(first - begin, 0), max(end - last, 0)
-    return F.pad(own, (0, 0, 0, 0, before, after)) if before or after else own
 
 
 class _PutStrips(torch.autograd.Function):

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import copy
 import functools
+import re
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -278,6 +280,20 @@ def _refusals() -> dict[str, Callable[[], Any]]:
     return cases
 
 
+def readme() -> tuple[Tensor, Tensor]:
+    """Runs the README's lines on the CPU; returns the tokens of one process and those of this rank."""
+    text = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+    found = re.search(r"^<!-- several devices -->\n```py\n(.*?)```$", text, flags=re.DOTALL | re.MULTILINE)
+    assert found is not None
+    model, batch = build("led_model"), documents()
+    reference = build("led_model").eval()
+    names: dict[str, Any] = {"model": model, "batch": batch}
+    exec(compile(found.group(1).replace('"cuda"', '"cpu"'), "README.md", "exec"), names)
+    expected_ids = reference.generate(batch["input_ids"], batch["attention_mask"], max_new_tokens=20)
+    assert any(parameter.grad is not None for parameter in model.parameters())
+    return expected_ids, names["summary_ids"]
+
+
 def main() -> dict[str, Any]:
     checks: dict[str, Callable[[], Any]] = {}
     for name in MODELS:
@@ -293,6 +309,7 @@ def main() -> dict[str, Any]:
                 checks[f"generate {name} {beams} {sharded}"] = partial(generated, name, sharded, **settings)
         checks[f"dropout {name}"] = partial(with_dropout, name)
         checks[f"rows {name}"] = partial(rows_of_the_encoder, name)
+    checks["readme"] = readme
     for name in HEADS:
         checks[name] = partial(head, name)
     for name, change in _refusals().items():

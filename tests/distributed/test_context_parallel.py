@@ -55,6 +55,12 @@ def test_generation(name, beams, sharded, found):
         assert torch.equal(actual, expected)
 
 
+def test_the_readmes_lines(found):
+    for of_rank in found:
+        expected, actual = result(of_rank, "readme")
+        assert torch.equal(actual, expected)
+
+
 @every_model
 def test_dropout_of_the_decoder_is_the_same_on_all_ranks(name, found):
     first, *others = [result(of_rank, f"dropout {name}") for of_rank in found]
