@@ -152,24 +152,18 @@ def banded_attention_of_part(
         own = tuple(x[:, _of_strip(strip, shard)] for x in (q, k, v))
         is_left = strip.keys[0] < shard.own[0]
         sides = [(left, right[:, :0]) if is_left else (left[:, :0], right) for left, right in halos]
+        tensors = *own, *of_globals, *sides[0], *sides[1]
         if torch.is_grad_enabled():
             # A strip has three times as many rows as queries, and is computed again in the backward. What is kept for
             # that has to be a copy: a slice would keep the memory of all rows.
-            own = tuple(x.clone() for x in own)
-            strips.append(
-                checkpoint(
-                    _attend,
-                    strip,
-                    own,
-                    of_globals,
-                    sides,
-                    settings,
-                    use_reentrant=False,
-                    preserve_rng_state=False,
-                )[:, strip.own_rows]
-            )
+            copies = [x.clone() for x in own]
+            out_strip = checkpoint(
+                _attend_strip, strip, settings, *copies, *tensors[len(own) :],
+                use_reentrant=False, preserve_rng_state=False,
+            )  # fmt: skip
         else:
-            strips.append(_attend(strip, own, of_globals, sides, settings)[:, strip.own_rows])
+            out_strip = _attend_strip(strip, settings, *tensors)
+        strips.append(out_strip)
     return _PutStrips.apply(shard, out, *strips, *(side for pair in halos for side in pair))
 
 
@@ -184,6 +178,13 @@ def _of_strip(strip: Piece[LongformerMask], shard: MaskShard[LongformerMask]) ->
     """Returns which of the own rows a strip spans."""
     (first, last), (begin, end) = shard.own, strip.keys
     return slice(max(begin - first, 0), min(end, last) - first)
+
+
+def _attend_strip(piece: Piece[LongformerMask], settings: dict[str, Any], *tensors: Tensor) -> Tensor:
+    """Computes the queries of a strip, of the tensors that :func:`_attend` takes, in a row."""
+    q, k, v, k_of_globals, v_of_globals, k_left, k_right, v_left, v_right = tensors
+    halos = (k_left, k_right), (v_left, v_right)
+    return _attend(piece, (q, k, v), (k_of_globals, v_of_globals), halos, settings)[:, piece.own_rows]
 
 
 def _attend(

@@ -18,6 +18,11 @@ from led_model.checkpoint.stored_model import StoredModel
 # layer that replaces it.
 Quantize = Callable[[nn.Linear], nn.Linear]
 
+_BLOCK, _ROWS_AT_ONCE = (
+    64,
+    32,
+)  # of bitsandbytes: weights with one largest magnitude, and rows of a layout for the CPU
+
 
 def choose_quantizer(
     load_in_4bit: bool, load_in_8bit: bool, quantization_config: Any | None
@@ -100,6 +105,9 @@ def _four_bits(
         )
         smaller.weight = Params4bit(linear.weight.data, **vars(smaller.weight))
         smaller.bias = linear.bias
+        if linear.in_features % _BLOCK or linear.out_features % _ROWS_AT_ONCE:
+            # bitsandbytes lays weights out anew for processors with AVX-512 BF16, and fails for other sizes.
+            smaller.support_avx512bf16_for_cpu = False
         return smaller.to(linear.weight.device)  # bitsandbytes quantizes a weight when it is first moved
 
     return quantize

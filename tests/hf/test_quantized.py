@@ -18,6 +18,8 @@ from tests.hf.hf_cases import HFCase, led_model, longformer_model
 transformers = pytest.importorskip("transformers", minversion="4.56")  # from_pretrained(dtype=...)
 accelerate = pytest.importorskip("accelerate", reason="transformers needs accelerate to quantize")
 
+pytestmark = pytest.mark.usefixtures("plain_four_bits")
+
 CASE = HFCase(globals_per_row=((0,), (0,)), padding=("none", "right"))
 
 
