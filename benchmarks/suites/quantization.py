@@ -72,7 +72,7 @@ class Inputs:
 
 def random_led_base(smoke: bool) -> tuple[LEDForConditionalGeneration, Inputs]:
     """Builds layers that change their input without drowning it: wider weights make one token the likeliest."""
-    layers, d_model, ffn_dim, vocab_size = (1, 32, 64, 90) if smoke else (6, 768, 3072, 50265)
+    layers, d_model, ffn_dim, vocab_size = (1, 64, 128, 90) if smoke else (6, 768, 3072, 50265)
     config = LEDConfig(
         vocab_size=vocab_size, d_model=d_model, encoder_layers=layers, decoder_layers=layers,
         encoder_ffn_dim=ffn_dim, decoder_ffn_dim=ffn_dim, encoder_attention_heads=d_model // 64 or 1,
