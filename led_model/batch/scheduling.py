@@ -12,7 +12,7 @@ import torch
 
 from led_model.batch.ahead import ReadAhead
 from led_model.batch.documents import Document, Unreadable
-from led_model.batch.out_of_memory import is_out_of_memory
+from led_model.batch.out_of_memory import is_out_of_memory, shortage
 from led_model.batch.pieces import Piece
 from led_model.batch.tasks import Result, Task
 from led_model.overflow import NotFinite
@@ -38,6 +38,17 @@ class Outcome(NamedTuple):
     document: Document | Unreadable
     result: Result | Exception
     about: dict[str, Any]
+
+    @property
+    def problem(self) -> str:
+        """Returns a sentence on why there is no result; the error of what cannot be read names that itself."""
+        error = self.result
+        if isinstance(self.document, Document) and isinstance(error, Exception):
+            if isinstance(error, NotFinite):
+                return f"{self.document.name}: {error}"
+            if is_out_of_memory(error):
+                return f"{self.document.name}: {shortage(error)}"
+        return str(error)
 
 
 def run_documents(

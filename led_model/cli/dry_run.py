@@ -10,7 +10,7 @@ from led_model.batch.tasks import longest_input
 from led_model.checkpoint.checkpoint import read_config
 from led_model.checkpoint.hub import checkpoint_files
 from led_model.cli.commands import DONE, SOME_FAILED, find_documents
-from led_model.cli.loading import finds_answers
+from led_model.cli.loading import task_spec
 from led_model.terminal import log_error, quiet
 from led_model.tokenization.tokenizer import LEDTokenizer
 
@@ -58,7 +58,7 @@ def count_documents(args: Namespace) -> int:
 
 def _reader(args: Namespace) -> Reader:
     config, _ = read_config(checkpoint_files(args.model, args.revision), args.model)
-    writes = args.command == "summarize" or (args.command == "answer" and not finds_answers(args))
+    writes = args.command == "summarize" or (args.command == "answer" and not task_spec(args).finds_answers())
     return Reader(
         LEDTokenizer.from_pretrained(args.model, revision=args.revision),
         longest_input(config, writes),

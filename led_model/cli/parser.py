@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import torch
 
 from led_kernels import __version__
+from led_model.batch.loading import DEFAULT_NEW_TOKENS, DTYPES
 from led_model.cli.arguments import (
     add_batches,
     add_joining,
@@ -29,7 +30,6 @@ from led_model.cli.demo import DemoSettings, run_demo
 from led_model.cli.dry_run import count_documents
 from led_model.cli.finetune_arguments import add_finetune
 from led_model.cli.info import run_info
-from led_model.cli.loading import DEFAULT_NEW_TOKENS, DTYPES
 from led_model.cli.process import open_missing_streams, status_of
 
 _ABOUT_DOCUMENTS = """

@@ -16,14 +16,12 @@ from typing import Any
 from tqdm import tqdm
 
 from led_model.batch.documents import Document, Source, Unreadable
-from led_model.batch.out_of_memory import is_out_of_memory, shortage
 from led_model.batch.scheduling import Outcome, run_documents
 from led_model.batch.streaming import TextStreamer
 from led_model.batch.tasks import as_text
 from led_model.cli.joined import Joined
 from led_model.cli.loading import batch_limits, load_task
 from led_model.cli.results import ResultFile, to_line
-from led_model.overflow import NotFinite
 from led_model.terminal import log, log_error, no_bars, one_line, seconds
 
 _EARLIER = {"is_earlier": True}  # an outcome is about this if an earlier run made the result
@@ -141,7 +139,7 @@ class Run:
         if isinstance(result, Exception) or about is _EARLIER:
             self._skipped_size += document.size
         if isinstance(result, Exception):
-            self._fail(_problem(document, result))
+            self._fail(outcome.problem)
         elif isinstance(document, Document) and about is _EARLIER:
             self.earlier += 1
             name = {"id": document.id, "source": document.source}
@@ -186,13 +184,6 @@ class Run:
     def _count(self) -> str:
         of_all = "" if self.total is None else f" of {self.total}"
         return f"{self.made + self.earlier}{of_all} documents"
-
-
-def _problem(document: Document | Unreadable, error: Exception) -> str:
-    """Returns a sentence on a document without a result; one on what cannot be read names it itself."""
-    if isinstance(document, Document) and (isinstance(error, NotFinite) or is_out_of_memory(error)):
-        return f"{document.name}: {error if isinstance(error, NotFinite) else shortage(error)}"
-    return str(error)
 
 
 def _encodes_any_letter(encoding: str) -> bool:
