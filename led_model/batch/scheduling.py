@@ -115,7 +115,7 @@ def run_documents(
                 window.append(prepared)
                 held += share(prepared)
             outcomes = batches.run(window)
-            for _, outcome in _sorted(outcomes) if in_order else outcomes:
+            for _, outcome in in_turn(outcomes) if in_order else outcomes:
                 yield outcome
 
 
@@ -276,7 +276,7 @@ class _Batches:
         return any(rows > may_fit and rows * longest > may_fit * length for may_fit, length in self._may_fit)
 
 
-def _sorted(numbered: Iterable[tuple[int, Outcome]]) -> Iterator[tuple[int, Outcome]]:
+def in_turn(numbered: Iterable[tuple[int, Outcome]]) -> Iterator[tuple[int, Outcome]]:
     """Yields what is numbered from 0 on by its numbers, each as soon as all before it have come."""
     waiting: dict[int, Outcome] = {}
     following = 0

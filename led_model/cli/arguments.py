@@ -149,6 +149,16 @@ def add_batches(parser: argparse.ArgumentParser) -> None:
 def add_running(parser: argparse.ArgumentParser) -> None:
     """Adds the flags that say how the command runs."""
     group = parser.add_argument_group("running")
+    group.add_argument(
+        "--devices",
+        type=at_least(1),
+        default=1,
+        metavar="N",
+        help="read documents in N processes at once, each with a model of its own: on a GPU each, or where there is "
+        "none, or with --device cpu, with --threads or an equal share of the processors. A process that dies is "
+        "replaced, and the documents that it had in hand are read once more, each by itself, before one is reported "
+        "as failed",
+    )
     smaller = group.add_mutually_exclusive_group()
     for bits, kind in ((4, "NF4, by bitsandbytes"), (8, "int8, by torchao")):
         smaller.add_argument(
@@ -168,7 +178,10 @@ def add_running(parser: argparse.ArgumentParser) -> None:
 def add_threads_and_quiet(group: argparse._ArgumentGroup) -> None:
     """Adds ``--threads`` and ``--quiet``."""
     group.add_argument(
-        "--threads", type=within(1, 1024, int), metavar="N", help="of the processor; default: one a core"
+        "--threads",
+        type=within(1, 1024, int),
+        metavar="N",
+        help="of the processor, for each process; default: one a core",
     )
     group.add_argument(
         "--quiet", action="store_true", help="say nothing on stderr but what failed, and draw no bars"

@@ -9,6 +9,7 @@ from contextlib import ExitStack
 import torch
 
 from led_model.batch.documents import Source
+from led_model.cli.devices import check_devices
 from led_model.cli.finding import find_sources
 from led_model.cli.joined import Joined
 from led_model.cli.loading import made_by
@@ -25,6 +26,8 @@ def run_on_documents(args: Namespace) -> int:
         stack.enter_context(quiet(args.quiet))
         set_threads(args.threads)
         check_revision(args)
+        if args.devices > 1:
+            check_devices(args)
         sources, problems = find_documents(args)
         results = None
         if args.output is not None:

@@ -116,8 +116,7 @@ class ResultFile:
         Raises:
             OSError: when it is not: the disk is full, or the file was deleted, replaced or changed.
         """
-        record = {"led": self.made_by["command"], "id": document.id, "source": document.source} | result
-        record |= {"document": document.key, "made_by": self.made_by}
+        record = to_record(document, result, self.made_by)
         with self._lock_of_file:
             self.check_unchanged()
             self._append(to_line(record).encode() + b"\n")
@@ -234,6 +233,12 @@ class ResultFile:
             self.count += 1
             self._places[record["document"]].append(place)
             self._hash_of[record["source"], str(record["id"])] = record["document"]
+
+
+def to_record(document: Document, result: dict[str, Any], made_by: dict[str, Any]) -> dict[str, Any]:
+    """Returns what an output says of a document."""
+    name = {"led": made_by["command"], "id": document.id, "source": document.source}
+    return name | result | {"document": document.key, "made_by": made_by}
 
 
 def to_line(record: dict[str, Any], is_ascii: bool = False) -> str:
