@@ -23,6 +23,7 @@ from benchmarks.harness.cases import FORWARD, Call, Case, Group
 from benchmarks.harness.figures import Figure, Run, ratio, seqlen_of
 from benchmarks.harness.shapes import SMOKE, Shape
 from benchmarks.harness.suite import Suite
+from benchmarks.suites import encoder
 from led_model import LEDConfig, LEDForConditionalGeneration, LEDTokenizer
 from led_model.batch import Document, run_documents
 from led_model.batch.pieces import Piece
@@ -32,8 +33,8 @@ from led_model.tokenization.batch_encoding import BatchEncoding
 
 OWN, ALONE = "led_model", "one at a time"
 FILE_ORDER = {size: f"file order, batch {size}" for size in (8, 32)}
-SHAPE = Shape(seqlen=4096, heads=4, head_dim=32, window=64, layers=4, ffn_dim=512)
-_DOCUMENTS, _MEDIAN, _SIGMA = 400, 160, 1.0  # of the documents' lengths, in tokens
+SHAPE = Shape(seqlen=4096, heads=4, head_dim=48, window=32, layers=2, ffn_dim=768)
+_DOCUMENTS, _MEDIAN, _SIGMA = 256, 160, 1.0  # of the documents' lengths, in tokens
 
 
 class Reader(Task[LEDForConditionalGeneration]):
@@ -102,20 +103,7 @@ def _task(shape: Shape, task_class: type[Reader], dtype: torch.dtype = torch.flo
     torch.manual_seed(0)
     with tempfile.TemporaryDirectory() as directory:
         tokenizer = _make_tokenizer(Path(directory))
-    config = LEDConfig(
-        vocab_size=len(tokenizer),
-        d_model=shape.d_model,
-        encoder_layers=shape.layers,
-        encoder_attention_heads=shape.heads,
-        encoder_ffn_dim=shape.ffn_dim,
-        decoder_layers=1,
-        decoder_attention_heads=shape.heads,
-        decoder_ffn_dim=shape.ffn_dim,
-        attention_window=[2 * shape.window] * shape.layers,
-        max_encoder_position_embeddings=shape.seqlen,
-        max_decoder_position_embeddings=64,
-        init_std=0.05,
-    )
+    config = LEDConfig(**encoder.config_of(shape) | {"vocab_size": len(tokenizer)})
     return task_class(LEDForConditionalGeneration(config).to(dtype).eval(), tokenizer)
 
 

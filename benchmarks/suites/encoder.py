@@ -11,6 +11,7 @@ import functools
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -72,6 +73,24 @@ def make_arguments(shape: Shape) -> tuple[Tensor, Tensor, Tensor]:
     return ids, torch.ones_like(ids), global_attention_mask
 
 
+def config_of(shape: Shape) -> dict[str, Any]:
+    """Returns what the config of either library is made of."""
+    return {
+        "vocab_size": VOCAB_SIZE,
+        "d_model": shape.d_model,
+        "encoder_layers": shape.layers,
+        "encoder_attention_heads": shape.heads,
+        "encoder_ffn_dim": shape.ffn_dim,
+        "decoder_layers": 1,
+        "decoder_attention_heads": shape.heads,
+        "decoder_ffn_dim": shape.ffn_dim,
+        "attention_window": [2 * shape.window] * shape.layers,
+        "max_encoder_position_embeddings": shape.seqlen,
+        "max_decoder_position_embeddings": 64,
+        "init_std": 0.05,
+    }
+
+
 def stock_model(shape: Shape, **settings: float) -> nn.Module:
     """Builds transformers' LED with seeded weights, wide enough (std 0.05) that attention is far from uniform.
 
@@ -79,22 +98,8 @@ def stock_model(shape: Shape, **settings: float) -> nn.Module:
     """
     from transformers import LEDConfig, LEDForConditionalGeneration
 
-    config = dict(
-        vocab_size=VOCAB_SIZE,
-        d_model=shape.d_model,
-        encoder_layers=shape.layers,
-        encoder_attention_heads=shape.heads,
-        encoder_ffn_dim=shape.ffn_dim,
-        decoder_layers=1,
-        decoder_attention_heads=shape.heads,
-        decoder_ffn_dim=shape.ffn_dim,
-        attention_window=[2 * shape.window] * shape.layers,
-        max_encoder_position_embeddings=shape.seqlen,
-        max_decoder_position_embeddings=64,
-        init_std=0.05,
-    )
     torch.manual_seed(0)
-    return LEDForConditionalGeneration(LEDConfig(**config | settings)).eval()
+    return LEDForConditionalGeneration(LEDConfig(**config_of(shape) | settings)).eval()
 
 
 def own_model(stock: nn.Module) -> nn.Module:

@@ -93,7 +93,8 @@ def _add_summarize(commands: argparse._SubParsersAction) -> None:
   led summarize paper.txt --model ./led-large-16384-arxiv
   pdftotext paper.pdf - | led summarize - --model allenai/led-base-16384 --num-beams 4
   led summarize 'reports/**/*.md' papers.jsonl --output summaries.jsonl --model ./led \\
-      --batch-size 4 --long chunk --max-new-tokens 128
+      --long chunk --max-new-tokens 128
+  led summarize many.jsonl --shard 1/4 --output first.jsonl --model ./led    # and 2/4, … elsewhere
   led summarize reports/ --model ./led --long condense --output summaries.jsonl --format text > summaries.txt
   led summarize reports/ --model ./led --dry-run
   led summarize monday.txt tuesday.txt --join --model ./primera""",

@@ -68,8 +68,11 @@ class Run:
         )
 
     def _looks_alone(self) -> bool:
-        """Returns whether there is one document and nothing else, for which two lines of a file are read."""
-        if len(self.sources) != 1 or self.problems:
+        """Returns whether there is one document and nothing else, for which two lines of a file are read.
+
+        A shard is a part of many, whatever falls to it.
+        """
+        if len(self.sources) != 1 or self.problems or self.args.shard is not None:
             return False
         [source] = self.sources
         if not isinstance(source, Source) or not source.is_jsonl:

@@ -443,7 +443,13 @@ def test_devices_that_are_not_here(documents, capsys, device):
 
 
 def test_only_what_is_about_memory_is_said_to_be(monkeypatch, documents, capsys):
-    of_memory = [torch.OutOfMemoryError("no"), RuntimeError("DefaultCPUAllocator: can't allocate memory: 9")]
+    of_memory = [
+        torch.OutOfMemoryError("no"),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory: 9"),
+        RuntimeError("CUDA error: out of memory"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+        RuntimeError("std::bad_alloc"),
+    ]
     errors = [RuntimeError("the memory of this is bad"), *of_memory]
 
     def fails(args):

@@ -23,9 +23,9 @@ from led_model import LEDForSequenceClassification, LEDModel
 from led_model.batch import Document, Outcome, run_documents
 from led_model.batch import scheduling as scheduling_module
 from led_model.batch.ahead import ReadAhead
+from led_model.batch.cutting import cut_batches
 from led_model.batch.documents import Unreadable
 from led_model.batch.pieces import Piece
-from led_model.batch.scheduling import cut_batches
 from led_model.batch.tasks import Classifier
 from led_model.cli.results import ResultFile
 from led_model.overflow import NotFinite
@@ -300,6 +300,14 @@ def test_read_ahead_is_bounded(text, limits, bound):
     assert "read-ahead" not in [thread.name for thread in threading.enumerate()]
 
 
+@pytest.mark.parametrize("name", ["batch_tokens", "batch_size", "read_ahead"])
+@pytest.mark.parametrize("value", [0, -1, 1.5, "8"])
+def test_limits_without_meaning(name, value):
+    """Refused before anything is read."""
+    with pytest.raises(ValueError, match=name):
+        run_documents(Counting(), iter([]), **{name: value})
+
+
 def test_pieces_are_made_while_the_model_runs():
     task = Counting(lambda lengths: None if is_read.wait(20) else pytest.fail("nobody reads"))
     is_read = threading.Event()
@@ -473,8 +481,8 @@ def test_a_line_is_answered_before_the_next_is_written(save, tmp_path):
         process.stdin.flush()
         assert json.loads(process.stdout.readline())["id"] == number
     process.send_signal(signal.SIGINT)
-    _, error = process.communicate(timeout=30)
-    assert process.returncode == 130
+    assert process.wait(timeout=60) == 130  # while its stdin is still open
+    _, error = process.communicate()
     assert error.strip().endswith("led summarize: interrupted.")
     assert "Traceback" not in error
     assert "Fatal" not in error

@@ -92,6 +92,11 @@ def test_shards_together_are_one_run(save, corpus, capsys):
     assert sorted(whole.splitlines()) == sorted(Path("one.jsonl").read_bytes().splitlines())
 
 
+def test_a_shard_of_one_document_is_printed_as_the_others(save, corpus, capsys):
+    assert led("summarize", "docs/a.jsonl", "--model", save(), *FLAGS, "--shard", "3/11") == 0
+    assert json.loads(capsys.readouterr().out)["id"] == "a2"
+
+
 def test_a_shard_goes_on_where_it_stopped(save, corpus, capsys, monkeypatch):
     directory = save()
     append = ResultFile.append
