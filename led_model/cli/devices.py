@@ -14,6 +14,8 @@ def check_devices(args: Namespace) -> None:
     Raises:
         ValueError: when there are not.
     """
+    if args.devices == 1:
+        return
     if args.join:
         raise ValueError("--join makes one document, which one device reads; leave --devices out.")
     devices_of(args)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from argparse import Namespace
 
-from led_model.batch.documents import Document, Unreadable
+from led_model.batch.documents import Document, Source, Unreadable
+from led_model.batch.input_shards import cut_shards
 from led_model.batch.pieces import Reader
 from led_model.batch.tasks import longest_input
 from led_model.checkpoint.checkpoint import read_config
@@ -22,6 +23,9 @@ def count_documents(args: Namespace) -> int:
         The exit status that the run itself would have, as far as reading decides it.
     """
     sources, problems = find_documents(args)
+    if args.engine == "ray":  # which reads Parquet, too
+        files = [source for source in sources if isinstance(source, Source)]
+        sources = [part for shard in cut_shards(files, args.shard_rows) for part in shard]
     reader = _reader(args)
     failed = 0
     lengths: list[int] = []

@@ -14,6 +14,7 @@ from led_kernels import __version__
 from led_model.batch.loading import DEFAULT_NEW_TOKENS, DTYPES
 from led_model.cli.arguments import (
     add_batches,
+    add_devices,
     add_joining,
     add_long,
     add_output,
@@ -31,6 +32,7 @@ from led_model.cli.dry_run import count_documents
 from led_model.cli.finetune_arguments import add_finetune
 from led_model.cli.info import run_info
 from led_model.cli.process import open_missing_streams, status_of
+from led_model.cli.ray_engine import run_on_ray
 
 _ABOUT_DOCUMENTS = """
 Documents are .txt and .md files, one document each, and .jsonl files, one a line:
@@ -157,7 +159,7 @@ def _document_command(
         "LED_KERNELS_BACKEND=torch (or cpu, triton, cuda) chooses the attention kernels by name.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.set_defaults(run=lambda args: (count_documents if args.dry_run else run_on_documents)(args))
+    parser.set_defaults(run=_run_on_documents)
     parser.add_argument(
         "inputs",
         nargs="+",
@@ -186,8 +188,15 @@ def _document_command(
     add_long(parser, chunk, condense)
     add_joining(parser)
     add_batches(parser)
+    add_devices(parser)
     add_running(parser)
     return parser
+
+
+def _run_on_documents(args: argparse.Namespace) -> int:
+    if args.dry_run:
+        return count_documents(args)
+    return (run_on_ray if args.engine == "ray" else run_on_documents)(args)
 
 
 def _add_global_tokens(parser: argparse.ArgumentParser) -> None:

@@ -92,7 +92,9 @@ class Run:
         if first is None:  # no model is needed
             return
         documents = chain([first], self._outcomes)
-        made = self._made_by_several if self.args.devices > 1 and not self.is_alone else self._made_by_one
+        made = (
+            self._made_by_several if (self.args.devices or 1) > 1 and not self.is_alone else self._made_by_one
+        )
         how = made(documents)
         self.bar.close()
         if self.total == 1 and not self.made:  # the failure has been reported
