@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -26,7 +27,8 @@ from led_model.batch.columns import (
 from led_model.batch.documents import MAX_BYTES, Document, too_much
 from led_model.batch.json_lines import check_encodable, parts_of
 from led_model.batch.loading import DTYPES, GENERATION_FLAGS, TaskSpec, batch_limits
-from led_model.batch.pieces import Piece, Reader
+from led_model.batch.pieces import Reader
+from led_model.batch.rows import QuestionReader, Row
 from led_model.batch.scheduling import run_documents
 from led_model.batch.tasks import Task
 from led_model.terminal import quiet
@@ -37,30 +39,7 @@ _LONG = ("error", "truncate", "chunk")
 
 # A process loads one model at a time and runs one batch at a time, whatever number of threads call.
 _lock = new_lock()
-
-
-@dataclass(frozen=True)
-class _Row(Document):
-    """Holds the text of a row, whose number is its id, and the question about it if there is one."""
-
-    question: str | None = None
-
-    @property
-    def name(self) -> str:
-        return "the text"
-
-
-@dataclass
-class _QuestionReader(Reader):
-    """Reads each row after its own question."""
-
-    question_name: str = "the question"
-
-    def pieces(self, document: Document) -> list[Piece]:
-        question = document.question if isinstance(document, _Row) else None
-        if question == self.question:
-            return super().pieces(document)
-        return dataclasses.replace(self, question=question).pieces(document)
+_process = os.getpid()
 
 
 @lru_cache(maxsize=1)
@@ -69,7 +48,7 @@ def _load(spec: TaskSpec) -> Task:
     task = spec.load()
     if spec.command == "answer" and spec.question is None:
         reader = {item.name: getattr(task.reader, item.name) for item in dataclasses.fields(Reader)}
-        task.reader = _QuestionReader(**reader | {"question_name": "the question"})
+        task.reader = QuestionReader(**reader | {"question_name": "the question"})
     return task
 
 
@@ -103,6 +82,8 @@ class _OnBatches:
         if self.question_column is not None:
             questions = values_of(batch, self.question_column)
         with _lock, quiet():
+            if os.getpid() != _process:  # a fork has no threads of OpenMP, and would wait for its parent's
+                torch.set_num_threads(1)
             task = _load(self.spec)
             rows = self._results(task, texts, questions)
         kinds = self._kinds(task) | _ABOUT
@@ -140,7 +121,7 @@ class _OnBatches:
         document = Document.of_parts(number, "the text", list(map(str, parts)), size)
         if size > MAX_BYTES:
             raise ValueError(too_much())
-        return _Row(**vars(document), question=question)
+        return Row(**vars(document), question=question)
 
     def _kinds(self, task: Task) -> dict[str, Kind]:
         """Returns what the columns of the results hold."""

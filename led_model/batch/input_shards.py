@@ -12,6 +12,9 @@ import numpy as np
 
 from led_model.batch.documents import Document, Source, Unreadable, lines_of
 
+SHARD_ROWS = 256
+"""So many lines, rows or files make a shard at most, unless another number is asked for."""
+
 _BLOCK = 2**24  # bytes of a file whose lines are counted at a time
 _NEWLINE = ord("\n")
 
@@ -87,12 +90,13 @@ class Rows(Source):
 Sources: TypeAlias = tuple[Source, ...]
 
 
-def cut_shards(sources: Sequence[Source], size: int) -> Iterator[Sources]:
-    """Yields what each shard reads: ``size`` lines or rows of a file at most, or as many files of one text.
+def cut_shards(sources: Sequence[Source], size: int | None = None) -> Iterator[Sources]:
+    """Yields what each shard reads: ``size`` (256) lines or rows of a file at most, or as many files of one text.
 
     Raises:
         OSError, ValueError: when a file cannot be read.
     """
+    size = size or SHARD_ROWS
     texts: list[Source] = []
     for source in sources:
         if is_parquet(source):

@@ -6,6 +6,7 @@ import argparse
 from collections.abc import Callable
 from typing import Any
 
+from led_model.batch.input_shards import SHARD_ROWS
 from led_model.batch.scheduling import ROWS
 from led_model.cli.shards import shard
 
@@ -178,9 +179,9 @@ def add_devices(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--shard-rows",
         type=at_least(1),
-        default=256,
         metavar="N",
-        help="lines of JSONL, rows of Parquet or files of text that make a shard of --engine ray; default: 256. An id "
+        help="lines of JSONL, rows of Parquet or files of text that make a shard of --engine ray; default: "
+        f"{SHARD_ROWS}. An id "
         "that is in two shards is not noticed",
     )
 

@@ -8,6 +8,7 @@ blocks, behind actors that pass texts on, could not say which blocks an earlier 
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 import os
@@ -22,9 +23,8 @@ from tqdm import tqdm
 
 from led_kernels.extras import install_extra
 from led_model.batch.documents import Source
-from led_model.batch.input_shards import Sources, cut_shards, is_parquet
+from led_model.batch.input_shards import SHARD_ROWS, Sources, cut_shards, is_parquet
 from led_model.cli.commands import DONE, INTERRUPTED, SOME_FAILED, check_revision, find_documents
-from led_model.cli.joined import Joined
 from led_model.cli.loading import batch_limits, made_by, task_spec
 from led_model.cli.output_directory import OutputDirectory
 from led_model.cli.shard_runner import TRIES, Job, Report, ShardRunner
@@ -41,9 +41,14 @@ def run_on_ray(args: Namespace) -> int:
         _check(args)
         ray = _import_ray()
         check_revision(args)
-        sources, problems = find_documents(args)
-        shards, more = _cut([source for source in sources if isinstance(source, Source)], args.shard_rows)
-        directory = stack.enter_context(OutputDirectory(args.output, _plan(args, sources), args.overwrite))
+        found, problems = find_documents(args)
+        own = os.path.join(os.path.realpath(args.output), "")
+        sources = [source for source in found if isinstance(source, Source)]
+        sources = [source for source in sources if not os.path.realpath(source.path).startswith(own)]
+        shards, more = _cut(sources, args.shard_rows)
+        made = made_by(args)
+        plan = _plan(args, made, sources)
+        directory = stack.enter_context(OutputDirectory(args.output, plan, args.overwrite))
         for problem in [*problems, *more]:
             log_error(problem, f"led {args.command}")
         left = [number for number in range(len(shards)) if not directory.shard(number).are_there]
@@ -56,7 +61,7 @@ def run_on_ray(args: Namespace) -> int:
             return SOME_FAILED if failed else DONE
         try:
             stack.enter_context(_connected(ray, args))
-            failed += _run(ray, args, {number: shards[number] for number in left})
+            failed += _run(ray, args, made, {number: shards[number] for number in left})
         except KeyboardInterrupt:
             there = sum(directory.shard(number).are_there for number in range(len(shards)))
             log_error(
@@ -65,6 +70,12 @@ def run_on_ray(args: Namespace) -> int:
                 f"led {args.command}",
             )
             return INTERRUPTED
+        except ray.exceptions.RayError as error:
+            first, *_ = str(error).strip().splitlines()
+            raise OSError(
+                f"Ray failed ({first}); see that all nodes have this package and the files. {args.output} keeps the "
+                "shards that are complete: give the same command again."
+            ) from error
         return SOME_FAILED if failed else DONE
 
 
@@ -83,10 +94,6 @@ def _check(args: Namespace) -> None:
         raise ValueError(
             f"--device {args.device} names one device, and Ray chooses that; give cpu or cuda, or leave it out."
         )
-    real = os.path.join(os.path.realpath(args.output), "")
-    for item in args.inputs:
-        if os.path.isdir(item) and real.startswith(os.path.join(os.path.realpath(item), "")):
-            raise ValueError(f"--output {args.output} is below {item}, which is read; put it elsewhere.")
 
 
 def _import_ray() -> Any:
@@ -98,7 +105,7 @@ def _import_ray() -> Any:
     return ray
 
 
-def _cut(sources: Sequence[Source], rows: int) -> tuple[list[Sources], list[str]]:
+def _cut(sources: Sequence[Source], rows: int | None) -> tuple[list[Sources], list[str]]:
     """Returns the shards, and a sentence on each file that has no document.
 
     Raises:
@@ -119,14 +126,13 @@ def _cut(sources: Sequence[Source], rows: int) -> tuple[list[Sources], list[str]
     return shards + list(cut_shards(texts, rows)), problems
 
 
-def _plan(args: Namespace, sources: Sequence[Source | Joined]) -> dict[str, Any]:
+def _plan(args: Namespace, made: dict[str, Any], sources: Sequence[Source]) -> dict[str, Any]:
     """Returns what the shards, and the results in them, depend on."""
     inputs = []
     for source in sources:
-        assert isinstance(source, Source)
         status = os.stat(source.path)
         inputs.append([source.name, status.st_size, status.st_mtime_ns])
-    plan = made_by(args) | {"--shard-rows": args.shard_rows, "--text-field": args.text_field}
+    plan = made | {"--shard-rows": args.shard_rows or SHARD_ROWS, "--text-field": args.text_field}
     return plan | {"--question": getattr(args, "question", None), "inputs": inputs}
 
 
@@ -144,20 +150,17 @@ def _connected(ray: Any, args: Namespace) -> Generator[None, None, None]:
     logging.getLogger("ray.data").setLevel(logging.ERROR)
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = context.print_on_execution_start = False
-    context.max_errored_blocks = (
-        -1
-    )  # a shard whose actors die again and again is missing in the end, which is told
     try:
         yield
     finally:
         ray.shutdown()
 
 
-def _run(ray: Any, args: Namespace, shards: dict[int, Sources]) -> int:
+def _run(ray: Any, args: Namespace, made: dict[str, Any], shards: dict[int, Sources]) -> int:
     """Makes the shards that are not there yet, and returns how many documents, or whole shards, have failed."""
     start = time.perf_counter()
     done = failed = lost = read = written = 0
-    count, reports = _reports(ray, args, shards)
+    count, reports = _reports(ray, args, made, shards)
     with tqdm(total=len(shards), desc="shards", leave=False, disable=no_bars()) as bar:
         for report in reports:
             if report.error is not None:
@@ -185,15 +188,17 @@ def _run(ray: Any, args: Namespace, shards: dict[int, Sources]) -> int:
     return failed + lost
 
 
-def _reports(ray: Any, args: Namespace, shards: dict[int, Sources]) -> tuple[int, Iterator[Report]]:
+def _reports(
+    ray: Any, args: Namespace, made: dict[str, Any], shards: dict[int, Sources]
+) -> tuple[int, Iterator[Report]]:
     """Returns how many actors there are, and an iterator over what they report of shards as these are done."""
     count, share = _actors(ray, args)
     count = min(count, len(shards))
     job = Job(
-        spec=task_spec(args.__class__(**vars(args) | {"device": "cuda" if share.get("num_gpus") else "cpu"})),
+        spec=dataclasses.replace(task_spec(args), device="cuda" if "num_gpus" in share else "cpu"),
         limits=batch_limits(args),
         threads=int(share["num_cpus"]),
-        made_by=made_by(args),
+        made_by=made,
         output=os.path.realpath(args.output),
         directory=os.getcwd(),
         is_quiet=is_quiet(),
@@ -220,15 +225,13 @@ def _actors(ray: Any, args: Namespace) -> tuple[int, dict[str, int]]:
     if args.device == "cuda" and not gpus:
         raise ValueError("--device is cuda and Ray knows no GPU; leave it out.")
     if gpus and args.device != "cpu":
-        count, share = gpus, {"num_gpus": 1, "num_cpus": 1}
+        count, share = gpus, {"num_gpus": 1, "num_cpus": args.threads or 1}
     else:
         free = [max(1, int(node.get("CPU", 0)) - 1) for node in nodes if node.get("CPU", 0) >= 1]
         if not free:
             raise ValueError(
                 "Ray has neither a GPU nor a processor free for an actor; start it with --num-cpus."
             )
-        threads = (
-            min(args.threads or _THREADS, *free) if len(free) > 1 else min(args.threads or _THREADS, free[0])
-        )
+        threads = min(args.threads or _THREADS, *free)
         count, share = sum(there // threads for there in free), {"num_cpus": threads}
     return min(count, args.devices or count), share

@@ -17,6 +17,7 @@ from typing import Any
 
 from led_model.batch.documents import Document
 from led_model.cli.finding import identity
+from led_model.cli.records import to_record
 from led_model.terminal import log
 
 try:
@@ -233,12 +234,6 @@ class ResultFile:
             self.count += 1
             self._places[record["document"]].append(place)
             self._hash_of[record["source"], str(record["id"])] = record["document"]
-
-
-def to_record(document: Document, result: dict[str, Any], made_by: dict[str, Any]) -> dict[str, Any]:
-    """Returns what an output says of a document."""
-    name = {"led": made_by["command"], "id": document.id, "source": document.source}
-    return name | result | {"document": document.key, "made_by": made_by}
 
 
 def to_line(record: dict[str, Any], is_ascii: bool = False) -> str:

@@ -19,7 +19,8 @@ from led_model.batch.loading import TaskSpec
 from led_model.batch.scheduling import Outcome, run_documents
 from led_model.batch.tasks import Task
 from led_model.cli.output_directory import ShardFiles
-from led_model.cli.results import to_line, to_record
+from led_model.cli.records import to_record
+from led_model.cli.results import to_line
 from led_model.terminal import quiet
 
 TRIES = 4

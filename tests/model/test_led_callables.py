@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import pickle
 import subprocess
 import sys
@@ -137,6 +138,25 @@ def test_it_is_pickled_without_its_model_and_loads_once(summarizer, monkeypatch)
     assert again == summarizer
     assert again({"text": TEXTS}) == first
     assert loads == [summarizer.spec]  # as Spark unpickles it for each of its tasks
+
+
+def test_in_a_fork(save):
+    """As datasets' num_proc makes them, after the parent has run the model in several threads."""
+    code = """
+import os, sys, torch
+from led_model.batch import Summarizer
+torch.set_num_threads(2)
+summarize = Summarizer(sys.argv[1], max_new_tokens=4)
+batch = {"text": ["The encoder reads a long text. " * 9] * 20}
+expected = summarize(batch)
+if (pid := os.fork()) == 0:
+    os._exit(0 if summarize(batch) == expected else 1)
+assert os.waitpid(pid, 0)[1] == 0
+"""
+    environment = {**os.environ, "OMP_NUM_THREADS": "2"}
+    command = [sys.executable, "-c", code, str(save())]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
 
 
 def test_no_other_library_is_needed(save):

@@ -67,26 +67,31 @@ def until(happens: Callable[[], bool], process: subprocess.Popen) -> None:
         time.sleep(0.002)
 
 
-def test_a_ray_of_its_own(save, documents):
+def test_a_ray_of_its_own(save, documents, monkeypatch):
     """Files of all kinds, and what the command without an engine makes of the same."""
     Path("docs/long.txt").write_text("".join(PARAGRAPHS))
     Path("docs/a.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in [*TEXTS, *TEXTS]))
     flags = ["--model", save(), "--max-new-tokens", 12, "--threads", 1]
     assert led("summarize", "docs", *flags, "--output", "one.jsonl") == 3
     pq.write_table(pa.table({"id": ["p0", None, "p2"], "text": [TEXTS[0], TEXTS[1], None]}), "docs/b.parquet")
-    done = command("summarize", "docs", *flags, "--engine", "ray", "--output", "out", "--shard-rows", 3)
+    done = command("summarize", "docs", *flags, "--engine", "ray", "--output", "docs/out", "--shard-rows", 3)
     _, said = done.communicate()
     assert done.returncode == 3, said
     assert "led: 14 documents done, 2 failed; 1 actor read" in said
-    parquet = [record for record in results() if record["source"] == "docs/b.parquet"]
-    assert by_name([record for record in results() if record not in parquet]) == by_name(records("one.jsonl"))
+    parquet = [record for record in results("docs/out") if record["source"] == "docs/b.parquet"]
+    assert by_name([record for record in results("docs/out") if record not in parquet]) == by_name(
+        records("one.jsonl")
+    )
     text = {record["source"]: record["summary"] for record in records("one.jsonl")}
     assert [(record["id"], record["summary"]) for record in parquet] == [
         ("p0", text["docs/0.txt"]), (2, text["docs/1.txt"]),
     ]  # fmt: skip
-    assert len(errors()) == 2
-    assert all(f"led summarize: {error}" in said.splitlines() for error in errors())
-    assert not list(Path("out").glob(".unfinished*"))
+    assert len(errors("docs/out")) == 2
+    assert all(f"led summarize: {error}" in said.splitlines() for error in errors("docs/out"))
+    assert not list(Path("docs/out").glob(".unfinished*"))
+    again = ["--engine", "ray", "--output", "docs/out", "--shard-rows", 3]  # which is no input of its own
+    monkeypatch.setattr("led_model.cli.ray_engine._run", None)
+    assert led("summarize", "docs", *flags, *again) == 3
 
 
 def many(count: int, bad: int) -> Counter:
@@ -154,15 +159,20 @@ def test_a_ray_of_its_own_ends_with_the_command(save, tmp_path, monkeypatch):
     running = command("summarize", *flags)
     until(lambda: len(list(Path("out").glob("results-*"))) >= 2, running)
     children = psutil.Process(running.pid).children(recursive=True)
+    actors = [child for child in children if child.name().startswith("ray::MapWork")]
     running.kill()
     running.wait()
-    _, alive = psutil.wait_procs(children, timeout=30)
+    _, alive = psutil.wait_procs(actors, timeout=30)
     assert alive == []
     running = command("summarize", *flags)
     _, said = running.communicate()
     assert running.returncode == 3, said
     assert Counter(record["id"] for record in results()) == ids
     assert len(errors()) == 4
+    _, alive = psutil.wait_procs(
+        children, timeout=120
+    )  # Ray's own helpers look for their parent now and then
+    assert alive == []
 
 
 class Deadly(TaskSpec):
@@ -239,11 +249,13 @@ def test_what_is_refused(save, documents, capsys, monkeypatch):
         assert led("summarize", *flags, *model) == 1
         return capsys.readouterr().err
 
+    for flag, value in (("--ray-address", "a:1"), ("--shard-rows", 3)):
+        assert led("summarize", "docs", *model[:2], flag, value) == 1
+        assert f"{flag} is for --engine ray; give that too, or leave it out." in capsys.readouterr().err
     out = ["--output", "out"]
     assert "--engine ray writes many files; give it a directory by --output." in refused("docs")
     for flag in (["--join"], ["--shard", "1/2"], ["--format", "text"]):
         assert f"{flag[0]} is not for --engine ray; leave one of the two out." in refused("docs", *flag, *out)
-    assert "--output docs/out is below docs, which is read" in refused("docs", "--output", "docs/out")
     assert "stdin is no file, and --engine ray reads files" in refused("-", *out)
     assert "--output docs.jsonl is a file; give --engine ray a directory." in refused(
         "docs", "--output", "docs.jsonl"
@@ -257,6 +269,16 @@ def test_what_is_refused(save, documents, capsys, monkeypatch):
     assert [path.name for path in Path("other").iterdir()] == ["mine"]
     monkeypatch.setitem(sys.modules, "ray", None)
     assert "--engine ray needs Ray (" in refused("docs", *out)
+
+
+def test_dry_run(save, documents, capsys):
+    pq.write_table(pa.table({"text": [*TEXTS, None]}), "docs/b.parquet")
+    flags = ["docs", "--model", save(), "--engine", "ray", "--output", "out", "--dry-run"]
+    assert led("summarize", *flags) == 3
+    output = capsys.readouterr()
+    assert output.out.startswith("8 documents, ")
+    assert "docs/b.parquet line 5 has no text in 'text'" in output.err
+    assert not Path("out").exists()
 
 
 def test_an_output_goes_on_only_with_what_began_it(tmp_path):
