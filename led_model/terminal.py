@@ -26,6 +26,11 @@ def quiet(wanted: bool = True) -> Generator[None, None, None]:
         _is_quiet.reset(token)
 
 
+def is_quiet() -> bool:
+    """Returns whether only errors shall be told."""
+    return _is_quiet.get()
+
+
 def no_bars() -> bool | None:
     """Returns what tqdm takes as ``disable``; ``None`` draws a bar on a terminal only."""
     return True if _is_quiet.get() else None
@@ -78,8 +83,13 @@ def log(message: str, prog: str = "led") -> None:
 
 def log_error(message: str, prog: str = "led") -> None:
     """Prints a line on stderr about what failed, also where it is :func:`quiet`."""
+    relay(f"{prog}: {one_line(message)}")
+
+
+def relay(line: str) -> None:
+    """Prints on stderr what another process has made a line of."""
     with suppress(OSError):  # a closed stderr is no reason to stop the work
-        tqdm.write(f"{prog}: {one_line(message)}", file=sys.stderr)
+        tqdm.write(line, file=sys.stderr)
 
 
 def one_line(text: str) -> str:

@@ -171,7 +171,7 @@ class Source:
         line_of: dict[str, int] = {}  # the line that each id was in
         documents = faults = blanks = 0  # the last two count since the last document
         count = 0  # lines that are not blank
-        for number, (line, is_whole) in enumerate(_lines_of(file), 1):
+        for number, (line, is_whole) in enumerate(lines_of(file), 1):
             is_text, is_own = bool(line.strip()), count % self.every == self.first
             count += is_text
             if not is_text:
@@ -236,7 +236,7 @@ def _stdin() -> AbstractContextManager[BinaryIO]:
         return nullcontext(sys.stdin.buffer)
 
 
-def _lines_of(file: BinaryIO) -> Iterator[tuple[bytes, bool]]:
+def lines_of(file: BinaryIO) -> Iterator[tuple[bytes, bool]]:
     """Yields lines, cut where they are too long, and whether the next line could be found after each."""
     while line := file.readline(MAX_BYTES + 1):
         skipped, last = 0, line

@@ -12,7 +12,7 @@ import torch
 from led_model.batch.ahead import ReadAhead
 from led_model.batch.cutting import cut_batches, cut_in_turn
 from led_model.batch.documents import Document, Unreadable
-from led_model.batch.out_of_memory import is_out_of_memory
+from led_model.batch.out_of_memory import is_out_of_memory, shortage
 from led_model.batch.pieces import Piece
 from led_model.batch.tasks import Result, Task
 from led_model.overflow import NotFinite
@@ -43,6 +43,17 @@ class Outcome(NamedTuple):
     document: Document | Unreadable
     result: Result | Exception
     about: dict[str, Any]
+
+    @property
+    def problem(self) -> str:
+        """Returns a sentence on why there is no result; the error of what cannot be read names that itself."""
+        error = self.result
+        if isinstance(self.document, Document) and isinstance(error, Exception):
+            if isinstance(error, NotFinite):
+                return f"{self.document.name}: {error}"
+            if is_out_of_memory(error):
+                return f"{self.document.name}: {shortage(error)}"
+        return str(error)
 
 
 def run_documents(
@@ -97,7 +108,7 @@ def _run(
                 window.append(prepared)
                 held += batches.share(prepared)
             outcomes = batches.run(window)
-            for _, outcome in _sorted(outcomes) if in_order else outcomes:
+            for _, outcome in in_turn(outcomes) if in_order else outcomes:
                 yield outcome
 
 
@@ -230,7 +241,7 @@ class _Batches:
         return any(rows > may_fit and rows * longest > may_fit * length for may_fit, length in self._may_fit)
 
 
-def _sorted(numbered: Iterable[tuple[int, Outcome]]) -> Iterator[tuple[int, Outcome]]:
+def in_turn(numbered: Iterable[tuple[int, Outcome]]) -> Iterator[tuple[int, Outcome]]:
     """Yields what is numbered from 0 on by its numbers, each as soon as all before it have come."""
     waiting: dict[int, Outcome] = {}
     following = 0

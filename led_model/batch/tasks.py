@@ -161,17 +161,30 @@ class Classifier(Task[LEDForSequenceClassification]):
         self.work.read_seconds += time.perf_counter() - start
         return [{"logits": row} for row in logits]
 
-    def join(self, document: Document, found: Sequence[Result]) -> Result:
+    @property
+    def labels(self) -> list[str]:
+        """Returns the names of the labels, in the order of the logits."""
         config = self.model.config
+        return [(config.id2label or {}).get(i, f"LABEL_{i}") for i in range(config.num_labels)]
+
+    @property
+    def is_regression(self) -> bool:
+        """Returns whether the model gives numbers, and no probabilities."""
+        return self.model.config.problem_type == "regression" or self.model.config.num_labels == 1
+
+    @property
+    def gives_several(self) -> bool:
+        """Returns whether several labels may apply to a document, or none."""
+        return self.model.config.problem_type == "multi_label_classification"
+
+    def join(self, document: Document, found: Sequence[Result]) -> Result:
         logits = torch.stack([piece["logits"] for piece in found]).mean(0)
-        labels = [(config.id2label or {}).get(i, f"LABEL_{i}") for i in range(len(logits))]
-        if config.problem_type == "regression" or len(labels) == 1:
-            return {"label": dict(zip(labels, logits.tolist(), strict=True))}
-        several = config.problem_type == "multi_label_classification"
-        probabilities = logits.sigmoid() if several else logits.softmax(-1)
-        by_label = dict(zip(labels, probabilities.tolist(), strict=True))
+        if self.is_regression:
+            return {"label": dict(zip(self.labels, logits.tolist(), strict=True))}
+        probabilities = logits.sigmoid() if self.gives_several else logits.softmax(-1)
+        by_label = dict(zip(self.labels, probabilities.tolist(), strict=True))
         label: Any = max(by_label, key=lambda name: by_label[name])
-        if several:
+        if self.gives_several:
             label = [name for name, probability in by_label.items() if probability >= 0.5]
         return {"label": label, "probabilities": by_label}
 

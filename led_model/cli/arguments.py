@@ -6,6 +6,7 @@ import argparse
 from collections.abc import Callable
 from typing import Any
 
+from led_model.batch.input_shards import SHARD_ROWS
 from led_model.batch.scheduling import ROWS
 from led_model.cli.shards import shard
 
@@ -146,6 +147,45 @@ def add_batches(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_devices(parser: argparse.ArgumentParser) -> None:
+    """Adds the flags that say where several documents are read at once."""
+    group = parser.add_argument_group("several devices")
+    group.add_argument(
+        "--devices",
+        type=at_least(1),
+        metavar="N",
+        help="read documents in N processes at once, each with a model of its own: on a GPU each, or where there is "
+        "none, or with --device cpu, with --threads or an equal share of the processors. A process that dies is "
+        "replaced, and the documents that it had in hand are read once more, each by itself, before one is reported "
+        "as failed. Default: 1; with --engine ray, where N is a limit: a GPU each, or --threads processors (4), of "
+        "which one a node is left over",
+    )
+    group.add_argument(
+        "--engine",
+        choices=("local", "ray"),
+        default="local",
+        help="ray: read documents in actors of Ray, on this machine or a cluster. Inputs are files that all nodes "
+        "can read, Parquet too, and are cut into shards; --output is a directory, in which a shard's results are a "
+        "file, results-000007.jsonl, with errors-000007.jsonl beside it if documents failed. A file is there when it "
+        "is complete: the same command makes those that are missing, and a killed actor, node or command loses and "
+        "repeats nothing but the shards it had in hand. Documents that failed are tried again if both files are "
+        "removed. Needs the extra ray",
+    )
+    group.add_argument(
+        "--ray-address",
+        metavar="ADDRESS",
+        help="of the cluster, for --engine ray; default: RAY_ADDRESS, or else a Ray on this machine for this run",
+    )
+    group.add_argument(
+        "--shard-rows",
+        type=at_least(1),
+        metavar="N",
+        help="lines of JSONL, rows of Parquet or files of text that make a shard of --engine ray; default: "
+        f"{SHARD_ROWS}. An id "
+        "that is in two shards is not noticed",
+    )
+
+
 def add_running(parser: argparse.ArgumentParser) -> None:
     """Adds the flags that say how the command runs."""
     group = parser.add_argument_group("running")
@@ -168,7 +208,10 @@ def add_running(parser: argparse.ArgumentParser) -> None:
 def add_threads_and_quiet(group: argparse._ArgumentGroup) -> None:
     """Adds ``--threads`` and ``--quiet``."""
     group.add_argument(
-        "--threads", type=within(1, 1024, int), metavar="N", help="of the processor; default: one a core"
+        "--threads",
+        type=within(1, 1024, int),
+        metavar="N",
+        help="of the processor, for each process; default: one a core",
     )
     group.add_argument(
         "--quiet", action="store_true", help="say nothing on stderr but what failed, and draw no bars"

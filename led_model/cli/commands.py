@@ -9,7 +9,8 @@ from contextlib import ExitStack
 import torch
 
 from led_model.batch.documents import Source
-from led_model.cli.finding import find_sources
+from led_model.cli.devices import check_devices
+from led_model.cli.finding import SUFFIXES, find_sources
 from led_model.cli.joined import Joined
 from led_model.cli.loading import made_by
 from led_model.cli.results import ResultFile
@@ -25,6 +26,8 @@ def run_on_documents(args: Namespace) -> int:
         stack.enter_context(quiet(args.quiet))
         set_threads(args.threads)
         check_revision(args)
+        if args.devices is not None:
+            check_devices(args)
         sources, problems = find_documents(args)
         results = None
         if args.output is not None:
@@ -71,7 +74,11 @@ def find_documents(args: Namespace) -> tuple[list[Source | Joined], list[str]]:
     if args.shard is not None and args.output is not None:
         args.shard.check_output(args.output, args.inputs)
     sources, problems = find_sources(
-        args.inputs, jsonl=args.jsonl, text_field=args.text_field, leave_out=args.output
+        args.inputs,
+        jsonl=args.jsonl,
+        text_field=args.text_field,
+        leave_out=args.output,
+        suffixes=(*SUFFIXES, ".parquet") if args.engine == "ray" else SUFFIXES,
     )
     if args.shard is not None:
         sources = args.shard.own(sources)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import argparse
 import textwrap
 
+from led_model.batch.loading import DTYPES
 from led_model.cli.arguments import at_least, not_empty, within
-from led_model.cli.loading import DTYPES
 from led_model.conversion.convert import convert_checkpoint
 from led_model.terminal import log, megabytes
 

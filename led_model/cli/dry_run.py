@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from argparse import Namespace
 
-from led_model.batch.documents import Document, Unreadable
+from led_model.batch.documents import Document, Source, Unreadable
+from led_model.batch.input_shards import cut_shards
 from led_model.batch.pieces import Reader
 from led_model.batch.tasks import longest_input
 from led_model.checkpoint.checkpoint import read_config
 from led_model.checkpoint.hub import checkpoint_files
 from led_model.cli.commands import DONE, SOME_FAILED, find_documents
-from led_model.cli.loading import finds_answers
+from led_model.cli.loading import task_spec
 from led_model.terminal import log_error, quiet
 from led_model.tokenization.tokenizer import LEDTokenizer
 
@@ -22,6 +23,9 @@ def count_documents(args: Namespace) -> int:
         The exit status that the run itself would have, as far as reading decides it.
     """
     sources, problems = find_documents(args)
+    if args.engine == "ray":  # which reads Parquet, too
+        files = [source for source in sources if isinstance(source, Source)]
+        sources = [part for shard in cut_shards(files, args.shard_rows) for part in shard]
     reader = _reader(args)
     failed = 0
     lengths: list[int] = []
@@ -58,7 +62,7 @@ def count_documents(args: Namespace) -> int:
 
 def _reader(args: Namespace) -> Reader:
     config, _ = read_config(checkpoint_files(args.model, args.revision), args.model)
-    writes = args.command == "summarize" or (args.command == "answer" and not finds_answers(args))
+    writes = args.command == "summarize" or (args.command == "answer" and not task_spec(args).finds_answers())
     return Reader(
         LEDTokenizer.from_pretrained(args.model, revision=args.revision),
         longest_input(config, writes),

@@ -17,7 +17,12 @@ Identity = tuple[int, int] | str
 
 
 def find_sources(
-    inputs: Iterable[str], *, jsonl: bool = False, text_field: str = "text", leave_out: str | None = None
+    inputs: Iterable[str],
+    *,
+    jsonl: bool = False,
+    text_field: str = "text",
+    leave_out: str | None = None,
+    suffixes: tuple[str, ...] = SUFFIXES,
 ) -> tuple[list[Source], list[str]]:
     """Returns what files, directories (with all below them that is not hidden), globs and ``-`` name, each file once.
 
@@ -26,6 +31,7 @@ def find_sources(
     Args:
         jsonl: whether stdin and files of any name are JSONL; otherwise files that end in .jsonl are.
         leave_out: the command's own output, which directories and globs leave out.
+        suffixes: of the files that are documents in a directory.
 
     Raises:
         ValueError: when an input is that file.
@@ -43,12 +49,12 @@ def find_sources(
                 f"{item} is the --output, too, which would be read and written; give another file."
             )
         known = len(problems)
-        paths = _expand(item, problems)
+        paths = _expand(item, problems, suffixes)
         others = [path for path in paths if path == "-" or identity(path) != own]
         if paths and not others:
             problems.append(f"{item} names nothing but the --output itself; give another.")
         elif not paths and len(problems) == known:
-            problems.append(_names_nothing(item))
+            problems.append(_names_nothing(item, suffixes))
         for path in others:
             is_jsonl = jsonl or path.lower().endswith(".jsonl")
             sources.setdefault(path if path == "-" else identity(path), Source(path, is_jsonl, text_field))
@@ -64,7 +70,7 @@ def identity(path: str | int) -> Identity:
     return status.st_dev, status.st_ino
 
 
-def _expand(item: str, problems: list[str]) -> list[str]:
+def _expand(item: str, problems: list[str], suffixes: tuple[str, ...]) -> list[str]:
     """Returns the paths that an input names; what cannot be followed is added to ``problems``."""
     if item == "-":
         return [item]
@@ -73,7 +79,7 @@ def _expand(item: str, problems: list[str]) -> list[str]:
             os.path.join(directory, name)
             for directory, names in _directories(item, problems)
             for name in names
-            if os.path.splitext(name)[1].lower() in SUFFIXES and not name.startswith(".")
+            if os.path.splitext(name)[1].lower() in suffixes and not name.startswith(".")
         )
         return sorted(os.path.normpath(path) for path in found if _is_document(path, problems))
     if os.path.lexists(item):
@@ -83,10 +89,10 @@ def _expand(item: str, problems: list[str]) -> list[str]:
     return sorted(os.path.normpath(path) for path in _glob(item, problems) if os.path.isfile(path))
 
 
-def _names_nothing(item: str) -> str:
+def _names_nothing(item: str, suffixes: tuple[str, ...]) -> str:
     """Returns a sentence on why an input names no file."""
     if os.path.isdir(item):
-        return f"{item} holds no {', '.join(SUFFIXES)} file; give files, or a glob."
+        return f"{item} holds no {', '.join(suffixes)} file; give files, or a glob."
     if glob.has_magic(item):
         return f"{item} matches no file; quote the pattern, and use ** for any depth."
     try:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from led_model.batch.loading import DEFAULT_NEW_TOKENS
 from led_model.batch.tasks import check_vocabulary, longest_input
 from led_model.checkpoint.checkpoint import read_config
 from led_model.checkpoint.fingerprint import fingerprint
@@ -20,7 +21,6 @@ from led_model.checkpoint.hub import checkpoint_files
 from led_model.cli.commands import DONE, INTERRUPTED, SOME_FAILED, set_threads
 from led_model.cli.examples import PROG, ExampleEncoder, ExampleSource, find_examples
 from led_model.cli.finetune_checks import check_arguments, check_enough, length_within
-from led_model.cli.loading import DEFAULT_NEW_TOKENS
 from led_model.data.global_tokens import EveryKthToken
 from led_model.terminal import log, log_error, no_bars, quiet
 from led_model.tokenization.tokenizer import LEDTokenizer

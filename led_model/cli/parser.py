@@ -11,8 +11,10 @@ from collections.abc import Sequence
 import torch
 
 from led_kernels import __version__
+from led_model.batch.loading import DEFAULT_NEW_TOKENS, DTYPES
 from led_model.cli.arguments import (
     add_batches,
+    add_devices,
     add_joining,
     add_long,
     add_output,
@@ -23,13 +25,11 @@ from led_model.cli.arguments import (
     not_empty,
     within,
 )
-from led_model.cli.commands import run_on_documents
 from led_model.cli.convert import add_convert
 from led_model.cli.demo import DemoSettings, run_demo
-from led_model.cli.dry_run import count_documents
+from led_model.cli.engines import run_by_engine
 from led_model.cli.finetune_arguments import add_finetune
 from led_model.cli.info import run_info
-from led_model.cli.loading import DEFAULT_NEW_TOKENS, DTYPES
 from led_model.cli.process import open_missing_streams, status_of
 
 _ABOUT_DOCUMENTS = """
@@ -97,6 +97,7 @@ def _add_summarize(commands: argparse._SubParsersAction) -> None:
   led summarize many.jsonl --shard 1/4 --output first.jsonl --model ./led    # and 2/4, … elsewhere
   led summarize reports/ --model ./led --long condense --output summaries.jsonl --format text > summaries.txt
   led summarize reports/ --model ./led --dry-run
+  led summarize 'papers/*.parquet' --text-field body --model ./led --engine ray --output summaries/
   led summarize monday.txt tuesday.txt --join --model ./primera""",
         chunk="joins their summaries, a line each",
         condense="summarizes these again, until one is left",
@@ -157,7 +158,7 @@ def _document_command(
         "LED_KERNELS_BACKEND=torch (or cpu, triton, cuda) chooses the attention kernels by name.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.set_defaults(run=lambda args: (count_documents if args.dry_run else run_on_documents)(args))
+    parser.set_defaults(run=run_by_engine)
     parser.add_argument(
         "inputs",
         nargs="+",
@@ -186,6 +187,7 @@ def _document_command(
     add_long(parser, chunk, condense)
     add_joining(parser)
     add_batches(parser)
+    add_devices(parser)
     add_running(parser)
     return parser
 

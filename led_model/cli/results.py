@@ -17,6 +17,7 @@ from typing import Any
 
 from led_model.batch.documents import Document
 from led_model.cli.finding import identity
+from led_model.cli.records import to_record
 from led_model.terminal import log
 
 try:
@@ -116,8 +117,7 @@ class ResultFile:
         Raises:
             OSError: when it is not: the disk is full, or the file was deleted, replaced or changed.
         """
-        record = {"led": self.made_by["command"], "id": document.id, "source": document.source} | result
-        record |= {"document": document.key, "made_by": self.made_by}
+        record = to_record(document, result, self.made_by)
         with self._lock_of_file:
             self.check_unchanged()
             self._append(to_line(record).encode() + b"\n")

@@ -7,7 +7,7 @@ import os
 import sys
 import time
 from argparse import Namespace
-from collections.abc import Iterator
+from collections.abc import Generator, Iterable, Iterator
 from contextlib import closing
 from dataclasses import dataclass, field
 from itertools import chain, islice
@@ -16,14 +16,14 @@ from typing import Any
 from tqdm import tqdm
 
 from led_model.batch.documents import Document, Source, Unreadable
-from led_model.batch.out_of_memory import is_out_of_memory, shortage
 from led_model.batch.scheduling import Outcome, run_documents
 from led_model.batch.streaming import TextStreamer
 from led_model.batch.tasks import as_text
+from led_model.batch.worker_processes import Processes
+from led_model.cli.devices import devices_of, threads_of
 from led_model.cli.joined import Joined
-from led_model.cli.loading import batch_limits, load_task
+from led_model.cli.loading import batch_limits, load_task, task_spec
 from led_model.cli.results import ResultFile, to_line
-from led_model.overflow import NotFinite
 from led_model.terminal import log, log_error, no_bars, one_line, seconds
 
 _EARLIER = {"is_earlier": True}  # an outcome is about this if an earlier run made the result
@@ -91,26 +91,40 @@ class Run:
             self._settle(first)
         if first is None:  # no model is needed
             return
+        documents = chain([first], self._outcomes)
+        made = (
+            self._made_by_several if (self.args.devices or 1) > 1 and not self.is_alone else self._made_by_one
+        )
+        how = made(documents)
+        self.bar.close()
+        if self.total == 1 and not self.made:  # the failure has been reported
+            return
+        done = "" if self.total == 1 else f"{self.made:,} documents done, {self.failed:,} failed; "
+        log(f"{done}{how}.")
+
+    def _made_by_one(self, documents: Iterable[Document | Outcome]) -> str:
+        """Delivers the results of all documents, and returns how long that took."""
         start = time.perf_counter()
         task = load_task(self.args)
         loading = time.perf_counter() - start
         if self.is_alone and self.format == "text" and sys.stdout.isatty():
             task.streamer = self.streamer = TextStreamer(task.reader.tokenizer, sys.stdout)
+        in_order = self.results is None
+        self._settle_all(run_documents(task, documents, in_order=in_order, **batch_limits(self.args)))
+        return f"loaded in {seconds(loading)}, {task.work}"
+
+    def _made_by_several(self, documents: Iterable[Document | Outcome]) -> str:
+        """Does so in several processes."""
+        args = self.args
+        processes = Processes(task_spec(args), devices_of(args), threads_of(args), batch_limits(args))
+        self._settle_all(processes.run(documents, in_order=self.results is None))
+        return f"{args.devices} processes {processes.work}"
+
+    def _settle_all(self, outcomes: Generator[Outcome, None, None]) -> None:
         self.bar.reset()  # the time of loading says nothing about the documents
-        outcomes = run_documents(
-            task,
-            chain([first], self._outcomes),
-            in_order=self.results is None,
-            **batch_limits(self.args),
-        )
         with closing(outcomes):
             for outcome in outcomes:
                 self._settle(outcome)
-        self.bar.close()
-        if self.total == 1 and not self.made:  # the failure has been reported
-            return
-        done = "" if self.total == 1 else f"{self.made:,} documents done, {self.failed:,} failed; "
-        log(f"{done}loaded in {seconds(loading)}, {task.work}.")
 
     def _read(self) -> Iterator[Document | Outcome]:
         """Yields the documents that have no result yet, and the outcomes of the others and of what is none.
@@ -144,7 +158,7 @@ class Run:
         if isinstance(result, Exception) or about is _EARLIER:
             self._skipped_size += document.size
         if isinstance(result, Exception):
-            self._fail(_problem(document, result))
+            self._fail(outcome.problem)
         elif isinstance(document, Document) and about is _EARLIER:
             self.earlier += 1
             name = {"id": document.id, "source": document.source}
@@ -189,13 +203,6 @@ class Run:
     def _count(self) -> str:
         of_all = "" if self.total is None else f" of {self.total}"
         return f"{self.made + self.earlier}{of_all} documents"
-
-
-def _problem(document: Document | Unreadable, error: Exception) -> str:
-    """Returns a sentence on a document without a result; one on what cannot be read names it itself."""
-    if isinstance(document, Document) and (isinstance(error, NotFinite) or is_out_of_memory(error)):
-        return f"{document.name}: {error if isinstance(error, NotFinite) else shortage(error)}"
-    return str(error)
 
 
 def _encodes_any_letter(encoding: str) -> bool:

@@ -1,0 +1,94 @@
+"""Shards of files: every document in one of them, the same as in the whole file, and named as there."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Sequence
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from led_model.batch import Document, input_shards
+from led_model.batch.documents import Source, Unreadable
+from led_model.batch.input_shards import Lines, Rows, cut_shards
+
+
+def read(sources: Sequence[Source]) -> list[Document | Unreadable]:
+    return [document for source in sources for document in source.read()]
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_lines(tmp_path, monkeypatch, seed):
+    """Blank lines, bad ones, any end of a line or none at the end, and blocks that end anywhere."""
+    draw = random.Random(seed)
+    monkeypatch.setattr(input_shards, "_BLOCK", draw.choice([1, 7, 64, 2**20]))
+    lines = []
+    for number in range(draw.randrange(1, 40)):
+        own = json.dumps({"id": f"é{number}", "text": "own id"}, ensure_ascii=False)
+        lines.append(draw.choice(["", " ", "{", own, own, json.dumps({"text": "no\u2028id"})]))
+    path = tmp_path / "a.jsonl"
+    end = draw.choice(["\n", "\r\n"])
+    path.write_bytes((end.join(lines) + draw.choice(["", end])).encode())
+    whole = read([Source(str(path), True)])
+    for size in (1, 2, 3, 7, 100):
+        shards = list(cut_shards([Source(str(path), True)], size))
+        assert all(isinstance(source, Lines) and source.count <= size for (source,) in shards)
+        assert [document for shard in shards for document in read(shard)] == whole
+
+
+def test_each_line_is_in_one_shard(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text("".join(json.dumps({"text": f"text {number}"}) + "\n" for number in range(1, 1001)))
+    for size in (1, 7, 999, 1000, 1001):
+        found = [d for shard in cut_shards([Source(str(path), True)], size) for d in read(shard)]
+        assert [(d.id, d.text) for d in found] == [(n, f"text {n}") for n in range(1, 1001)]
+
+
+@pytest.mark.parametrize("row_group_size", [1, 5, 64])
+@pytest.mark.parametrize("has_ids", [False, True])
+def test_parquet(tmp_path, row_group_size, has_ids):
+    path = tmp_path / "a.parquet"
+    columns = {"other": list(range(23)), "body": [f"text {number}" for number in range(23)]}
+    columns["body"][4] = None
+    ids = list(range(1, 24))
+    if has_ids:
+        ids = columns["id"] = [f"d{number}" for number in range(23)]
+    pq.write_table(pa.table(columns), path, row_group_size=row_group_size)
+    for size in (1, 4, 5, 23, 50):
+        shards = list(cut_shards([Source(str(path), False, "body")], size))
+        assert all(isinstance(source, Rows) for (source,) in shards)
+        assert len(shards) == -(-23 // size)
+        found = [document for shard in shards for document in read(shard)]
+        bad = found.pop(4)
+        assert bad.message == (
+            f"{path} line 5 has no text in 'body'; give a string that is not blank, or a list of such strings."
+        )
+        expected = [(ids[n], f"text {n}", has_ids) for n in range(23) if n != 4]
+        assert [(d.id, d.text, d.has_own_id) for d in found] == expected
+
+
+def test_files_of_one_text(tmp_path):
+    sources = []
+    for number in range(5):
+        (tmp_path / f"{number}.txt").write_text(f"text {number}")
+        sources.append(Source(str(tmp_path / f"{number}.txt"), False))
+    assert list(cut_shards(sources, 2)) == [tuple(sources[:2]), tuple(sources[2:4]), tuple(sources[4:])]
+
+
+def test_files_that_are_damaged_after_they_were_cut(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"text": "a"}\n')
+    [shard] = cut_shards([Source(str(path), True)], 2)
+    path.unlink()
+    [unreadable] = read(shard)
+    assert unreadable.message == f"{path} cannot be read (No such file or directory); mend it."
+    path = tmp_path / "a.parquet"
+    pq.write_table(pa.table({"text": ["a"]}), path)
+    [shard] = cut_shards([Source(str(path), False)], 2)
+    Path(path).write_bytes(b"no parquet, but long enough to be read as one")
+    [unreadable] = read(shard)
+    assert isinstance(unreadable, Unreadable)
+    assert unreadable.message.startswith(f"{path} cannot be read (Parquet magic bytes not found")
