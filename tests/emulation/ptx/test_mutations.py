@@ -81,7 +81,8 @@ def check(kernel: str, kind: str, count: int, expected_share: float) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("kernel", ["_banded_forward_kernel", "_banded_dkdv_kernel"])
 def test_planted_faults_are_caught(kernel, kind):
-    check(kernel, kind, count=2, expected_share=0.5)
+    # Of the compares many make no difference in these cases, so that two would say little.
+    check(kernel, kind, count=4 if kind == "compare" else 2, expected_share=0.5)
 
 
 @pytest.mark.slow
