@@ -20,6 +20,7 @@ from led_model.batch.loading import TaskSpec
 from led_model.batch.worker_processes import ProcessDied, Processes
 from led_model.cli.results import ResultFile
 from tests.model.commands import PARAGRAPHS, TEXT, TEXTS, led, records
+from tests.model.deadly import Deadly
 
 ROOT = Path(__file__).parents[2]
 COUNT = 90
@@ -100,24 +101,6 @@ def test_a_process_is_killed(save, many, capsys, monkeypatch):
     error = capsys.readouterr().err
     assert "led: the process of cpu was ended by signal 9 and is replaced" in error
     assert "87 documents done, 3 failed" in error
-
-
-class Deadly(TaskSpec):
-    """Describes a task that ends its process where it reads a text with "poison"."""
-
-    def load(self):
-        if self.question == "dies":
-            os._exit(7)
-        task = super().load()
-        run = task.run
-
-        def deadly(pieces):
-            if any("poison" in piece.document.text for piece in pieces):
-                os.kill(os.getpid(), signal.SIGKILL)
-            return run(pieces)
-
-        task.run = deadly
-        return task
 
 
 def outcomes(spec: TaskSpec, documents, **flags):

@@ -18,9 +18,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from led_model.batch import Summarizer
-from led_model.batch.loading import TaskSpec
 from led_model.cli.output_directory import OutputDirectory
 from tests.model.commands import PARAGRAPHS, TEXT, TEXTS, led, records
+from tests.model.deadly import Deadly
 
 ROOT = Path(__file__).parents[2]
 ACTOR = "ray::MapWorker(MapBatches(ShardRunner))"
@@ -173,22 +173,6 @@ def test_a_ray_of_its_own_ends_with_the_command(save, tmp_path, monkeypatch):
         children, timeout=120
     )  # Ray's own helpers look for their parent now and then
     assert alive == []
-
-
-class Deadly(TaskSpec):
-    """Describes a task that ends its process where it reads a text with "poison"."""
-
-    def load(self):
-        task = super().load()
-        run = task.run
-
-        def deadly(pieces):
-            if any("poison" in piece.document.text for piece in pieces):
-                os.kill(os.getpid(), signal.SIGKILL)
-            return run(pieces)
-
-        task.run = deadly
-        return task
 
 
 @pytest.mark.slow
