@@ -20,7 +20,7 @@ __device__ __forceinline__ bool any_position(int start, int stop, Predicate hold
 // The same value in all lanes, which the compiler then knows: a branch on another one costs the loops in it
 // their uniform registers.
 __device__ __forceinline__ bool uniform(bool x) {
-  return __shfl_sync(kAllLanes, x, 0);
+  return __shfl_sync(kAllLanes, static_cast<int>(x), 0) != 0;
 }
 
 // Each of a lane's rows sees the columns lower ... lower + width.
