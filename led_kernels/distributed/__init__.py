@@ -6,6 +6,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from led_kernels.distributed.context import ContextParallelMask as ContextParallelMask
     from led_kernels.distributed.split_attention import (
         context_parallel_attention as context_parallel_attention,
     )
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 # The module of each name, which is imported when the name is asked for: attention, which needs no mesh of devices,
 # imports modules of this package.
 _HOMES = {
+    "ContextParallelMask": "context",
     "clip_grad_norm_": "tensor_parallel",
     "context_parallel": "split_model",
     "context_parallel_attention": "split_attention",
@@ -31,6 +33,7 @@ _HOMES = {
 }
 
 __all__ = [
+    "ContextParallelMask",
     "clip_grad_norm_",
     "context_parallel",
     "context_parallel_attention",

@@ -56,6 +56,30 @@ def merge_over_ranks(out: Tensor, lse: Tensor, group: dist.ProcessGroup) -> Tens
     return (total[..., :-1] / total[..., -1:]).to(out.dtype)
 
 
+def own_rows(x: Tensor, own: slice, group: dist.ProcessGroup) -> Tensor:
+    """Returns the own rows of ``x``, ``[batch, seqlen, ...]``, which every rank has whole.
+
+    Each rank gets the gradient of all rows, so that what a caller has made ``x`` of learns the same on all ranks.
+    """
+    return _OwnRows.apply(x, own, group)
+
+
+class _OwnRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, own: slice, group: dist.ProcessGroup) -> Tensor:
+        ctx.shape, ctx.own, ctx.group = x.shape, own, group
+        return x[:, own]
+
+    @staticmethod
+    @first_order_only
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        grad = grad_outputs[0].new_zeros(ctx.shape)
+        # Every rank has a loss of its own, which are all the same: the mean of their gradients is that of one.
+        grad[:, ctx.own] = grad_outputs[0] / dist.get_world_size(ctx.group)
+        dist.all_reduce(grad, group=ctx.group)
+        return grad, None, None
+
+
 def gather_over_ranks(x: Tensor, bounds: tuple[int, ...], rank: int, group: dist.ProcessGroup) -> Tensor:
     """Returns the rows of all ranks, ``[batch, bounds[-1], ...]``, of each rank's ``[batch, its rows, ...]``.
 

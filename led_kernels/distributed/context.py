@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from led_kernels.argument_checks import window_of
 from led_kernels.distributed.gradients import AveragedGradients
 from led_kernels.mask import LongformerMask
 from led_kernels.mask_shard import MaskShard, check_bounds, even_bounds
@@ -28,7 +31,9 @@ class ContextParallelMask:
     whole: LongformerMask
     group: dist.ProcessGroup
     bounds: tuple[int, ...] = ()
-    _shards: dict[object, MaskShard[LongformerMask]] = field(default_factory=dict, init=False, repr=False)
+    _shards: dict[tuple[int, int], MaskShard[LongformerMask]] = field(
+        default_factory=dict, init=False, repr=False
+    )
 
     def __post_init__(self) -> None:
         world = dist.get_world_size(self.group)
@@ -61,11 +66,12 @@ class ContextParallelMask:
 
     def shard(self, window_size: int | tuple[int, int]) -> MaskShard[LongformerMask]:
         """Returns this rank's part for a window, which is made once."""
-        if window_size not in self._shards:
-            self._shards[window_size] = self.whole.shard(
-                self.rank, dist.get_world_size(self.group), window_size, bounds=self.bounds
+        window = window_of(window_size, self.whole.max_seqlen)
+        if window not in self._shards:
+            self._shards[window] = self.whole.shard(
+                self.rank, dist.get_world_size(self.group), window, bounds=self.bounds
             )
-        return self._shards[window_size]
+        return self._shards[window]
 
 
 def even_part(seqlen: int, group: dist.ProcessGroup) -> slice:
@@ -89,6 +95,13 @@ class ContextParallel:
     group: dist.ProcessGroup
     gradients: AveragedGradients | None = None
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> ContextParallel:
+        """Returns what belongs to a copy of the model: the same ranks, and gradients of its own."""
+        if self.gradients is None:
+            return self
+        model = copy.deepcopy(self.gradients.model, memo)
+        return ContextParallel(self.group, AveragedGradients(model, self.group))
+
     @property
     def rank(self) -> int:
         return dist.get_rank(self.group)
@@ -100,13 +113,13 @@ class ContextParallel:
         return output
 
     @contextmanager
-    def chance(self, device: torch.device, *, is_common: bool, is_training: bool) -> Generator[None]:
+    def chance(self, device: torch.device, *, is_common: bool, is_drawn: bool) -> Generator[None]:
         """Makes what is drawn in the block common to all ranks, or each rank's own.
 
         The decoder computes the same on all ranks and so has to drop the same; of the encoder each rank has other rows.
         The seed is drawn on the group's first rank, and the generators go on afterwards as if nothing else had been.
         """
-        if not is_training:
+        if not is_drawn:
             yield
             return
         seed = torch.randint(0, 2**62, (1,), dtype=torch.int64, device=device)

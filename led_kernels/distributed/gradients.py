@@ -25,7 +25,7 @@ class AveragedGradients:
     def __init__(self, model: nn.Module, group: dist.ProcessGroup) -> None:
         self.model = model
         self.group = group
-        self.is_queued = False
+        self._queued_in: int | None = None  # the backward at whose end the gradients are to be averaged
 
     def watch(self, output: Tensor) -> None:
         """Averages after a backward that goes through ``output``, which the same calls have made on all ranks."""
@@ -33,8 +33,9 @@ class AveragedGradients:
             output.register_hook(self._queue)
 
     def _queue(self, gradient: Tensor) -> None:
-        if not self.is_queued:
-            self.is_queued = True
+        # A backward that raises drops what was queued, so that the next has to queue it again.
+        if self._queued_in != (backward := torch._C._current_graph_task_id()):
+            self._queued_in = backward
             Variable._execution_engine.queue_callback(self._queue_again)
 
     def _queue_again(self) -> None:
@@ -43,7 +44,7 @@ class AveragedGradients:
 
     @torch.no_grad()
     def _average(self) -> None:
-        self.is_queued = False
+        self._queued_in = None
         bucket: list[Tensor] = []
         for parameter in self.model.parameters():
             if parameter.grad is None:

@@ -57,8 +57,9 @@ class Halo:
 
     def finish(self) -> None:
         """Waits until the exchange that was started last is done."""
-        assert self.work is not None  # as an exchange is started before it is waited for
-        self.work.wait()
+        work, self.work = self.work, None  # It holds the memory of what was sent.
+        assert work is not None  # as an exchange is started before it is waited for
+        work.wait()
 
     def _numel(self, rows: tuple[int, int]) -> int:
         return sum(shape.numel() // max(shape[1], 1) for shape in self.shapes) * (rows[1] - rows[0])

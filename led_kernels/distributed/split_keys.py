@@ -16,10 +16,6 @@ from led_kernels.eager import never_compiled
 from led_kernels.mask import LongformerMask
 from led_kernels.mask_tensors import build_tensors
 
-_POSITIONS = (
-    2**26
-)  # More than a rank has rows. Dropout draws by positions, which have to differ between ranks.
-
 
 @dataclass(frozen=True, eq=False)
 class SplitKeys:

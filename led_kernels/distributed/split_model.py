@@ -29,9 +29,11 @@ def context_parallel(model: Model, mesh: DeviceMesh, *, average_gradients: bool 
     Args:
         model: of led_model, or of transformers after :func:`led_kernels.hf.apply_led_kernels`; changed in place. It is
             on its device, and has weights that are the same on all ranks.
-        mesh: of one dimension. DistributedDataParallel and FSDP2 may use another.
+        mesh: of one dimension. DistributedDataParallel and FSDP2 may use another. Seed its ranks alike for a Longformer
+            whose head has dropout, as the head computes the same on all of them.
         average_gradients: whether each backward ends with the mean of the ranks' gradients, which are those of the
-            whole documents. It is not needed where DistributedDataParallel or FSDP2 reduce over these ranks as well.
+            whole documents; what torch.autograd.grad returns is a rank's own. It is not needed where
+            DistributedDataParallel or FSDP2 reduce over these ranks as well.
 
     Returns:
         the model.

@@ -90,7 +90,7 @@ def full_state_dict(model: nn.Module) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def clip_grad_norm_(parameters: Iterable[Tensor], max_norm: float) -> Tensor:
+def clip_grad_norm_(parameters: Tensor | Iterable[Tensor], max_norm: float) -> Tensor:
     """Scales gradients so that the norm of all together is at most ``max_norm``, as torch's function of this name does.
 
     That one takes no gradients of which some are sharded and some are not. All ranks call it.
@@ -98,6 +98,8 @@ def clip_grad_norm_(parameters: Iterable[Tensor], max_norm: float) -> Tensor:
     Returns:
         the norm before, a scalar.
     """
+    if isinstance(parameters, Tensor):
+        parameters = [parameters]
     grads = [parameter.grad for parameter in parameters if parameter.grad is not None]
     norms = [
         torch.linalg.vector_norm(grad, dtype=torch.promote_types(grad.dtype, torch.float32)) for grad in grads

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+from contextlib import nullcontext
 from typing import Any
 
 import transformers
@@ -78,7 +79,12 @@ class FusedLEDForConditionalGeneration(LEDForConditionalGeneration):
     @functools.wraps(LEDForConditionalGeneration.generate)
     def generate(self, *args: Any, **kwargs: Any):
         """Takes the arguments of transformers' model, and has the whole of all weights that FSDP has sharded."""
-        with unsharded(self):
+        context = getattr(self.get_decoder(), "context", None)
+        # All ranks draw the same tokens of documents that are split over them.
+        chance = (
+            nullcontext() if context is None else context.chance(self.device, is_common=True, is_drawn=True)
+        )
+        with unsharded(self), chance:
             return super().generate(*args, **kwargs)
 
 

@@ -279,7 +279,7 @@ class FusedLEDDecoder(LEDDecoder):
         if self.context is None:
             chance = nullcontext()
         else:
-            chance = self.context.chance(hidden_states.device, is_common=True, is_training=self.training)
+            chance = self.context.chance(hidden_states.device, is_common=True, is_drawn=self.training)
         with chance:
             outputs = self._run_layers(
                 nn.functional.dropout(hidden_states, p=self.dropout, training=self.training),

@@ -16,6 +16,7 @@ from transformers.models.led.modeling_led import (
 )
 
 from led_kernels.arguments import autocast
+from led_kernels.distributed.collectives import own_rows
 from led_kernels.distributed.context import ContextParallel, ContextParallelMask
 from led_kernels.hf.checks import check_can_split
 from led_kernels.hf.compat import takes_arguments_of
@@ -120,8 +121,11 @@ class FusedLEDEncoder(LEDEncoder):
         if self.context is not None:
             check_can_split(self, output_attentions or output_hidden_states)
             mask = ContextParallelMask(whole, self.context.group)
-            given, first = given[:, mask.own], mask.own.start
-            chance = self.context.chance(given.device, is_common=False, is_training=self.training)
+            first = mask.own.start
+            given = (
+                given[:, mask.own] if inputs_embeds is None else own_rows(given, mask.own, self.context.group)
+            )
+            chance = self.context.chance(given.device, is_common=False, is_drawn=self.training)
         if inputs_embeds is None:
             given = self.embed_tokens(given)
         hidden_states = self.layernorm_embedding(given + self.embed_positions(given.shape[:2], first))

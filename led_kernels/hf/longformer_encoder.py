@@ -69,7 +69,7 @@ class FusedLongformerEncoder(LongformerEncoder):
         check_can_split(self, output_attentions or output_hidden_states)
         group = self.context.group
         split = ContextParallelMask(mask, group)
-        with self.context.chance(split.device, is_common=False, is_training=self.training):
+        with self.context.chance(split.device, is_common=False, is_drawn=self.training):
             output = run_layers(self.layer, hidden_states[:, split.own], split, **settings)
         rows = self.context.watch(gather_over_ranks(output[0], split.bounds, split.rank, group))
         return LongformerBaseModelOutput(last_hidden_state=rows) if return_dict else (rows,)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,11 +43,19 @@ class GenerateOutput:
 
 
 def _with_all_weights(generate: Callable[..., Any]) -> Callable[..., Any]:
-    """Decorates a function of a model so that it has the whole of all weights that FSDP has sharded."""
+    """Decorates a function of a model so that it has the whole of all weights that FSDP has sharded.
+
+    Where documents are split over ranks, it draws the same numbers on all of them.
+    """
 
     @functools.wraps(generate)
     def generate_unsharded(model: GenerativeModel, *args: Any, **kwargs: Any) -> Any:
-        with unsharded(model):
+        context = model.led.decoder.context
+        chance = nullcontext()
+        if context is not None:
+            device = model.final_logits_bias.device
+            chance = context.chance(device, is_common=True, is_drawn=True)
+        with unsharded(model), chance:
             return generate(model, *args, **kwargs)
 
     return generate_unsharded

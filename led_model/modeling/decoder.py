@@ -164,7 +164,7 @@ class LEDDecoder(EmbeddedStack):
         inputs = (hidden, mask, cache_indices, documents, cross_mask, cache, record)
         if self.context is None:
             return self._run_layers(*inputs)
-        with self.context.chance(hidden.device, is_common=True, is_training=self.training):
+        with self.context.chance(hidden.device, is_common=True, is_drawn=self.training):
             return self.context.watch(self._run_layers(*inputs))
 
     def _run_layers(

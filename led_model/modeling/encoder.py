@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from led_kernels import LongformerMask
+from led_kernels.distributed.collectives import own_rows
 from led_kernels.distributed.context import ContextParallel, ContextParallelMask
 from led_model.checks import check_inputs
 from led_model.config import LEDConfig
@@ -90,9 +91,10 @@ class LEDEncoder(EmbeddedStack):
         split = ContextParallelMask(mask, context.group)
         check_inputs("input_ids", input_ids, "inputs_embeds", inputs_embeds, self)
         position = torch.arange(mask.max_seqlen, device=mask.device)[split.own]
-        ids, embeds = (None if x is None else x[:, split.own] for x in (input_ids, inputs_embeds))
+        ids = None if input_ids is None else input_ids[:, split.own]
+        embeds = None if inputs_embeds is None else own_rows(inputs_embeds, split.own, context.group)
         embedded = self.embed_inputs("input_ids", ids, "inputs_embeds", embeds, one_position_each=False)
-        with context.chance(mask.device, is_common=False, is_training=self.training):
+        with context.chance(mask.device, is_common=False, is_drawn=self.training):
             return context.watch(self._run_layers(self.normed_embeddings(embedded, position), split, None))
 
     def _run_layers(

@@ -124,6 +124,10 @@ def alone(name: str, dtype: torch.dtype, checkpointing: bool | None = None) -> d
     model = context_parallel(build(name, dtype), all_ranks())
     if checkpointing is not None:
         model.gradient_checkpointing_enable({"use_reentrant": checkpointing})
+    return alone_of(model, name, dtype)
+
+
+def alone_of(model: nn.Module, name: str, dtype: torch.dtype = torch.float64) -> dict[str, float]:
     loss = sum(step(model, documents(rows)) / 2 for rows in (slice(0, 2), slice(2, 4)))
     for parameter in model.parameters():
         if parameter.grad is not None:
@@ -174,6 +178,44 @@ def generated(name: str, sharded: bool, **settings: Any) -> tuple[Tensor, Tensor
         split = context_parallel(build(name).eval(), all_ranks())
     inputs = {key: x[rows] for key, x in inputs.items() if key != "labels"}
     return model.generate(**inputs, **settings), split.generate(**inputs, **settings)
+
+
+def sampled(name: str) -> Tensor:
+    """Returns tokens that are drawn on ranks with other seeds."""
+    model = context_parallel(build(name).eval(), all_ranks())
+    torch.manual_seed(dist.get_rank())
+    inputs = {key: x for key, x in documents().items() if key != "labels"}
+    return model.generate(**inputs, do_sample=True, max_new_tokens=8)
+
+
+def after_a_failure(name: str) -> dict[str, float]:
+    """Compares a backward that follows one that has raised."""
+    model = context_parallel(build(name), all_ranks())
+    loss = model(**documents()).loss
+
+    def fails(gradient: Tensor) -> None:
+        raise RuntimeError("interrupted")
+
+    handle = model.led.encoder.layers[0].register_full_backward_hook(lambda *_: fails(loss))
+    loss = model(**documents()).loss
+    try:
+        loss.backward()
+    except RuntimeError:
+        handle.remove()
+        model.zero_grad()
+        return alone_of(model, name)
+    raise AssertionError("nothing was raised")
+
+
+def of_embeddings(name: str) -> tuple[Tensor, Tensor]:
+    """Returns the gradients of the embedded documents in one process and on this rank."""
+    found = []
+    for model in (build(name), context_parallel(copy.deepcopy(build(name)), all_ranks())):
+        inputs = documents()
+        embedded = model.led.encoder.embed_tokens(inputs.pop("input_ids")).detach().requires_grad_()
+        step(model, inputs | {"inputs_embeds": embedded})
+        found.append(embedded.grad)
+    return found[0], found[1]
 
 
 def with_dropout(name: str) -> dict[str, Any]:
@@ -308,6 +350,9 @@ def main() -> dict[str, Any]:
                 settings = {"max_new_tokens": 8, "num_beams": beams}
                 checks[f"generate {name} {beams} {sharded}"] = partial(generated, name, sharded, **settings)
         checks[f"dropout {name}"] = partial(with_dropout, name)
+        checks[f"sampled {name}"] = partial(sampled, name)
+        checks[f"after a failure {name}"] = partial(after_a_failure, name)
+        checks[f"embeddings {name}"] = partial(of_embeddings, name)
         checks[f"rows {name}"] = partial(rows_of_the_encoder, name)
     checks["readme"] = readme
     for name in HEADS:

@@ -55,6 +55,24 @@ def test_generation(name, beams, sharded, found):
         assert torch.equal(actual, expected)
 
 
+@every_model
+def test_tokens_that_are_drawn_are_the_same_on_all_ranks(name, found):
+    first, *others = [result(of_rank, f"sampled {name}") for of_rank in found]
+    assert all(torch.equal(other, first) for other in others)
+
+
+@every_model
+def test_gradients_after_a_backward_that_raised(name, found):
+    assert_close(found, f"after a failure {name}")
+
+
+@every_model
+def test_gradients_of_embeddings_are_those_of_the_whole(name, found):
+    for of_rank in found:
+        expected, actual = result(of_rank, f"embeddings {name}")
+        torch.testing.assert_close(actual, expected, rtol=0, atol=1e-12)
+
+
 def test_the_readmes_lines(found):
     for of_rank in found:
         expected, actual = result(of_rank, "readme")
