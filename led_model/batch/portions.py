@@ -32,6 +32,8 @@ def to_the_end(documents: Iterable[Document | Outcome]) -> Iterator[Item]:
     """Yields documents and outcomes, and at last an :class:`End`."""
     try:
         yield from documents
+    except GeneratorExit:  # Nobody wants more.
+        raise
     except BaseException as error:
         yield End(error)
     else:

@@ -52,6 +52,8 @@ class ShardFiles:
         """
         if errors := list(errors):
             self._write(self.errors, errors)
+        else:  # An attempt that was killed may have left some.
+            self.errors.unlink(missing_ok=True)
         self._write(self.results, results)
         self._tries.unlink(missing_ok=True)
 

@@ -455,7 +455,7 @@ def test_only_what_is_about_memory_is_said_to_be(monkeypatch, documents, capsys)
     def fails(args):
         raise errors.pop()
 
-    monkeypatch.setattr("led_model.cli.parser.run_on_documents", fails)
+    monkeypatch.setattr("led_model.cli.engines.run_on_documents", fails)
     for _ in of_memory:
         assert led("summarize", "docs/0.txt", "--model", ".") == 1
         assert "memory ran out" in capsys.readouterr().err

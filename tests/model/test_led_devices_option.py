@@ -157,6 +157,8 @@ def started(save, many: str) -> tuple[subprocess.Popen, list[psutil.Process]]:
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
+        # Where the tests are a job in the background, processes would ignore Ctrl-C.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     deadline = time.monotonic() + 120
     while not Path("out.jsonl").exists() or Path("out.jsonl").read_bytes().count(b"\n") < 5:

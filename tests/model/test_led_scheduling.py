@@ -475,6 +475,8 @@ def test_a_line_is_answered_before_the_next_is_written(save, tmp_path):
     process = subprocess.Popen(
         [*command, "--max-new-tokens", "3"], env=environment, cwd=tmp_path, text=True,
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        # Where the tests are a job in the background, processes would ignore Ctrl-C.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )  # fmt: skip
     for number in range(2):
         process.stdin.write(json.dumps({"id": number, "text": TEXT}) + "\n")
