@@ -6,7 +6,6 @@ import dataclasses
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from functools import lru_cache
 from typing import Any, ClassVar
 
 import torch
@@ -40,11 +39,21 @@ _LONG = ("error", "truncate", "chunk")
 # A process loads one model at a time and runs one batch at a time, whatever number of threads call.
 _lock = new_lock()
 _process = os.getpid()
+_loaded: dict[TaskSpec, Task] = {}  # one at most
 
 
-@lru_cache(maxsize=1)
 def _load(spec: TaskSpec) -> Task:
-    """Returns the task, which this process keeps, as Spark makes the callable anew for each of its tasks."""
+    """Returns the task, which this process keeps, as Spark makes the callable anew for each of its tasks.
+
+    Another one's model goes before this one's is loaded, as memory may not suffice for both.
+    """
+    if spec not in _loaded:
+        _loaded.clear()
+        _loaded[spec] = _task_of(spec)
+    return _loaded[spec]
+
+
+def _task_of(spec: TaskSpec) -> Task:
     task = spec.load()
     if spec.command == "answer" and spec.question is None:
         reader = {item.name: getattr(task.reader, item.name) for item in dataclasses.fields(Reader)}

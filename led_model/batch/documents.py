@@ -12,7 +12,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from led_model.batch.json_lines import check_encodable, parse_record, parts_of, short
 from led_model.batch.pipe import NoWriter, Pipe
@@ -126,18 +126,31 @@ class Source:
         return self.path != "-" and os.path.isfile(self.path)
 
     def read(self) -> Iterator[Document | Unreadable]:
-        """Yields the documents in the file's order, without blank lines of JSONL."""
+        """Yields what :meth:`documents` does, and a sentence on a file that cannot be read, or not to its end."""
         try:
-            with self._open() as file:
-                if self.is_jsonl:
-                    yield from self._lines(file)
-                else:
-                    yield self._text(file.read(MAX_BYTES + 1))
+            yield from self.documents()
         except OSError as error:
-            remedy = _REMEDIES.get(type(error), "give a text file")
-            yield Unreadable(f"{self.name} cannot be read ({error.strerror}); {remedy}.", 0)
+            yield Unreadable(self.why(error), 0)
         except NoWriter:
             yield Unreadable(f"{self.name} is a pipe that nobody writes into; start its writer first.", 0)
+
+    def documents(self) -> Iterator[Document | Unreadable]:
+        """Yields the documents in the file's order, without blank lines of JSONL.
+
+        Raises:
+            OSError: when the file cannot be read, or not to its end.
+            NoWriter: when it is a pipe that nobody writes into.
+        """
+        with self._open() as file:
+            if self.is_jsonl:
+                yield from self._lines(file)
+            else:
+                yield self._text(file.read(MAX_BYTES + 1))
+
+    def why(self, error: OSError) -> str:
+        """Returns a sentence on why the file cannot be read."""
+        remedy = _REMEDIES.get(type(error), "give a text file")
+        return f"{self.name} cannot be read ({error.strerror}); {remedy}."
 
     def _open(self) -> AbstractContextManager[BinaryIO]:
         if self.path == "-":
@@ -199,23 +212,32 @@ class Source:
             yield Unreadable(f"{self.name} holds no document; give JSON objects, one a line.", 0)
 
     def _document(self, line: bytes, number: int, line_of: dict[str, int]) -> Document | Unreadable:
-        where = f"{self.name} line {number}"
         if len(line) > MAX_BYTES:
-            return Unreadable(f"{where} {too_much()}", len(line))
+            return Unreadable(f"{self.name} line {number} {too_much()}", len(line))
         try:
-            document_id, parts, is_own = self._parse(line, number)
+            record = parse_record(line, self.text_field)
         except ValueError as error:
-            return Unreadable(f"{where} {error}", len(line))
+            return Unreadable(f"{self.name} line {number} {error}", len(line))
+        return self._of_record(record, number, len(line), line_of)
+
+    def _of_record(
+        self, record: dict[str, Any], number: int, size: int, line_of: dict[str, int]
+    ) -> Document | Unreadable:
+        """Returns the document of a record, which is line ``number`` of ``size`` bytes."""
+        where = f"{self.name} line {number}"
+        try:
+            document_id, parts, is_own = self._parse(record, number)
+        except ValueError as error:
+            return Unreadable(f"{where} {error}", size)
         first = line_of.setdefault(str(document_id), number) if is_own else number
         if first != number:
             return Unreadable(
                 f"{where} has the id of line {first}, {short(document_id)}; give each document its own, or none.",
-                len(line),
+                size,
             )
-        return Document.of_parts(document_id, self.name, parts, len(line), is_own)
+        return Document.of_parts(document_id, self.name, parts, size, is_own)
 
-    def _parse(self, line: bytes, number: int) -> tuple[str | int, list[str], bool]:
-        record = parse_record(line, self.text_field)
+    def _parse(self, record: dict[str, Any], number: int) -> tuple[str | int, list[str], bool]:
         parts, document_id = parts_of(record, self.text_field, "--text-field"), record.get("id")
         is_own = document_id is not None
         document_id = document_id if is_own else number

@@ -5,13 +5,14 @@ from __future__ import annotations
 from argparse import Namespace
 
 from led_model.batch.documents import Document, Source, Unreadable
-from led_model.batch.input_shards import cut_shards
 from led_model.batch.pieces import Reader
 from led_model.batch.tasks import longest_input
 from led_model.checkpoint.checkpoint import read_config
 from led_model.checkpoint.hub import checkpoint_files
 from led_model.cli.commands import DONE, SOME_FAILED, find_documents
+from led_model.cli.joined import Joined
 from led_model.cli.loading import task_spec
+from led_model.cli.ray_engine import find_shards
 from led_model.terminal import log_error, quiet
 from led_model.tokenization.tokenizer import LEDTokenizer
 
@@ -22,10 +23,11 @@ def count_documents(args: Namespace) -> int:
     Returns:
         The exit status that the run itself would have, as far as reading decides it.
     """
-    sources, problems = find_documents(args)
-    if args.engine == "ray":  # which reads Parquet, too
-        files = [source for source in sources if isinstance(source, Source)]
-        sources = [part for shard in cut_shards(files, args.shard_rows) for part in shard]
+    if args.engine == "ray":
+        _, shards, problems = find_shards(args)
+        sources: list[Source | Joined] = [source for shard in shards for source in shard]
+    else:
+        sources, problems = find_documents(args)
     reader = _reader(args)
     failed = 0
     lengths: list[int] = []

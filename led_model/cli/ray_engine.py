@@ -38,30 +38,35 @@ def run_on_ray(args: Namespace) -> int:
     """Runs ``args.command`` over all documents that ``args`` names; returns the exit status."""
     with ExitStack() as stack:
         stack.enter_context(quiet(args.quiet))
-        _check(args)
+        sources, shards, problems = find_shards(args)
         ray = _import_ray()
         check_revision(args)
-        found, problems = find_documents(args)
-        own = os.path.join(os.path.realpath(args.output), "")
-        sources = [source for source in found if isinstance(source, Source)]
-        sources = [source for source in sources if not os.path.realpath(source.path).startswith(own)]
-        shards, more = _cut(sources, args.shard_rows)
         made = made_by(args)
         plan = _plan(args, made, sources)
         directory = stack.enter_context(OutputDirectory(args.output, plan, args.overwrite))
-        for problem in [*problems, *more]:
+        for problem in problems:
             log_error(problem, f"led {args.command}")
-        left = [number for number in range(len(shards)) if not directory.shard(number).are_there]
-        failed = len(problems) + len(more)
-        for number in set(range(len(shards))) - set(left):
-            failed += len(directory.shard(number).count()[1])
-        if earlier := len(shards) - len(left):
+        left = [number for number in range(len(shards)) if not directory.holds(number)]
+        earlier = len(shards) - len(left)
+        before = sum(
+            len(directory.shard(number).count()[1])
+            for number in range(len(shards))
+            if number not in set(left)
+        )
+        if earlier:
             log(f"{args.output} holds {earlier:,} of {len(shards):,} shards already; these are left out.")
+        if before:
+            log_error(
+                f"{before:,} documents of these have no result; the files errors-*.jsonl in {args.output} say why.",
+                f"led {args.command}",
+            )
+        failed = len(problems) + before
         if not left:
             return SOME_FAILED if failed else DONE
         try:
             stack.enter_context(_connected(ray, args))
-            failed += _run(ray, args, made, {number: shards[number] for number in left})
+            run = directory.begin()  # not before there is something to write with
+            failed += _run(ray, args, made, run, {number: shards[number] for number in left})
         except KeyboardInterrupt:
             there = sum(directory.shard(number).are_there for number in range(len(shards)))
             log_error(
@@ -77,6 +82,23 @@ def run_on_ray(args: Namespace) -> int:
                 "shards that are complete: give the same command again."
             ) from error
         return SOME_FAILED if failed else DONE
+
+
+def find_shards(args: Namespace) -> tuple[list[Source], list[Sources], list[str]]:
+    """Returns the files that ``args`` names, the shards that they are cut into, and a sentence on each without any.
+
+    Raises:
+        ValueError: for flags and inputs that are not for this engine.
+    """
+    _check(args)
+    found, problems = find_documents(args)
+    own = os.path.join(os.path.realpath(args.output), "")
+    files = [source for source in found if isinstance(source, Source)]
+    sources = [source for source in files if not os.path.realpath(source.path).startswith(own)]
+    if files and not sources:
+        problems.append(f"all inputs lie below --output {args.output} itself; give others.")
+    shards, more = _cut(sources, args.shard_rows)
+    return sources, shards, [*problems, *more]
 
 
 def _check(args: Namespace) -> None:
@@ -106,7 +128,7 @@ def _import_ray() -> Any:
 
 
 def _cut(sources: Sequence[Source], rows: int | None) -> tuple[list[Sources], list[str]]:
-    """Returns the shards, and a sentence on each file that has no document.
+    """Returns the shards, and a sentence on each file that has no document or cannot be read.
 
     Raises:
         ValueError: when a file cannot be read as often as is needed.
@@ -118,9 +140,14 @@ def _cut(sources: Sequence[Source], rows: int | None) -> tuple[list[Sources], li
             raise ValueError(f"{source.name} is no file, and --engine ray reads files; save it as one.")
         if not is_parquet(source) and not source.is_jsonl:
             continue
-        before = len(shards)
-        shards += cut_shards([source], rows)
-        if len(shards) == before:
+        try:
+            found = list(cut_shards([source], rows))
+        except (OSError, ValueError) as error:  # pyarrow's errors are of these classes
+            reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+            problems.append(f"{source.name} cannot be read ({reason}); mend it, or leave it out.")
+            continue
+        shards += found
+        if not found:
             problems.append(f"{source.name} holds no document; give rows, or JSON objects, one a line.")
     texts = [source for source in sources if not source.is_jsonl and not is_parquet(source)]
     return shards + list(cut_shards(texts, rows)), problems
@@ -156,30 +183,33 @@ def _connected(ray: Any, args: Namespace) -> Generator[None, None, None]:
         ray.shutdown()
 
 
-def _run(ray: Any, args: Namespace, made: dict[str, Any], shards: dict[int, Sources]) -> int:
+def _run(ray: Any, args: Namespace, made: dict[str, Any], run: str, shards: dict[int, Sources]) -> int:
     """Makes the shards that are not there yet, and returns how many documents, or whole shards, have failed."""
     start = time.perf_counter()
-    done = failed = lost = read = written = 0
-    count, reports = _reports(ray, args, made, shards)
+    done = failed = lost = read = written = count = 0
     with tqdm(total=len(shards), desc="shards", leave=False, disable=no_bars()) as bar:
-        for report in reports:
-            if report.error is not None:
-                if report.trace is not None:
-                    raise RuntimeError(f"in an actor of Ray:\n{report.trace}")
-                raise ValueError(report.error)
-            problems = report.failed
-            if report.is_lost:
-                names = " and ".join(sorted({source.name for source in shards[report.number]})[:2])
-                problems = [
-                    f"shard {report.number} ({names}) is left out, as its actors died {TRIES} times; memory may not "
-                    "suffice, or a text makes them crash. Read these inputs without --engine, which tells the document."
-                ]
-                lost += 1
-            for problem in problems:
-                log_error(problem, f"led {args.command}")
-            done, failed = done + report.done, failed + len(report.failed)
-            read, written = read + report.read_tokens, written + report.written_tokens
-            bar.update()
+        for tries_left in reversed(range(TRIES)):
+            actors_now, reports = _reports(ray, args, made, run, shards)
+            count, unread = max(count, actors_now), {}
+            for report in reports:
+                if report.error is not None:
+                    if report.trace is not None:
+                        raise RuntimeError(f"in an actor of Ray:\n{report.trace}")
+                    raise ValueError(report.error)
+                if report.unread is not None and tries_left:
+                    unread[report.number] = shards[report.number]  # another node may be able to
+                    continue
+                problems = report.failed
+                if report.is_lost or report.unread is not None:
+                    problems = [_fate(report, shards[report.number])]
+                    lost += 1
+                for problem in problems:
+                    log_error(problem, f"led {args.command}")
+                done, failed = done + report.done, failed + len(report.failed)
+                read, written = read + report.read_tokens, written + report.written_tokens
+                bar.update()
+            if not (shards := unread):
+                break
     took = time.perf_counter() - start
     what = f"read {read:,} tokens" + f" and wrote {written:,}" * bool(written)
     actors = f"{count} actor{'s' * (count != 1)}"
@@ -188,8 +218,22 @@ def _run(ray: Any, args: Namespace, made: dict[str, Any], shards: dict[int, Sour
     return failed + lost
 
 
+def _fate(report: Report, sources: Sources) -> str:
+    """Returns a sentence on why a shard is left out."""
+    if report.unread is not None:
+        return (
+            f"shard {report.number} is left out: {report.unread} Once all nodes can read it, give the same command "
+            "again."
+        )
+    names = " and ".join(sorted({source.name for source in sources})[:2])
+    return (
+        f"shard {report.number} ({names}) is left out, as its actors died {TRIES} times; memory may not suffice, or a "
+        "text makes them crash. Read these inputs without --engine, which tells the document."
+    )
+
+
 def _reports(
-    ray: Any, args: Namespace, made: dict[str, Any], shards: dict[int, Sources]
+    ray: Any, args: Namespace, made: dict[str, Any], run: str, shards: dict[int, Sources]
 ) -> tuple[int, Iterator[Report]]:
     """Returns how many actors there are, and an iterator over what they report of shards as these are done."""
     count, share = _actors(ray, args)
@@ -200,13 +244,16 @@ def _reports(
         threads=int(share["num_cpus"]),
         made_by=made,
         output=os.path.realpath(args.output),
+        run=run,
         directory=os.getcwd(),
         is_quiet=is_quiet(),
     )
-    rows = [{"number": number, "sources": pickle.dumps(sources)} for number, sources in shards.items()]
+    rows = [
+        {"number": number, "sources": pickle.dumps(sources), "job": pickle.dumps(job)}
+        for number, sources in shards.items()
+    ]
     dataset = ray.data.from_items(rows, override_num_blocks=min(len(rows), 4096)).map_batches(
         ShardRunner,
-        fn_constructor_args=(job,),
         batch_size=1,
         compute=ray.data.ActorPoolStrategy(size=count, max_tasks_in_flight_per_actor=1),
         **share,
@@ -218,7 +265,7 @@ def _reports(
 def _actors(ray: Any, args: Namespace) -> tuple[int, dict[str, int]]:
     """Returns how many actors the cluster has room for, and what each takes of it: a GPU, or some processors.
 
-    Of each node's processors one at least is left to read, and to Ray itself: with actors on all of them it may stall.
+    Where a node has several processors, one is left to read and to Ray itself: with actors on all of them it may stall.
     """
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     gpus = int(sum(node.get("GPU", 0) for node in nodes))
@@ -233,5 +280,7 @@ def _actors(ray: Any, args: Namespace) -> tuple[int, dict[str, int]]:
                 "Ray has neither a GPU nor a processor free for an actor; start it with --num-cpus."
             )
         threads = min(args.threads or _THREADS, *free)
+        if args.threads is not None and threads < args.threads:
+            log(f"--threads is {args.threads} and a node has {threads} to give, which all actors take.")
         count, share = sum(there // threads for there in free), {"num_cpus": threads}
     return min(count, args.devices or count), share

@@ -6,7 +6,6 @@ document. An earlier record counts as done when the same would make it again.
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 import stat
@@ -17,13 +16,8 @@ from typing import Any
 
 from led_model.batch.documents import Document
 from led_model.cli.finding import identity
+from led_model.cli.locking import lock
 from led_model.cli.records import to_record
-from led_model.terminal import log
-
-try:
-    import fcntl
-except ImportError:  # on Windows nothing keeps two runs from one output
-    fcntl = None
 
 _BEGINNINGS = [b'{"led": "%b", "id": ' % command for command in (b"summarize", b"answer", b"classify")]
 _MAX_LINE = 2**24  # a record is shorter than so many bytes, as it holds no text of its document
@@ -75,7 +69,11 @@ class ResultFile:
                 raise OSError(
                     f"--output {path} is the file that this command prints into, too; redirect it to another."
                 )
-            self._lock()
+            try:
+                lock(self._file, path, "file")
+            except OSError:
+                self._is_new = False  # that process has made it since, so that it must not be removed
+                raise
             # The file must have this size until the next write.
             self._size = os.fstat(self._file.fileno()).st_size
             self._read_earlier(counts=not overwrite)
@@ -159,22 +157,6 @@ class ResultFile:
             raise OSError(
                 f"--output {self.path} cannot be written ({error.strerror}); what is finished is on disk, make room "
                 "and give the same command again."
-            ) from None
-
-    def _lock(self) -> None:
-        if fcntl is None:
-            return
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
-                log(
-                    f"--output {self.path} cannot be locked ({error.strerror}); let no other run write into it."
-                )
-                return
-            self._is_new = False  # that process has made it since, so that it must not be removed
-            raise OSError(
-                f"--output {self.path} is being written by another process; wait for it, or give another file."
             ) from None
 
     def _close(self) -> None:

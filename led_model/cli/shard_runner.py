@@ -32,7 +32,7 @@ class Job:
     """Says what all processes of a run have in common.
 
     ``directory`` is that of the command, which inputs and model are named from, and ``output`` one of a shared file
-    system, too.
+    system, too, which ``run`` may write into.
     """
 
     spec: TaskSpec
@@ -40,6 +40,7 @@ class Job:
     threads: int
     made_by: dict[str, Any]
     output: str
+    run: str
     directory: str
     is_quiet: bool
 
@@ -49,7 +50,8 @@ class Report:
     """Says what has become of a shard; ``failed`` has a sentence on each document without a result.
 
     ``error`` is a sentence on why the run cannot go on, with a ``trace`` if it is a bug. A shard that ``is_lost`` was
-    begun several times, and each time its process died.
+    begun several times, and each time its process died. ``unread`` says why the shard could not be read, or not to its
+    end, by this process; nothing is written of it.
     """
 
     number: int
@@ -60,6 +62,11 @@ class Report:
     error: str | None = None
     trace: str | None = None
     is_lost: bool = False
+    unread: str | None = None
+
+
+class _Unread(Exception):
+    """Says that an input cannot be read here, or not to its end, which is no fault of a document."""
 
 
 class ShardRunner:
@@ -68,14 +75,18 @@ class ShardRunner:
     It raises no errors but reports them, as Ray would start it again and again.
     """
 
-    def __init__(self, job: Job) -> None:
-        self._job = job
+    def __init__(self) -> None:
         self._task: Task | None = None
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, list[str]]:
-        """Reads the shards of a batch, whose ``number`` and pickled ``sources`` are columns, and returns reports."""
+        """Reads the shards of a batch and returns reports.
+
+        Columns are the ``number`` of a shard, its ``sources``, and the ``job``, both pickled. What an actor is made
+        with lies in Ray's memory, of which Ray warns that a lost node takes it along; rows are made again.
+        """
         reports = []
-        for number, sources in zip(batch["number"], batch["sources"], strict=True):
+        for number, sources, job in zip(batch["number"], batch["sources"], batch["job"], strict=True):
+            self._job: Job = pickle.loads(job)
             with quiet(self._job.is_quiet):
                 report = self._report(int(number), pickle.loads(sources))
             reports.append(json.dumps(vars(report)))
@@ -83,7 +94,7 @@ class ShardRunner:
 
     def _report(self, number: int, sources: Sources) -> Report:
         report = Report(number)
-        files = ShardFiles(self._job.output, number)
+        files = ShardFiles(self._job.output, number, self._job.run)
         try:
             if not files.are_there:  # an actor that died after that has written them
                 if files.begin() > TRIES:
@@ -99,6 +110,9 @@ class ShardRunner:
                     work.written_tokens - written,
                 )
             report.done, report.failed = files.count()
+        except _Unread as error:
+            files.forget_tries()
+            report.unread = str(error)
         except (OSError, ValueError, ImportError, BackendUnavailable) as error:
             report.error = str(error)
         except Exception as error:
@@ -133,8 +147,11 @@ class ShardRunner:
 
 def _documents(sources: Sources) -> Iterator[Document | Outcome]:
     for source in sources:
-        for document in source.read():
-            if isinstance(document, Unreadable):
-                yield Outcome(document, ValueError(document.message), {})
-            else:
-                yield document
+        try:
+            for document in source.documents():
+                if isinstance(document, Unreadable):
+                    yield Outcome(document, ValueError(document.message), {})
+                else:
+                    yield document
+        except OSError as error:
+            raise _Unread(source.why(error)) from error

@@ -33,7 +33,7 @@ BAD = {
 
 @pytest.fixture
 def summarizer(save):
-    callables._load.cache_clear()
+    callables._loaded.clear()
     return Summarizer(str(save()), max_new_tokens=12)
 
 

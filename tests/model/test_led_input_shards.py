@@ -84,7 +84,7 @@ def test_files_that_are_damaged_after_they_were_cut(tmp_path):
     [shard] = cut_shards([Source(str(path), True)], 2)
     path.unlink()
     [unreadable] = read(shard)
-    assert unreadable.message == f"{path} cannot be read (No such file or directory); mend it."
+    assert unreadable.message == f"{path} cannot be read (No such file or directory); it is there no more."
     path = tmp_path / "a.parquet"
     pq.write_table(pa.table({"text": ["a"]}), path)
     [shard] = cut_shards([Source(str(path), False)], 2)
@@ -92,3 +92,42 @@ def test_files_that_are_damaged_after_they_were_cut(tmp_path):
     [unreadable] = read(shard)
     assert isinstance(unreadable, Unreadable)
     assert unreadable.message.startswith(f"{path} cannot be read (Parquet magic bytes not found")
+
+
+def test_what_parquet_stores_otherwise(tmp_path):
+    """Text as bytes, ids that pandas has made floats, long texts that JSON would escape, and what is no text at all."""
+    path = tmp_path / "a.parquet"
+    long = "д" * (10 * 2**20)  # 20 MiB of UTF-8, and 60 MiB escaped
+    columns = {"id": [1.0, None, 3.0, 4.5], "text": [b"bytes", b"\xff", long.encode(), b"x"]}
+    pq.write_table(pa.table(columns), path)
+    [shard] = cut_shards([Source(str(path), False)])
+    first, second, third, fourth = read(shard)
+    assert (first.id, first.text) == (1, "bytes")
+    assert second.message == f"{path} line 2 is not UTF-8 at byte 0; convert it."
+    assert (third.id, third.text == long) == (3, True)
+    assert fourth.message == f"{path} line 4 has the id 4.5; give a string or an integer, or none."
+    pq.write_table(pa.table({"text": pa.array([0], pa.timestamp("s"))}), path)
+    [shard] = cut_shards([Source(str(path), False)])
+    [found] = read(shard)
+    assert "has no text in 'text'" in found.message
+
+
+def test_rows_before_a_shard_are_not_made_objects(tmp_path, monkeypatch):
+    path = tmp_path / "a.parquet"
+    pq.write_table(pa.table({"text": [str(number) for number in range(2000)]}), path)
+    *_, last = cut_shards([Source(str(path), False)], 300)
+    made = []
+    real = input_shards.as_rows
+    monkeypatch.setattr(input_shards, "as_rows", lambda batch: made.append(batch.num_rows) or real(batch))
+    assert [document.text for document in read(last)] == [str(number) for number in range(1800, 2000)]
+    assert sum(made) == 200
+
+
+def test_a_file_that_became_shorter(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"text": "a"}\n' * 3)
+    [shard] = cut_shards([Source(str(path), True)])
+    path.write_text('{"text": "a"}\n' * 2)
+    *documents, unreadable = read(shard)
+    assert len(documents) == 2
+    assert "it ends after line 2 and was longer before" in unreadable.message

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import pickle
 import signal
 import subprocess
 import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from pathlib import Path
 
 import psutil
@@ -18,12 +21,15 @@ import pyarrow.parquet as pq
 import pytest
 
 from led_model.batch import Summarizer
-from led_model.cli.output_directory import OutputDirectory
+from led_model.batch.loading import TaskSpec
+from led_model.cli.output_directory import OutputDirectory, ShardFiles
+from led_model.cli.parser import build_parser
+from led_model.cli.ray_engine import find_shards
+from led_model.cli.shard_runner import Job, ShardRunner
 from tests.model.commands import PARAGRAPHS, TEXT, TEXTS, led, records
 from tests.model.deadly import Deadly
 
 ROOT = Path(__file__).parents[2]
-ACTOR = "ray::MapWorker(MapBatches(ShardRunner))"
 
 
 @pytest.fixture
@@ -160,6 +166,7 @@ def test_a_ray_of_its_own_ends_with_the_command(save, tmp_path, monkeypatch):
     until(lambda: len(list(Path("out").glob("results-*"))) >= 2, running)
     children = psutil.Process(running.pid).children(recursive=True)
     actors = [child for child in children if child.name().startswith("ray::MapWork")]
+    assert actors
     running.kill()
     running.wait()
     _, alive = psutil.wait_procs(actors, timeout=30)
@@ -269,11 +276,13 @@ def test_an_output_goes_on_only_with_what_began_it(tmp_path):
     plan = {"command": "summarize", "model": "m", "--long": "error", "inputs": [["a", 1, 2], ["b", 1, 2]]}
     path = str(tmp_path / "out")
     with OutputDirectory(path, plan) as directory:
+        run = directory.begin()
         directory.shard(0).write(['{"a": 1}', '{"a": 2}'], ['{"error": "it is bad."}'])
         (tmp_path / "out" / ".unfinished-1").touch()
         with pytest.raises(OSError, match=f"--output {path} is being written by another process"):
             OutputDirectory(path, plan)
     with OutputDirectory(path, plan | {"model": "../m"}) as directory:
+        assert directory.begin() == run  # what an actor of the killed run still writes is the same
         assert directory.shard(0).count() == (2, ["it is bad."])
         assert not directory.shard(1).are_there
         assert not (tmp_path / "out" / ".unfinished-1").exists()
@@ -286,5 +295,116 @@ def test_an_output_goes_on_only_with_what_began_it(tmp_path):
         with pytest.raises(ValueError, match=sentence):
             OutputDirectory(path, plan | changes)
     with OutputDirectory(path, plan | {"--long": "chunk"}, overwrite=True) as directory:
-        assert not directory.shard(0).are_there
+        assert not directory.holds(0)
+        assert directory.shard(0).are_there  # until there is something to write with
+        assert directory.begin() != run
         assert sorted(item.name for item in directory.path.iterdir()) == [".lock", "run.json"]
+        with pytest.raises(OSError, match="was begun anew by another run; this one ends"):
+            ShardFiles(path, 0, run).write(["{}"], [])
+        assert not directory.holds(0)
+
+
+def test_errors_of_an_attempt_that_was_killed_do_not_stay(tmp_path):
+    with OutputDirectory(str(tmp_path), {"inputs": []}) as directory:
+        directory.begin()
+        files = directory.shard(0)
+        files.errors.write_text('{"error": "memory ran out."}\n')
+        files.write(["{}"], [])
+        assert files.count() == (1, [])
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+@pytest.mark.parametrize(
+    "name", ["results-final.xlsx", "errors-notes.txt", "run.json.bak", "results-000000.jsonl"]
+)
+def test_files_of_others_are_left_alone(tmp_path, name, overwrite):
+    (tmp_path / name).write_text("mine")
+    with pytest.raises(ValueError, match=f"holds {name}"):
+        OutputDirectory(str(tmp_path), {"inputs": []}, overwrite)
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"inputs": []}'])
+def test_a_damaged_plan(tmp_path, text):
+    (tmp_path / "run.json").write_text(text)
+    with pytest.raises(ValueError, match=r"run\.json is damaged; remove it"):
+        OutputDirectory(str(tmp_path), {"inputs": []})
+
+
+def test_a_directory_that_cannot_be_locked(tmp_path, monkeypatch, capsys):
+    def fails(file, how):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("led_model.cli.locking.fcntl.flock", fails)
+    with OutputDirectory(str(tmp_path), {"inputs": []}):
+        assert (
+            "cannot be locked (No locks available); let no other run write into it."
+            in capsys.readouterr().err
+        )
+
+
+def test_a_shard_that_cannot_be_read_here_is_not_written(save, tmp_path, monkeypatch):
+    """It is another node's turn then, and at last it is reported; its documents are not lost."""
+    monkeypatch.chdir(tmp_path)
+    Path("a.jsonl").write_text('{"text": "A text."}\n' * 5)
+    args = build_parser().parse_args(
+        [
+            "summarize",
+            "a.jsonl",
+            "--model",
+            str(save()),
+            "--engine",
+            "ray",
+            "--output",
+            "out",
+            "--shard-rows",
+            "2",
+        ]
+    )
+    _, shards, problems = find_shards(args)
+    assert (len(shards), problems) == (3, [])
+    with OutputDirectory("out", {"inputs": []}) as directory:
+        job = Job(
+            TaskSpec("summarize", args.model, generation=(("max_new_tokens", 2),)), {}, 1, {"command": "summarize"},
+            "out", directory.begin(), os.getcwd(), True,
+        )  # fmt: skip
+        runner = ShardRunner()
+
+        def run(number: int) -> dict:
+            row = {"number": [number], "sources": [pickle.dumps(shards[number])], "job": [pickle.dumps(job)]}
+            return json.loads(runner(row)["report"][0])
+
+        assert run(0)["done"] == 2
+        text = Path("a.jsonl").read_bytes()
+        Path("a.jsonl").write_bytes(text[:-9])  # the last line is damaged, which is a fault of a document
+        assert len(run(2)["failed"]) == 1
+        Path("a.jsonl").write_bytes(text[: len(text) // 2])
+        report = run(1)
+        assert (
+            report["unread"]
+            == "a.jsonl cannot be read (it ends after line 3 and was longer before); give a text file."
+        )
+        Path("a.jsonl").unlink()
+        report = run(1)
+        assert report["unread"] == "a.jsonl cannot be read (No such file or directory); it is there no more."
+        assert not directory.holds(1)
+        assert not list(Path("out").glob(".unfinished-tries*"))
+
+
+def test_inputs_that_cannot_be_cut_are_named_and_the_others_read(save, documents, capsys, monkeypatch):
+    monkeypatch.setattr("led_model.cli.ray_engine._connected", lambda *_: nullcontext())
+    seen = []
+    monkeypatch.setattr("led_model.cli.ray_engine._run", lambda *given: seen.append(given[-1]) or 0)
+    Path("docs/bad.parquet").write_bytes(b"PAR1 and no more")
+    Path("docs/blank.jsonl").write_text("\n \n\n")
+    flags = ["--model", save(), "--engine", "ray"]
+    assert led("summarize", "docs", *flags, "--output", "out") == 3
+    error = capsys.readouterr().err
+    assert "docs/bad.parquet cannot be read (" in error
+    assert "docs/blank.jsonl holds no document" in error
+    assert len(seen[0]) == 1
+    Path("docs/out").mkdir()
+    Path("docs/out/a.jsonl").write_text('{"text": "a"}')
+    assert led("summarize", "docs/out/a.jsonl", *flags, "--output", "docs/out") == 1
+    assert led("summarize", "docs/out/*.jsonl", *flags, "--output", "docs/out", "--dry-run") == 3
+    assert "all inputs lie below --output docs/out itself; give others." in capsys.readouterr().err
