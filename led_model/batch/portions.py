@@ -73,8 +73,11 @@ class Portions:
         self._max_characters = _BATCHES * tokens * _CHARACTERS_PER_TOKEN
         self._max_documents = _BATCHES * (batch_size or ROWS)
 
-    def fill(self) -> None:
-        """Takes what has been read, as far as that is needed, and waits for nothing."""
+    def fill(self) -> bool:
+        """Takes what has been read, as far as that is needed, waits for nothing, and tells whether more may be there.
+
+        That is so where outcomes that need no process have to be taken away first.
+        """
         while (
             not self.is_read
             and len(self._passed) < _PASSED
@@ -91,6 +94,7 @@ class Portions:
                 self._waiting.append((self._count, item))
                 self._count += 1
                 self._characters += len(item.text)
+        return not self.is_read and len(self._passed) >= _PASSED
 
     @property
     def is_finished(self) -> bool:
@@ -102,21 +106,19 @@ class Portions:
         if self._error is not None:
             raise self._error
 
-    @property
-    def has_passed(self) -> bool:
-        """Returns whether there are outcomes that need no process."""
-        return bool(self._passed)
-
     def passed(self) -> Iterator[tuple[int, Outcome]]:
         """Yields outcomes that need no process, with their numbers."""
         while self._passed:
             yield self._passed.popleft()
 
-    def take(self) -> dict[int, Document] | None:
-        """Returns a portion, documents by their numbers, or ``None`` if there is nothing."""
+    def take(self, before: int | None = None) -> dict[int, Document] | None:
+        """Returns a portion, documents by their numbers, or ``None`` if there is nothing.
+
+        With ``before`` there is nothing where the next document has that number or a later one.
+        """
         if self._again:
             return dict([self._again.popleft()])
-        if not self._waiting:
+        if not self._waiting or (before is not None and self._waiting[0][0] >= before):
             return None
         characters = min(self._max_characters, self._characters // self._processes)
         documents = min(self._max_documents, -(-len(self._waiting) // self._processes))
@@ -132,11 +134,10 @@ class Portions:
         self._characters -= taken
         return portion
 
-    def give_back(self, unfinished: Mapping[int, Document]) -> Iterator[tuple[int, Document]]:
-        """Takes back what a process did not finish, and yields what had been given back before."""
-        for number, document in unfinished.items():
-            if number in self._tried:
-                yield number, document
-            else:
-                self._tried.add(number)
-                self._again.append((number, document))
+    def give_back(self, unfinished: Mapping[int, Document]) -> list[tuple[int, Document]]:
+        """Takes back what a process did not finish, and returns what had been given back before."""
+        given_up = [item for item in unfinished.items() if item[0] in self._tried]
+        again = [item for item in unfinished.items() if item[0] not in self._tried]
+        self._tried.update(number for number, _ in again)
+        self._again += again
+        return given_up

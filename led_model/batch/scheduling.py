@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -31,7 +32,7 @@ On a CPU, a model of led-base's shape writes a token of one text in 15.8 ms, and
 _BATCHES_AHEAD = 64
 _CHARACTERS_AHEAD = 2**24  # texts stay in memory until their documents are done
 _DOCUMENTS_AHEAD = 4096  # counting those that need no model
-_PATIENCE = 1.0  # seconds without another document, and those that are there are not kept waiting
+_PATIENCE = 1.0  # seconds that documents are kept waiting in all for others to be read at once with
 
 
 class Outcome(NamedTuple):
@@ -73,7 +74,7 @@ def run_documents(
     document that is too long, whose numbers overflow (:class:`NotFinite`) or for which memory does not suffice.
 
     Memory is bounded: beside the documents that are being run, as many are held as are read ahead. Closing the
-    iterator ends the thread. Where no document comes for a second, as from a pipe, those that are there are run.
+    iterator ends the thread. Where documents have waited for others for a second, as in a pipe, they are run.
 
     With a ``batch_size`` of 1, and where a task's ``streamer`` shows what is written, nothing is sorted.
 
@@ -103,8 +104,12 @@ def _run(
 ) -> Generator[Outcome, None, None]:
     with ReadAhead(documents, batches.prepare, batches.share) as ahead:
         while (prepared := ahead.take()) is not None:
-            window, held = [prepared], batches.share(prepared)
-            while batches.sorts and held < 1 and (prepared := ahead.take(_PATIENCE)) is not None:
+            window, held, patience = [prepared], batches.share(prepared), _PATIENCE
+            while batches.sorts and held < 1:
+                began = time.monotonic()
+                if (prepared := ahead.take(max(patience, 0))) is None:
+                    break
+                patience -= time.monotonic() - began
                 window.append(prepared)
                 held += batches.share(prepared)
             outcomes = batches.run(window)

@@ -11,14 +11,17 @@ import pickle
 import signal
 import sys
 import traceback
+from collections import deque
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, wait
-from threading import Lock, Thread
+from multiprocessing.reduction import ForkingPickler
+from threading import Lock, RLock, Thread, local
 from typing import Any, TypeAlias
 
 import torch
+from tqdm import tqdm
 
 from led_model.batch.ahead import ReadAhead
 from led_model.batch.documents import Document
@@ -30,7 +33,9 @@ from led_model.terminal import is_quiet, log, quiet, relay
 
 Message: TypeAlias = tuple[str, Any]  # what it is about, and what it says
 
+_LEAD = 2048  # documents that may be done, and wait, before an earlier one is
 _POLL = 0.1  # seconds between two looks at a source from which nothing has come
+_FAREWELL = 10.0  # seconds for a process to end by itself
 _DEATHS = 3  # so many processes may die in a row before one has loaded its model
 
 
@@ -71,7 +76,7 @@ class Processes:
         """
         with ReadAhead(to_the_end(documents), lambda item: item, Portions.share) as ahead, self._started():
             portions = Portions(ahead, len(self.devices))
-            numbered = self._outcomes(portions)
+            numbered = self._outcomes(portions, _LEAD if in_order else None)
             for _, outcome in in_turn(numbered) if in_order else numbered:
                 yield outcome
 
@@ -90,12 +95,17 @@ class Processes:
 
     @contextmanager
     def _started(self) -> Generator[None, None, None]:
+        self._workers = []
         try:
-            self._workers = [self._start(device) for device in self.devices]
+            for device in self.devices:
+                self._workers.append(self._start(device))
             yield
-        finally:
+        except BaseException:
             for worker in self._workers:
                 worker.end()
+            raise
+        for worker in self._workers:
+            worker.dismiss()
 
     def _start(self, device: str) -> _Worker:
         here, there = multiprocessing.Pipe()
@@ -106,23 +116,27 @@ class Processes:
         with _interrupts_held_back():
             process.start()
         there.close()  # or the end of the process would not be noticed
-        return _Worker(device, process, here)
+        return _Worker(device, process, here, is_first=not self._workers and not self._past)
 
-    def _outcomes(self, portions: Portions) -> Iterator[tuple[int, Outcome]]:
-        """Yields outcomes with the numbers of their documents."""
+    def _outcomes(self, portions: Portions, lead: int | None) -> Iterator[tuple[int, Outcome]]:
+        """Yields outcomes with the numbers of their documents.
+
+        With a ``lead`` no document is dealt out that is so much later than one that a process still has.
+        """
         while True:
-            portions.fill()
+            is_more_there = portions.fill()
             yield from portions.passed()
             for worker in self._workers:
-                if worker.is_idle and (portion := portions.take()) is not None:
+                oldest = min((number for other in self._workers for number in other.has), default=None)
+                before = None if lead is None or oldest is None else oldest + lead
+                if worker.is_idle and (portion := portions.take(before)) is not None:
                     worker.give(portion)
             if portions.is_finished and all(w.is_idle or not w.is_loaded for w in self._workers):
                 portions.check()
                 return
-            wants_more = any(worker.is_idle for worker in self._workers) and not portions.is_read
-            patience = _POLL if wants_more else None
+            patience = None if portions.is_read else 0 if is_more_there else _POLL
             connections = {worker.connection: worker for worker in self._workers}
-            for connection in wait(list(connections), 0 if portions.has_passed else patience):
+            for connection in wait(list(connections), patience):
                 worker = connections[connection]  # pyrefly: ignore[bad-index]
                 try:
                     message = worker.connection.recv()
@@ -143,7 +157,9 @@ class Processes:
         elif kind == "done":
             worker.work, worker.is_idle = what, True
         elif kind == "said":
-            relay(what)
+            # What loading the model has to say is the same in all processes.
+            if worker.is_loaded or worker.is_first:
+                relay(what)
         else:
             error, trace = what
             raise error from RuntimeError(f"in the process of {worker.device}:\n{trace}")
@@ -158,18 +174,17 @@ class Processes:
                 f"{_DEATHS} processes died while they loaded the model, the last one {worker.fate}; memory may not "
                 f"suffice for {len(self.devices)} models: give --devices of fewer."
             )
-        for number, document in portions.give_back(worker.has):
+        given_up = portions.give_back(worker.has)
+        for number, document in given_up:
             error = ProcessDied(
                 f"{document.name}: the process that read it died, and died again when it read that alone "
                 f"({worker.fate}); memory may not suffice for it, or the text makes it crash: leave it out."
             )
             yield number, Outcome(document, error, {})
         fate = f"the process of {worker.device} was {worker.fate} and is replaced"
-        log(
-            f"{fate}; its {len(worker.has)} documents are read again, each by itself."
-            if worker.has
-            else f"{fate}."
-        )
+        again = len(worker.has) - len(given_up)
+        what = "document is read again" if again == 1 else "documents are read again, each by itself"
+        log(f"{fate}; {again} {what}." if again else f"{fate}.")
         self._past.append(worker.work)
         self._workers[self._workers.index(worker)] = self._start(worker.device)
 
@@ -181,6 +196,7 @@ class _Worker:
     device: str
     process: multiprocessing.process.BaseProcess
     connection: Connection
+    is_first: bool = False
     is_loaded: bool = False
     is_idle: bool = False
     has: dict[int, Document] = field(default_factory=dict)
@@ -197,6 +213,12 @@ class _Worker:
         self.process.join()
         self.connection.close()
 
+    def dismiss(self) -> None:
+        """Lets the process, which has nothing to do, end by itself, and ends it if it does not."""
+        self.connection.close()
+        self.process.join(_FAREWELL)
+        self.end()
+
     @property
     def fate(self) -> str:
         """Returns how a process that is no more came to its end."""
@@ -209,15 +231,26 @@ class _Voice(io.TextIOBase):
 
     def __init__(self, connection: Connection) -> None:
         self._connection = connection
+        self._waiting: deque[Any] = deque()  # pickled messages
         self._lock = Lock()  # a thread that reads documents has messages, too
-        self._line = ""
+        self._begun = local()  # the line that a thread has begun to write
 
     def send(self, kind: str, what: Any) -> None:
-        with self._lock:
-            self._connection.send((kind, what))
+        """Sends a message, after those before it.
+
+        It waits for no lock: what is written while a message is pickled or sent, as a warning may be, by the same
+        thread, is sent after that one.
+        """
+        self._waiting.append(ForkingPickler.dumps((kind, what)))
+        while self._waiting and self._lock.acquire(blocking=False):
+            try:
+                while self._waiting:
+                    self._connection.send_bytes(self._waiting.popleft())
+            finally:
+                self._lock.release()
 
     def write(self, text: str) -> int:
-        *lines, self._line = (self._line + text).split("\n")
+        *lines, self._begun.line = (getattr(self._begun, "line", "") + text).split("\n")
         for line in lines:
             self.send("said", line)
         return len(text)
@@ -228,6 +261,9 @@ def _serve(
 ) -> None:
     """Loads the model, and reads one portion after another, in a process of its own."""
     Thread(target=_end_with_parent, daemon=True).start()
+    tqdm.set_lock(
+        RLock()
+    )  # Its own is shared by processes, and would be left behind where this one is killed.
     voice = _Voice(connection)
     sys.stderr = voice  # what is said appears above the parent's bar
     torch.set_num_threads(threads)

@@ -47,12 +47,22 @@ class Shard(NamedTuple):
                 is_found = real.startswith(os.path.join(os.path.realpath(item), ""))
                 is_found = is_found and real.lower().endswith(SUFFIXES)
             else:
-                is_found = fnmatch.fnmatchcase(real, os.path.realpath(item).replace("**/", "*"))
+                is_found = _matches(real.split(os.sep), os.path.realpath(item).split(os.sep))
             if is_found:
                 raise ValueError(
                     f"--output {output} is where {item} looks for documents, and the other shards would read it; put "
                     "it elsewhere."
                 )
+
+
+def _matches(path: Sequence[str], pattern: Sequence[str]) -> bool:
+    """Tells whether a glob, by its components, names a path."""
+    if not pattern:
+        return not path
+    first, *rest = pattern
+    if first == "**":
+        return any(_matches(path[start:], rest) for start in range(len(path) + 1))
+    return bool(path) and fnmatch.fnmatchcase(path[0], first) and _matches(path[1:], rest)
 
 
 def shard(text: str) -> Shard:

@@ -9,11 +9,16 @@ from led_model.batch.loading import TaskSpec
 
 
 class Deadly(TaskSpec):
-    """Describes a task that ends its process where it reads "poison", and with the question "dies" at once."""
+    """Describes a task that ends its process where it reads "poison", and with the question "dies" at once.
+
+    With the question "waits" it is never loaded.
+    """
 
     def load(self):
         if self.question == "dies":
             os._exit(7)
+        if self.question == "waits":
+            signal.pause()
         task = super().load()
         run = task.run
 

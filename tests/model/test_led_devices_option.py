@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import pickle
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections import Counter
 from pathlib import Path
@@ -15,9 +17,11 @@ from pathlib import Path
 import psutil
 import pytest
 
-from led_model.batch import Document
+from led_model.batch import Document, Outcome
+from led_model.batch.ahead import ReadAhead
 from led_model.batch.loading import TaskSpec
-from led_model.batch.worker_processes import ProcessDied, Processes
+from led_model.batch.portions import Portions, to_the_end
+from led_model.batch.worker_processes import ProcessDied, Processes, _Voice
 from led_model.cli.results import ResultFile
 from tests.model.commands import PARAGRAPHS, TEXT, TEXTS, led, records
 from tests.model.deadly import Deadly
@@ -108,7 +112,7 @@ def outcomes(spec: TaskSpec, documents, **flags):
     return list(Processes(spec, ["cpu", "cpu"], 1, limits).run(documents, **flags))
 
 
-def test_a_document_that_kills_is_reported_and_no_other(save):
+def test_a_document_that_kills_is_reported_and_no_other(save, capsys):
     texts = [TEXTS[number % 4] for number in range(30)]
     texts[7] = texts[8] = "poison"
     documents = [Document(number, "many", text, 1) for number, text in enumerate(texts)]
@@ -121,6 +125,12 @@ def test_a_document_that_kills_is_reported_and_no_other(save):
     assert failed[0].problem == (
         "many, document 7: the process that read it died, and died again when it read that alone (ended by signal "
         "9); memory may not suffice for it, or the text makes it crash: leave it out."
+    )
+    told = [line for line in capsys.readouterr().err.splitlines() if "is replaced" in line]
+    # A process dies of each of the two among others, or of both at once, and then of each alone.
+    assert told.count("led: the process of cpu was ended by signal 9 and is replaced.") == 2
+    assert all(
+        "again, each by itself." in line or line.endswith(("replaced.", "read again.")) for line in told
     )
 
 
@@ -190,6 +200,102 @@ def test_the_parent_is_ended(save, many, how):
     flags = ["--max-new-tokens", 100, "--batch-size", 1, "--devices", 2, "--output", "out.jsonl"]
     assert led("summarize", many, "--model", process.args[6], *flags) == 3
     assert ids() == Counter(GOOD)
+
+
+def test_a_run_of_many_is_interrupted(save, tmp_path, monkeypatch):
+    """Most documents are not read yet, and whoever reads them ends without a word."""
+    monkeypatch.chdir(tmp_path)
+    Path("many.jsonl").write_text(f"{json.dumps({'text': TEXT})}\n" * 20_000)
+    process, children = started(save, "many.jsonl")
+    os.killpg(process.pid, signal.SIGINT)
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "Traceback" not in error
+    assert "ignored" not in error
+    assert "leaked" not in error
+    _, alive = psutil.wait_procs(children, timeout=20)
+    assert alive == []
+
+
+def test_a_run_that_ends_leaves_nothing_to_say(save, many):
+    """Neither processes that are ended nor their locks are complained of when Python ends."""
+    command = [sys.executable, "-m", "led_model", "summarize", many, "--model", str(save()), "--quiet"]
+    command += ["--max-new-tokens", "3", "--devices", "2", "--output", "out.jsonl"]
+    done = subprocess.run(
+        command, env={**os.environ, "PYTHONPATH": str(ROOT)}, stderr=subprocess.PIPE, text=True, timeout=200
+    )
+    assert done.returncode == 3
+    assert len(done.stderr.splitlines()) == 3  # the bad documents
+
+
+def test_a_process_that_cannot_be_started_leaves_no_other(save, monkeypatch):
+    start = Processes._start
+    begun = []
+
+    def fails_at_last(self, device):
+        if begun:
+            raise OSError("no more processes")
+        begun.append(start(self, device))
+        return begun[0]
+
+    monkeypatch.setattr(Processes, "_start", fails_at_last)
+    with pytest.raises(OSError, match="no more processes"):
+        outcomes(TaskSpec("summarize", str(save())), [Document(1, "a", TEXT, 1)])
+    assert multiprocessing.active_children() == []
+
+
+def test_a_voice_that_is_heard_while_it_speaks():
+    """A warning of whatever sends a message waits for no lock that the message holds."""
+
+    class Connection:
+        def __init__(self):
+            self.sent = []
+
+        def send_bytes(self, data):
+            if not self.sent:
+                voice.write("a warning\n")
+            self.sent.append(pickle.loads(data))
+
+    voice = _Voice(connection := Connection())
+    thread = threading.Thread(target=voice.send, args=("loaded", 5), daemon=True)
+    thread.start()
+    thread.join(20)
+    assert connection.sent == [("loaded", 5), ("said", "a warning")]
+
+
+def test_what_loading_has_to_say_is_said_once(save, many, capsys):
+    directory = save()
+    config = json.loads(Path(directory, "generation_config.json").read_text())
+    Path(directory, "generation_config.json").write_text(json.dumps(config | {"typical_p": 0.5}))
+    assert (
+        led("summarize", many, "--model", directory, "--max-new-tokens", 3, "--devices", 2, "--output", "o")
+        == 3
+    )
+    assert capsys.readouterr().err.count("typical_p") == 1
+
+
+def test_no_document_is_dealt_out_that_is_too_far_ahead():
+    documents = [Document(number, "a", "text", 1) for number in range(10)]
+    with ReadAhead(to_the_end(documents), lambda item: item, Portions.share) as ahead:
+        portions = Portions(ahead, 2)
+        portions.set_size(8, None, 1)
+        while not portions.is_read:
+            portions.fill()
+        first = portions.take(before=3)
+        assert 0 in first
+        following = max(first) + 1
+        assert portions.take(before=following) is None
+        assert following in portions.take(before=following + 1)
+
+
+def test_many_outcomes_that_need_no_model_are_handed_on_while_a_model_is_loaded(save):
+    passed = [Outcome(Document(number, "a", "text", 1), {"summary": "done"}, {}) for number in range(5000)]
+    spec = Deadly("summarize", str(save()), question="waits")
+    running = Processes(spec, ["cpu"], 1, {"batch_tokens": None, "batch_size": None}).run(
+        [*passed, Document(-1, "a", TEXT, 1)]
+    )
+    assert [next(running).document.id for _ in passed] == list(range(5000))
+    running.close()
 
 
 def test_what_is_refused(save, documents, capsys, monkeypatch):

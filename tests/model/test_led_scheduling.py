@@ -347,6 +347,23 @@ def test_no_document_is_kept_waiting_for_one_that_does_not_come(monkeypatch):
         is_answered.set()
 
 
+def test_no_document_is_kept_waiting_by_a_steady_trickle(monkeypatch):
+    """Each comes before the patience with it would end, and the window is far from full."""
+    monkeypatch.setattr(scheduling_module, "_PATIENCE", 0.1)
+    come = []
+
+    def documents() -> Iterator[Document]:
+        for document in numbered([30] * 40):
+            come.append(document)
+            yield document
+            time.sleep(0.03)
+
+    outcomes = run_documents(Counting(), documents())
+    next(outcomes)
+    assert len(come) < 30
+    assert len(list(outcomes)) == 39
+
+
 def test_a_thread_that_waits_for_a_pipe_is_left_behind(monkeypatch):
     monkeypatch.setattr("led_model.batch.ahead._LAST_WAIT", 0.05)
     end = threading.Event()

@@ -167,6 +167,7 @@ def test_parts_of_one_document_are_not_dealt_out(save, corpus, capsys):
         ("docs/**/*.jsonl", "docs/out.jsonl", True),
         ("docs/**/*.jsonl", "docs/deep/out.jsonl", True),
         ("docs/*.txt", "docs/out.jsonl", False),
+        ("docs/*.jsonl", "docs/deep/out.jsonl", False),
         ("docs/a.jsonl", "docs/out.jsonl", False),
     ],
 )
