@@ -10,6 +10,7 @@ from torch import Tensor
 from led_kernels.argument_checks import check_marks, check_size, check_storage, whole_numbers
 from led_kernels.eager import is_eager
 from led_kernels.mask_tensors import GLOBAL, HALO, LOCAL, PADDING, MaskTensors, index_of_marks
+from led_kernels.philox import KEYS_PER_DRAW
 
 _DTYPES = {name: torch.uint8 if name == "token_kind" else torch.int32 for name in MaskTensors._fields}
 
@@ -90,7 +91,7 @@ def check_values(tensors: MaskTensors, max_seqlen: int) -> None:
         "token_kind": (kind <= HALO).all(),
         "num_globals": ((counts >= 0) & (counts <= index.shape[1])).all(),
         "global_index": torch.where(used, inside & ascends, index == -1).all(),
-        "position_offset": (offset % 4 == 0).all(),
+        "position_offset": (offset % KEYS_PER_DRAW == 0).all(),
         "global_position": torch.where(used, position_of_global >= 0, position_of_global == -1).all(),
     }
     _require(good)

@@ -22,10 +22,9 @@ from typing import Generic, TypeVar
 import torch
 
 from led_kernels.mask_tensors import GLOBAL, HALO, LOCAL, PADDING, MaskTensors, build_tensors
+from led_kernels.philox import KEYS_PER_DRAW
 
 Mask = TypeVar("Mask")
-
-ROWS_PER_DRAW = 4  # Parts begin at multiples of it, see led_kernels.philox.
 
 
 @dataclass(frozen=True)
@@ -93,13 +92,13 @@ def even_bounds(seqlen: int, world: int) -> tuple[int, ...]:
     Raises:
         ValueError: when a rank would have no rows.
     """
-    blocks = -(-seqlen // ROWS_PER_DRAW)
+    blocks = -(-seqlen // KEYS_PER_DRAW)
     if blocks < world:
         raise ValueError(
-            f"a sequence of {seqlen} rows cannot be split over {world} ranks, in blocks of {ROWS_PER_DRAW} rows; pad "
-            f"it to more than {ROWS_PER_DRAW * (world - 1)} rows, or use fewer ranks."
+            f"a sequence of {seqlen} rows cannot be split over {world} ranks, in blocks of {KEYS_PER_DRAW} rows; pad "
+            f"it to more than {KEYS_PER_DRAW * (world - 1)} rows, or use fewer ranks."
         )
-    return *(ROWS_PER_DRAW * (blocks * rank // world) for rank in range(world)), seqlen
+    return *(KEYS_PER_DRAW * (blocks * rank // world) for rank in range(world)), seqlen
 
 
 def check_bounds(bounds: tuple[int, ...], world: int, seqlen: int) -> None:
@@ -113,11 +112,11 @@ def check_bounds(bounds: tuple[int, ...], world: int, seqlen: int) -> None:
         or bounds[0] != 0
         or bounds[-1] != seqlen
         or any(first >= last for first, last in pairwise(bounds))
-        or any(bound % ROWS_PER_DRAW for bound in bounds[:-1])
+        or any(bound % KEYS_PER_DRAW for bound in bounds[:-1])
     ):
         raise ValueError(
             f"bounds is {bounds} for {world} ranks and {seqlen} rows; give {world + 1} ascending numbers from 0 to "
-            f"{seqlen}, multiples of {ROWS_PER_DRAW} but the last."
+            f"{seqlen}, multiples of {KEYS_PER_DRAW} but the last."
         )
 
 
@@ -176,7 +175,7 @@ def _cut(
     front = 0
     if max_globals > 0:  # The window of the first query ends after the global tokens in front.
         front = max_globals + max(window[0] - (queries[0] - keys[0]), 0)
-    front += (keys[0] - front) % ROWS_PER_DRAW
+    front += (keys[0] - front) % KEYS_PER_DRAW
     offset = keys[0] - front  # What is added to a row of the piece gives its position in the sequence.
 
     index = tensors.global_index.long()

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 BANDED_STREAM, GLOBAL_STREAM = 0, 1
+KEYS_PER_DRAW = 4  # Neighboring keys share a draw, so that pieces of a sequence begin at multiples of it.
 _M0, _M1 = 0xD2511F53, 0xCD9E8D57
 _W0, _W1 = 0x9E3779B9, 0xBB67AE85
 _LOW = 0xFFFFFFFF

@@ -126,7 +126,10 @@ class ContextParallel:
         seed = int(from_first_rank(seed, self.group)) + (0 if is_common else 1 + self.rank)
         devices = [device] if device.type == "cuda" else []
         with torch.random.fork_rng(devices):
-            torch.manual_seed(seed)
+            torch.default_generator.manual_seed(seed)
+            if devices:  # No other device is drawn on, nor would its generator go on as before.
+                with torch.cuda.device(device):
+                    torch.cuda.manual_seed(seed)
             yield
 
 

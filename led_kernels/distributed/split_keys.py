@@ -15,6 +15,7 @@ from led_kernels.distributed.context import even_part, from_first_rank
 from led_kernels.eager import never_compiled
 from led_kernels.mask import LongformerMask
 from led_kernels.mask_tensors import build_tensors
+from led_kernels.philox import KEYS_PER_DRAW
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,7 +78,9 @@ class SplitKeys:
             seq_len = torch.where(self.is_key, torch.arange(1, rows + 1, device=device), 0).amax(1)
             query = torch.arange(queries, device=device).repeat(batch, 1)
             # Dropout draws by positions, which have to differ between ranks.
-            offset = dist.get_rank(self.group) * (2**31 // dist.get_world_size(self.group) // 4 * 4)
+            offset = dist.get_rank(self.group) * (
+                2**31 // dist.get_world_size(self.group) // KEYS_PER_DRAW * KEYS_PER_DRAW
+            )
             tensors = build_tensors(
                 self.is_key,
                 torch.zeros_like(seq_len),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -65,6 +65,19 @@ def check_can_split(encoder: Any, is_recorded: bool | None) -> None:
         raise ValueError(
             f"encoder_layerdrop is {encoder.layerdrop}, and ranks that split a document cannot leave out different "
             "layers; set it to 0."
+        )
+
+
+def check_can_generate(settings: Mapping[str, Any]) -> None:
+    """Checks that nothing is asked of ``generate`` for which ranks that split documents could stop at other tokens.
+
+    Raises:
+        ValueError: naming it.
+    """
+    config = settings.get("generation_config")
+    if (settings.get("max_time") or getattr(config, "max_time", None)) is not None:
+        raise ValueError(
+            "max_time is not served where documents are split over ranks, whose clocks differ; give max_new_tokens."
         )
 
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers import LEDForConditionalGeneration, LEDPreTrainedModel, LongformerPreTrainedModel
 from transformers.models.led.modeling_led import LEDSeq2SeqLMOutput
 
+from led_kernels.hf.checks import check_can_generate
 from led_kernels.hf.compat import cache_argument, with_one_cache
 from led_kernels.hf.shared import Options
 from led_kernels.loss import vocabulary_loss
@@ -80,6 +81,8 @@ class FusedLEDForConditionalGeneration(LEDForConditionalGeneration):
     def generate(self, *args: Any, **kwargs: Any):
         """Takes the arguments of transformers' model, and has the whole of all weights that FSDP has sharded."""
         context = getattr(self.get_decoder(), "context", None)
+        if context is not None:
+            check_can_generate(kwargs)
         # All ranks draw the same tokens of documents that are split over them.
         chance = (
             nullcontext() if context is None else context.chance(self.device, is_common=True, is_drawn=True)

@@ -51,7 +51,11 @@ def not_blank(text: str) -> str:
 
 def add_output(parser: argparse.ArgumentParser) -> None:
     """Adds the flags that say where and how results are written."""
-    parser.add_argument("--output", metavar="FILE.jsonl", help="append results here, and resume from here")
+    parser.add_argument(
+        "--output",
+        metavar="FILE.jsonl",
+        help="append results here, and resume from here; with --engine ray a directory",
+    )
     parser.add_argument(
         "--overwrite",
         action="store_true",

@@ -35,7 +35,8 @@ from led_model.cli.process import open_missing_streams, status_of
 _ABOUT_DOCUMENTS = """
 Documents are .txt and .md files, one document each, and .jsonl files, one a line:
 {"id": "a7", "text": "…"}, where the id may be missing and is then the number of the line,
-and the text a list of strings, the parts of one document.
+and the text a list of strings, the parts of one document. --engine ray reads
+.parquet files, too, a document a row.
 
 With --output each result is on disk as soon as it is there. Documents are done in
 another order than they are given in, and a record has its document's id and

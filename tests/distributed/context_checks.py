@@ -218,6 +218,30 @@ def of_embeddings(name: str) -> tuple[Tensor, Tensor]:
     return found[0], found[1]
 
 
+def frozen(name: str) -> dict[str, float]:
+    """Compares a model of which little learns, and through whose graph two backwards go."""
+    models = build(name), context_parallel(build(name), all_ranks())
+    losses = []
+    for model in models:
+        for name_, parameter in model.named_parameters():
+            parameter.requires_grad_("decoder.layers.0" in name_ or "encoder.layers.1" in name_)
+        loss = model(**documents()).loss
+        loss.backward(retain_graph=True)
+        loss.backward()
+        losses.append(loss.detach())
+    return differences(models[1], losses[1], {"loss": losses[0]} | gradients(models[0]))
+
+
+def under_autocast(name: str) -> list[float]:
+    """Returns the losses under autocast and in fp32, in one process and on this rank."""
+    found = []
+    for model in (build(name, torch.float32), context_parallel(build(name, torch.float32), all_ranks())):
+        for is_enabled in (False, True):
+            with torch.autocast("cpu", torch.bfloat16, enabled=is_enabled):
+                found.append(step(model, documents()).item())
+    return found
+
+
 def with_dropout(name: str) -> dict[str, Any]:
     """Returns the losses of all ranks, whose seeds differ, of two steps, and those of an evaluation after them."""
     model = build(name)
@@ -315,6 +339,9 @@ def _refusals() -> dict[str, Callable[[], Any]]:
             documents()["input_ids"], max_new_tokens=2, compiled=True
         ),
     }
+    cases["max_time"] = lambda: context_parallel(build("drop-in").eval(), all_ranks()).generate(
+        documents()["input_ids"], max_time=1.0
+    )
     for name in MODELS:
         cases[f"attentions {name}"] = partial(asked_for, name, output_attentions=True)
         cases[f"hidden states {name}"] = partial(asked_for, name, output_hidden_states=True)
@@ -351,6 +378,8 @@ def main() -> dict[str, Any]:
                 checks[f"generate {name} {beams} {sharded}"] = partial(generated, name, sharded, **settings)
         checks[f"dropout {name}"] = partial(with_dropout, name)
         checks[f"sampled {name}"] = partial(sampled, name)
+        checks[f"frozen {name}"] = partial(frozen, name)
+        checks[f"autocast {name}"] = partial(under_autocast, name)
         checks[f"after a failure {name}"] = partial(after_a_failure, name)
         checks[f"embeddings {name}"] = partial(of_embeddings, name)
         checks[f"rows {name}"] = partial(rows_of_the_encoder, name)

@@ -62,6 +62,20 @@ def test_tokens_that_are_drawn_are_the_same_on_all_ranks(name, found):
 
 
 @every_model
+def test_frozen_parameters_and_a_graph_that_is_kept(name, found):
+    assert_close(found, f"frozen {name}")
+
+
+@every_model
+def test_autocast(name, found):
+    """A rank's loss is as near to that in fp32 as one process's."""
+    for of_rank in found:
+        plain, plain_bf16, split, split_bf16 = result(of_rank, f"autocast {name}")
+        assert abs(split - plain) <= 1e-6 * plain
+        assert abs(split_bf16 - plain) <= 2 * max(abs(plain_bf16 - plain), 2**-9 * plain)
+
+
+@every_model
 def test_gradients_after_a_backward_that_raised(name, found):
     assert_close(found, f"after a failure {name}")
 
@@ -112,6 +126,7 @@ def test_longformer_gathers_all_rows_for_its_head(name, found):
         ("too short", "cannot be split over 4 ranks"),
         ("packed", "packed sequences"),
         ("compiled", "compiled is true"),
+        ("max_time", "max_time is not served"),
         *((f"attentions {name}", "output_attentions") for name in MODELS),
         *((f"hidden states {name}", "output_hidden_states") for name in MODELS),
         *((f"layerdrop {name}", "encoder_layerdrop is 0.5") for name in MODELS),
