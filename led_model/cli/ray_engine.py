@@ -248,12 +248,10 @@ def _reports(
         directory=os.getcwd(),
         is_quiet=is_quiet(),
     )
-    rows = [
-        {"number": number, "sources": pickle.dumps(sources), "job": pickle.dumps(job)}
-        for number, sources in shards.items()
-    ]
+    rows = [{"number": number, "sources": pickle.dumps(sources)} for number, sources in shards.items()]
     dataset = ray.data.from_items(rows, override_num_blocks=min(len(rows), 4096)).map_batches(
         ShardRunner,
+        fn_constructor_args=(job,),
         batch_size=1,
         compute=ray.data.ActorPoolStrategy(size=count, max_tasks_in_flight_per_actor=1),
         **share,

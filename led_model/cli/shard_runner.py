@@ -75,18 +75,14 @@ class ShardRunner:
     It raises no errors but reports them, as Ray would start it again and again.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, job: Job) -> None:
+        self._job = job
         self._task: Task | None = None
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, list[str]]:
-        """Reads the shards of a batch and returns reports.
-
-        Columns are the ``number`` of a shard, its ``sources``, and the ``job``, both pickled. What an actor is made
-        with lies in Ray's memory, of which Ray warns that a lost node takes it along; rows are made again.
-        """
+        """Reads the shards of a batch, whose ``number`` and pickled ``sources`` are columns, and returns reports."""
         reports = []
-        for number, sources, job in zip(batch["number"], batch["sources"], batch["job"], strict=True):
-            self._job: Job = pickle.loads(job)
+        for number, sources in zip(batch["number"], batch["sources"], strict=True):
             with quiet(self._job.is_quiet):
                 report = self._report(int(number), pickle.loads(sources))
             reports.append(json.dumps(vars(report)))

@@ -371,10 +371,10 @@ def test_a_shard_that_cannot_be_read_here_is_not_written(save, tmp_path, monkeyp
             TaskSpec("summarize", args.model, generation=(("max_new_tokens", 2),)), {}, 1, {"command": "summarize"},
             "out", directory.begin(), os.getcwd(), True,
         )  # fmt: skip
-        runner = ShardRunner()
+        runner = ShardRunner(job)
 
         def run(number: int) -> dict:
-            row = {"number": [number], "sources": [pickle.dumps(shards[number])], "job": [pickle.dumps(job)]}
+            row = {"number": [number], "sources": [pickle.dumps(shards[number])]}
             return json.loads(runner(row)["report"][0])
 
         assert run(0)["done"] == 2
