@@ -276,68 +276,44 @@ class FusedLEDDecoder(LEDDecoder):
         hidden_states = self.layernorm_embedding(
             inputs_embeds + self.embed_positions(shape, cache_position[:1])
         )
-        if self.context is None:
-            chance = nullcontext()
-        else:
-            chance = self.context.chance(hidden_states.device, is_common=True, is_drawn=self.training)
-        with chance:
-            outputs = self._run_layers(
-                nn.functional.dropout(hidden_states, p=self.dropout, training=self.training),
-                (mask, is_causal),
-                (encoder_hidden_states, cross_mask),
-                (cache, cache_position),
-                output_attentions,
-                output_hidden_states,
-            )
-        if self.context is not None:
-            self.context.watch(outputs["last_hidden_state"])
-        return decoder_output(config.return_dict if return_dict is None else return_dict, cache, **outputs)
-
-    def _run_layers(
-        self,
-        hidden_states: Tensor,
-        causality: tuple[Tensor | None, bool],
-        documents: tuple[Tensor | None, Tensor | SplitKeys | None],
-        caching: tuple[Cache | None, Tensor],
-        output_attentions: bool | None,
-        output_hidden_states: bool | None,
-    ) -> dict[str, Any]:
-        """Returns what the layers make of embedded tokens, by the names of transformers' output.
-
-        Args:
-            hidden_states: ``[batch, tgt_len, d_model]``.
-            causality: what tokens see of each other, as a mask or by ``is_causal``.
-            documents: the encoder's states, and which of them are seen.
-            caching: the cache, and where in it the tokens are stored.
-        """
-        (mask, is_causal), (encoder_hidden_states, cross_mask) = causality, documents
-        cache, cache_position = caching
+        context = self.context
+        chance = (
+            nullcontext()
+            if context is None
+            else context.chance(hidden_states.device, is_common=True, is_drawn=self.training)
+        )
         states, attentions, cross_attentions = [], [], []
-        for layer in self.layers:
-            if output_hidden_states:
-                states.append(hidden_states)
-            if self.training and self.layerdrop > 0 and torch.rand([]) < self.layerdrop:
-                continue
-            # Both states go by position: reentrant checkpointing sees no gradient in keywords.
-            hidden_states, *weights = layer(
-                hidden_states,
-                mask,
-                encoder_hidden_states,
-                encoder_attention_mask=cross_mask,
-                output_attentions=output_attentions,
-                use_cache=False,
-                **{_LAYER_CACHE: cache},
-                **_positions(cache_position),
-                **_causality(is_causal),
-            )
-            attentions += weights[:1]
-            cross_attentions += weights[1:]
-        return {
-            "last_hidden_state": hidden_states,
-            "hidden_states": (*states, hidden_states) if output_hidden_states else None,
-            "attentions": tuple(attentions) if output_attentions else None,
-            "cross_attentions": tuple(cross_attentions) if output_attentions else None,
-        }
+        with chance:
+            hidden_states = nn.functional.dropout(hidden_states, p=self.dropout, training=self.training)
+            for layer in self.layers:
+                if output_hidden_states:
+                    states.append(hidden_states)
+                if self.training and self.layerdrop > 0 and torch.rand([]) < self.layerdrop:
+                    continue
+                # Both states go by position: reentrant checkpointing sees no gradient in keywords.
+                hidden_states, *weights = layer(
+                    hidden_states,
+                    mask,
+                    encoder_hidden_states,
+                    encoder_attention_mask=cross_mask,
+                    output_attentions=output_attentions,
+                    use_cache=False,
+                    **{_LAYER_CACHE: cache},
+                    **_positions(cache_position),
+                    **_causality(is_causal),
+                )
+                attentions += weights[:1]
+                cross_attentions += weights[1:]
+        if context is not None:
+            context.watch(hidden_states)
+        return decoder_output(
+            config.return_dict if return_dict is None else return_dict,
+            cache,
+            last_hidden_state=hidden_states,
+            hidden_states=(*states, hidden_states) if output_hidden_states else None,
+            attentions=tuple(attentions) if output_attentions else None,
+            cross_attentions=tuple(cross_attentions) if output_attentions else None,
+        )
 
 
 def _positions(cache_position: Tensor | None) -> dict[str, Tensor | None]:
