@@ -30,3 +30,14 @@ def test_smoke_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 def test_the_published_run_reaches_its_figures() -> None:
     figures = list(documents.figures(Run(table.read(documents.SUITE.out))))
     assert [figure.is_met for figure in figures] == [True, True]
+
+
+def test_the_readme_says_what_the_published_run_saw() -> None:
+    rows = {row.provider: row for row in table.read(documents.SUITE.out)}
+    own, alone, fixed = rows[documents.OWN], rows[documents.ALONE], rows[documents.FILE_ORDER[8]]
+    readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+    told = " ".join(readme.split())
+    assert f"lengths {own.flop / alone.flop:.2f} rows are computed for each real one" in told
+    assert f"and {fixed.flop / alone.flop:.1f} in batches of 8 in file order" in told
+    assert f"reading is {fixed.median_ms / own.median_ms:.1f} × as fast as these" in told
+    assert f"and {alone.median_ms / own.median_ms:.1f} × as fast as one document at a time" in told
