@@ -183,9 +183,7 @@ def _cut(
     exists = slot < tensors.num_globals[:, None]  # bool [batch, max_globals]
     is_inside = (index >= keys[0]) & (index < keys[1])
     row = torch.where(is_inside, index - offset, slot)
-    row = torch.where(
-        exists, row, front + keys[1] - keys[0]
-    )  # Those that do not exist are sorted to the end.
+    row = torch.where(exists, row, front + keys[1] - keys[0])
     row, order = row.sort(dim=1)  # Global tokens from elsewhere come first.
 
     position = torch.arange(*keys, device=device)

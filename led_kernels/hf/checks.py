@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -68,14 +68,18 @@ def check_can_split(encoder: Any, is_recorded: bool | None) -> None:
         )
 
 
-def check_can_generate(settings: Mapping[str, Any]) -> None:
+def check_can_generate(max_time: float | None, *configs: Any) -> None:
     """Checks that nothing is asked of ``generate`` for which ranks that split documents could stop at other tokens.
+
+    Args:
+        max_time: of the call.
+        configs: each a ``GenerationConfig`` of the call or of the model, or None.
 
     Raises:
         ValueError: naming it.
     """
-    config = settings.get("generation_config")
-    if (settings.get("max_time") or getattr(config, "max_time", None)) is not None:
+    times = (max_time, *(getattr(config, "max_time", None) for config in configs))
+    if any(time is not None for time in times):
         raise ValueError(
             "max_time is not served where documents are split over ranks, whose clocks differ; give max_new_tokens."
         )

@@ -82,7 +82,9 @@ class FusedLEDForConditionalGeneration(LEDForConditionalGeneration):
         """Takes the arguments of transformers' model, and has the whole of all weights that FSDP has sharded."""
         context = getattr(self.get_decoder(), "context", None)
         if context is not None:
-            check_can_generate(kwargs)
+            # A config is given by name, or as the second argument.
+            configs = (*args[1:2], kwargs.get("generation_config"), self.generation_config)
+            check_can_generate(kwargs.get("max_time"), *configs)
         # All ranks draw the same tokens of documents that are split over them.
         chance = (
             nullcontext() if context is None else context.chance(self.device, is_common=True, is_drawn=True)

@@ -261,9 +261,8 @@ def _serve(
 ) -> None:
     """Loads the model, and reads one portion after another, in a process of its own."""
     Thread(target=_end_with_parent, daemon=True).start()
-    tqdm.set_lock(
-        RLock()
-    )  # Its own is shared by processes, and would be left behind where this one is killed.
+    # Its own is shared by processes, and would be left behind where this one is killed.
+    tqdm.set_lock(RLock())
     voice = _Voice(connection)
     sys.stderr = voice  # what is said appears above the parent's bar
     torch.set_num_threads(threads)

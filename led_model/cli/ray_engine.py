@@ -46,15 +46,12 @@ def run_on_ray(args: Namespace) -> int:
         directory = stack.enter_context(OutputDirectory(args.output, plan, args.overwrite))
         for problem in problems:
             log_error(problem, f"led {args.command}")
-        left = [number for number in range(len(shards)) if not directory.holds(number)]
-        earlier = len(shards) - len(left)
-        before = sum(
-            len(directory.shard(number).count()[1])
-            for number in range(len(shards))
-            if number not in set(left)
-        )
+        earlier = {number for number in range(len(shards)) if directory.holds(number)}
+        left = {number: shard for number, shard in enumerate(shards) if number not in earlier}
+        before = sum(len(directory.shard(number).count()[1]) for number in earlier)
         if earlier:
-            log(f"{args.output} holds {earlier:,} of {len(shards):,} shards already; these are left out.")
+            how_many = f"{len(earlier):,} of {len(shards):,} shards"
+            log(f"{args.output} holds {how_many} already; these are left out.")
         if before:
             log_error(
                 f"{before:,} documents of these have no result; the files errors-*.jsonl in {args.output} say why.",
@@ -66,9 +63,9 @@ def run_on_ray(args: Namespace) -> int:
         try:
             stack.enter_context(_connected(ray, args))
             run = directory.begin()  # not before there is something to write with
-            failed += _run(ray, args, made, run, {number: shards[number] for number in left})
+            failed += _run(ray, args, made, run, left)
         except KeyboardInterrupt:
-            there = sum(directory.shard(number).are_there for number in range(len(shards)))
+            there = sum(directory.holds(number) for number in range(len(shards)))
             log_error(
                 f"interrupted; {args.output} holds {there:,} of {len(shards):,} shards. Give the same command again "
                 "to go on with the others.",

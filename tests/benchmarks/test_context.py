@@ -20,9 +20,8 @@ def test_what_is_sent_does_not_depend_on_the_length(tokens):
     width, heads = SMOKE.d_model, SMOKE.heads
     halo = 2 * SMOKE.window * 2 * width * BF16
     token = 3 * width * BF16  # its k, its v, and its hidden state
-    merged = (
-        heads * FP32 + (width + heads) * FP32
-    )  # the largest lse; sums of what is weighed, and of the weights
+    # The largest lse; sums of what is weighed, and of the weights.
+    merged = heads * FP32 + (width + heads) * FP32
     with one_rank_of(RANKS, RANK):
         forward, backward = count_sent(SMOKE, tokens)
     assert forward == halo + token + merged

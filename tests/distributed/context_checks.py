@@ -325,6 +325,11 @@ def _refusals() -> dict[str, Callable[[], Any]]:
         mesh = all_ranks()
         return context_parallel(context_parallel(build("led_model"), mesh), mesh)
 
+    def stopped_by_a_clock(*args: Any, of_model: float | None = None, **settings: Any) -> None:
+        model = context_parallel(build("drop-in").eval(), all_ranks())
+        model.generation_config.max_time = of_model
+        model.generate(documents()["input_ids"], *args, **settings)
+
     cases: dict[str, Callable[[], Any]] = {
         "two dimensions": lambda: context_parallel(build("led_model"), meshes()),
         "no mesh": lambda: context_parallel(build("led_model"), dist.group.WORLD),
@@ -338,10 +343,13 @@ def _refusals() -> dict[str, Callable[[], Any]]:
         "compiled": lambda: context_parallel(build("led_model").eval(), all_ranks()).generate(
             documents()["input_ids"], max_new_tokens=2, compiled=True
         ),
+        "max_time": partial(stopped_by_a_clock, max_time=1.0),
+        "max_time by position": partial(stopped_by_a_clock, transformers.GenerationConfig(max_time=1.0)),
+        "max_time by name": partial(
+            stopped_by_a_clock, generation_config=transformers.GenerationConfig(max_time=1.0)
+        ),
+        "max_time of the model": partial(stopped_by_a_clock, of_model=1.0),
     }
-    cases["max_time"] = lambda: context_parallel(build("drop-in").eval(), all_ranks()).generate(
-        documents()["input_ids"], max_time=1.0
-    )
     for name in MODELS:
         cases[f"attentions {name}"] = partial(asked_for, name, output_attentions=True)
         cases[f"hidden states {name}"] = partial(asked_for, name, output_hidden_states=True)
