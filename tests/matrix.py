@@ -130,9 +130,9 @@ class Entry:
         self.execute(sys.executable, "-m", "venv", "--clear", "--without-pip", str(self.venv))
         (site,) = self.venv.glob("lib/python*/site-packages")
         (site / "below.pth").write_text(sysconfig.get_path("purelib") + "\n", encoding="utf-8")
-        self.call(
-            "-m", "pip", "install", "--quiet", "--upgrade", requirement("transformers", self.transformers)
-        )
+        # transformers imports datasets if it is there, whose release has to go with the same huggingface_hub.
+        packages = [requirement("transformers", self.transformers), "datasets"]
+        self.call("-m", "pip", "install", "--quiet", "--upgrade", *packages)
 
     def install_alone(self) -> None:
         """Installs a copy of the sources, in which the extension is built for this Python."""
