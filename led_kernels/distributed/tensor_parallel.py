@@ -78,7 +78,7 @@ def full_state_dict(model: nn.Module) -> dict[str, Tensor]:
     """Returns the state dict of a parallelized model with whole tensors, by the names of the model before.
 
     All ranks call it, and each gets all tensors; those that are not sharded share the model's memory. FSDP's shards are
-    gathered, too.
+    gathered, too. One rank may then write them: ``model.save_pretrained(directory, state_dict=...)``.
     """
     state = {name: x.full_tensor() if isinstance(x, DTensor) else x for name, x in model.state_dict().items()}
     for prefix in _fused_prefixes(model):

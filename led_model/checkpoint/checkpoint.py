@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from led_kernels.processes import is_dtensor
 from led_model.checkpoint.files import read_json
 from led_model.checkpoint.hub import Fetch, checkpoint_files
 from led_model.checkpoint.quantization import Quantize, quantizable_linears
@@ -22,6 +23,7 @@ from led_model.checkpoint.tensor_names import (
     ARCHITECTURE_OF,
     EMBEDDINGS,
     check_size,
+    check_state_dict,
     check_tensors,
     expected_shapes,
     fill_embeddings,
@@ -172,14 +174,20 @@ def most_common_dtype(tensors: Iterable[Tensor]) -> torch.dtype:
     return counts.most_common(1)[0][0]
 
 
-def save_pretrained(model: StoredModel, directory: Path) -> None:
+def save_pretrained(
+    model: StoredModel, directory: Path, state_dict: Mapping[str, Tensor] | None = None
+) -> None:
     """Writes ``model``'s checkpoint; see ``LEDPreTrainedModel.save_pretrained``."""
     if model.is_quantized:
         raise ValueError(
             "the model's weights are quantized and cannot be saved; save it before, and quantize on loading."
         )
     config, prefix = model.config, model.base_prefix
-    tensors = to_hf_state_dict(model.state_dict())
+    weights = model.state_dict() if state_dict is None else state_dict
+    _check_whole(weights)
+    tensors = to_hf_state_dict(weights)
+    if state_dict is not None:
+        check_state_dict(expected_shapes(type(model), config), tensors, config.tie_word_embeddings)
     shared = tensors[f"{prefix}shared.weight"]
     if config.tie_word_embeddings:
         for name in (n.removeprefix("led.") if not prefix else n for n in EMBEDDINGS[1:]):
@@ -201,6 +209,19 @@ def save_pretrained(model: StoredModel, directory: Path) -> None:
         if config.bos_token_id is not None:
             settings.setdefault("bos_token_id", config.bos_token_id)
         write_json(directory / "generation_config.json", settings)
+
+
+def _check_whole(state_dict: Mapping[str, Tensor]) -> None:
+    """Checks that no process has but a part of a tensor.
+
+    Raises:
+        ValueError: when one does.
+    """
+    if sharded := next((name for name, tensor in state_dict.items() if is_dtensor(tensor)), None):
+        raise ValueError(
+            f"{sharded} is sharded over several processes; let all of them call "
+            "led_kernels.distributed.full_state_dict(model), and one of them save with state_dict= what it returns."
+        )
 
 
 @contextmanager

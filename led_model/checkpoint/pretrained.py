@@ -103,16 +103,27 @@ class LEDPreTrainedModel(TrainedModel):
             model.resize_position_embeddings(max_positions)
         return model
 
-    def save_pretrained(self, directory: str | os.PathLike[str]) -> None:
+    def save_pretrained(
+        self, directory: str | os.PathLike[str], *, state_dict: Mapping[str, Tensor] | None = None
+    ) -> None:
         """Writes config.json, model.safetensors and, for a generating model, generation_config.json.
 
         :meth:`from_pretrained` and transformers read them back, every bit the same. Tied tensors are stored
         once. The directory is made if need be; files of these names in it are replaced.
 
+        Args:
+            state_dict: weights to write instead of the model's own, by the names of its state dict. Of a model that
+                several processes share, all gather them and one writes::
+
+                    weights = led_kernels.distributed.full_state_dict(model)
+                    if torch.distributed.get_rank() == 0:
+                        model.save_pretrained(directory, state_dict=weights)
+
         Raises:
-            ValueError: when embeddings that the config ties are no longer one tensor, or weights are quantized.
+            ValueError: when embeddings that the config ties are no longer one tensor, when weights are quantized or
+                sharded, and for a ``state_dict`` that lacks tensors, or has others, or of another shape.
         """
-        save_pretrained(self, Path(directory))
+        save_pretrained(self, Path(directory), state_dict)
 
     @property
     def device(self) -> torch.device:

@@ -167,6 +167,29 @@ def check_tensors(
     Raises:
         ValueError: naming those that do not fit.
     """
+    _raise_misfit(_misfits(expected, tensors), source)
+
+
+def check_state_dict(
+    expected: Mapping[str, tuple[int, ...]], tensors: Mapping[str, Tensor], tied: bool
+) -> None:
+    """Checks a model's state dict as :func:`check_tensors` does a file; it may leave out what loading fills in.
+
+    Raises:
+        ValueError: naming the tensors that do not fit.
+    """
+    filled_in = EMBEDDINGS[1:] if tied else EMBEDDINGS[1:3]  # see fill_embeddings
+    optional = {name.removeprefix(prefix) for name in filled_in for prefix in ("", "led.")}
+    wanted = {name: shape for name, shape in expected.items() if name in tensors or name not in optional}
+    if problems := _misfits(wanted, tensors):
+        raise ValueError(
+            f"state_dict {' and '.join(problems)}; give what led_kernels.distributed.full_state_dict returns for "
+            "the model, or its state_dict()."
+        )
+
+
+def _misfits(expected: Mapping[str, tuple[int, ...]], tensors: Mapping[str, Tensor]) -> list[str]:
+    """Returns what is missing among the tensors, or not expected, or of another shape than expected."""
     problems = []
     if missing := expected.keys() - tensors.keys():
         problems.append(f"lacks {_listed(missing)}")
@@ -175,7 +198,7 @@ def check_tensors(
     shapes = {name: tuple(tensors[name].shape) for name in expected.keys() & tensors.keys()}
     if misshapen := [f"{n} {shapes[n]} instead of {expected[n]}" for n in shapes if shapes[n] != expected[n]]:
         problems.append(f"has {_listed(misshapen)}")
-    _raise_misfit(problems, source)
+    return problems
 
 
 def _raise_misfit(problems: Sequence[str], source: object) -> None:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import copy
 import functools
+import tempfile
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -163,6 +165,32 @@ def state_dicts(build: Callable[..., nn.Module]) -> bool:
     assert all(torch.equal(full_state_dict(model)[name], x) for name, x in plain.state_dict().items())
     model.load_state_dict(model.state_dict())
     return difference(step(model, inputs()), step(plain, inputs())) <= 1e-10
+
+
+def saved(build: Callable[..., nn.Module], shard: Callable[..., nn.Module]) -> bool:
+    """Saves a sharded model on the first rank, and compares what is read from there with the weights before."""
+    plain = build()
+    model = shard(copy.deepcopy(plain), two())
+    weights = full_state_dict(model)
+    with tempfile.TemporaryDirectory() as own:
+        directory = [own]
+        dist.broadcast_object_list(directory)
+        if dist.get_rank() == 0:
+            model.save_pretrained(own, state_dict=weights)
+        dist.barrier()
+        loaded = type(plain).from_pretrained(directory[0]).state_dict()
+        dist.barrier()
+    return all(torch.equal(loaded[name], x) for name, x in plain.state_dict().items())
+
+
+def saved_in_shards() -> dict[str, str]:
+    with tempfile.TemporaryDirectory() as directory:
+        try:
+            parallelize(own_model(), two()).save_pretrained(directory)
+        except ValueError as error:
+            assert not list(Path(directory).iterdir())
+            return {"error": str(error)}
+    return {"error": "none"}
 
 
 def weights_of_the_first_rank(build: Callable[..., nn.Module]) -> bool:
@@ -388,6 +416,8 @@ def on_four_ranks() -> dict[str, Any]:
         for kind, settings in BEAMS.items():
             checks[f"tokens {name} {kind}"] = partial(same_tokens, build, **settings)
         checks[f"state dicts {name}"] = partial(state_dicts, build)
+        for kind, shard in {"parallelize": parallelize, "fully_shard": fully_sharded}.items():
+            checks[f"saved {name} {kind}"] = partial(saved, build, shard)
         checks[f"first rank {name}"] = partial(weights_of_the_first_rank, build)
         checks[f"clipped {name}"] = partial(clipped, build)
         checks[f"dropout {name}"] = partial(same_dropout, build)
@@ -397,6 +427,7 @@ def on_four_ranks() -> dict[str, Any]:
     for name, where, is_packed in OPERATORS:
         checks[f"operator {name} {where} {is_packed}"] = partial(operator, name, where, is_packed)
     checks["operator dropout"] = dropout_of_sharded_heads
+    checks["saved in shards"] = saved_in_shards
     checks["refuses stock"] = lambda: refusal(stock_model())
     checks["refuses twice"] = lambda: refusal(parallelize(drop_in(), two()))
     checks["refuses adapter"] = lambda: refusal(with_adapter())

@@ -73,6 +73,16 @@ def test_state_dicts_with_whole_tensors(name, found):
 
 
 @every_model
+@pytest.mark.parametrize("kind", ["parallelize", "fully_shard"])
+def test_one_rank_saves_what_all_gathered(kind, name, found):
+    assert_all_true(found, f"saved {name} {kind}")
+
+
+def test_saving_shards_is_refused(found):
+    assert_refused(found, "saved in shards", "is sharded over several processes", "full_state_dict(model)")
+
+
+@every_model
 def test_weights_are_those_of_the_first_rank(name, found):
     assert_all_true(found, f"first rank {name}")
 

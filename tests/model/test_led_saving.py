@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -45,6 +47,32 @@ def test_saved_and_loaded_bit_for_bit(model_class, tied, dtype, tmp_path):
     )  # who may read one, may read all
     for file in (tmp_path / "again").iterdir():
         assert file.read_bytes() == (tmp_path / "a" / "b" / file.name).read_bytes(), file.name
+
+
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+@pytest.mark.parametrize("model_class", CLASSES)
+def test_a_state_dict_is_written_instead_of_the_models_own(model_class, tied, tmp_path):
+    model = random_model(model_class, 1, tie_word_embeddings=tied)
+    trained = copy.deepcopy(model)
+    randomize(trained, 2)
+    weights = {name: tensor.clone() for name, tensor in trained.state_dict().items()}
+    model.save_pretrained(tmp_path, state_dict=weights)
+    assert_same_weights(model_class.from_pretrained(tmp_path), trained)
+
+
+def test_a_state_dict_that_does_not_fit_is_refused(tmp_path):
+    model = random_model(LEDForConditionalGeneration, tie_word_embeddings=False)
+    weights = model.state_dict()
+    lacks_one = {name: tensor for name, tensor in weights.items() if name != "lm_head.weight"}
+    name = "led.encoder.layers.0.fc1.bias"
+    for error, wrong in {
+        r"state_dict lacks lm_head\.weight; give what .*full_state_dict": lacks_one,
+        r"state_dict has unexpected head\.weight": weights | {"head.weight": weights[name]},
+        rf"state_dict has {name} \(1,\) instead of": weights | {name: weights[name][:1]},
+    }.items():
+        with pytest.raises(ValueError, match=error):
+            model.save_pretrained(tmp_path / "none", state_dict=wrong)
+    assert not (tmp_path / "none").exists()
 
 
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
