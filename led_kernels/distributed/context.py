@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Generator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -112,25 +112,32 @@ class ContextParallel:
             self.gradients.watch(output)
         return output
 
-    @contextmanager
-    def chance(self, device: torch.device, *, is_common: bool, is_drawn: bool) -> Generator[None]:
-        """Makes what is drawn in the block common to all ranks, or each rank's own.
 
-        The decoder computes the same on all ranks and so has to drop the same; of the encoder each rank has other rows.
-        The seed is drawn on the group's first rank, and the generators go on afterwards as if nothing else had been.
-        """
-        if not is_drawn:
-            yield
-            return
-        seed = torch.randint(0, 2**62, (1,), dtype=torch.int64, device=device)
-        seed = int(from_first_rank(seed, self.group)) + (0 if is_common else 1 + self.rank)
-        devices = [device] if device.type == "cuda" else []
-        with torch.random.fork_rng(devices):
-            torch.default_generator.manual_seed(seed)
-            if devices:  # No other device is drawn on, nor would its generator go on as before.
-                with torch.cuda.device(device):
-                    torch.cuda.manual_seed(seed)
-            yield
+def fork_rng(
+    context: ContextParallel | None, device: torch.device, *, same_on_all_ranks: bool, enabled: bool = True
+) -> AbstractContextManager[None]:
+    """Lets all ranks draw the same random numbers in a block, or each rank its own, whatever their seeds are.
+
+    The decoder computes the same on all ranks and so has to drop the same; of the encoder each rank has other rows.
+    Where documents are not split (``context`` is None), and where nothing is drawn, there is nothing to do.
+    """
+    if context is None or not enabled:
+        return nullcontext()
+    return _forked(context.group, device, 0 if same_on_all_ranks else 1 + context.rank)
+
+
+@contextmanager
+def _forked(group: dist.ProcessGroup, device: torch.device, seed_offset: int) -> Generator[None]:
+    """Seeds by what the first rank draws; afterwards the generators go on as if nothing else had been drawn."""
+    seed = torch.randint(0, 2**62, (1,), dtype=torch.int64, device=device)
+    seed = int(from_first_rank(seed, group)) + seed_offset
+    devices = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices):
+        torch.default_generator.manual_seed(seed)
+        if devices:  # No other device is drawn on, nor would its generator go on as before.
+            with torch.cuda.device(device):
+                torch.cuda.manual_seed(seed)
+        yield
 
 
 def from_first_rank(x: Tensor, group: dist.ProcessGroup) -> Tensor:

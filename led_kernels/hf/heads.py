@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import functools
 import inspect
-from contextlib import nullcontext
 from typing import Any
 
 import transformers
@@ -17,6 +16,7 @@ from torch import Tensor, nn
 from transformers import LEDForConditionalGeneration, LEDPreTrainedModel, LongformerPreTrainedModel
 from transformers.models.led.modeling_led import LEDSeq2SeqLMOutput
 
+from led_kernels.distributed.context import fork_rng
 from led_kernels.hf.checks import check_can_generate
 from led_kernels.hf.compat import cache_argument, with_one_cache
 from led_kernels.hf.shared import Options
@@ -85,11 +85,7 @@ class FusedLEDForConditionalGeneration(LEDForConditionalGeneration):
             # A config is given by name, or as the second argument.
             configs = (*args[1:2], kwargs.get("generation_config"), self.generation_config)
             check_can_generate(kwargs.get("max_time"), *configs)
-        # All ranks draw the same tokens of documents that are split over them.
-        chance = (
-            nullcontext() if context is None else context.chance(self.device, is_common=True, is_drawn=True)
-        )
-        with unsharded(self), chance:
+        with unsharded(self), fork_rng(context, self.device, same_on_all_ranks=True):
             return super().generate(*args, **kwargs)
 
 

@@ -6,7 +6,6 @@ the unwritten positions of a static cache, and to padding of the prompt.
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from typing import Any, ClassVar
 
 import torch
@@ -23,7 +22,7 @@ from transformers.models.led.modeling_led import (
 
 from led_kernels.arguments import autocast
 from led_kernels.attention_weights import attention_weights
-from led_kernels.distributed.context import ContextParallel
+from led_kernels.distributed.context import ContextParallel, fork_rng
 from led_kernels.distributed.split_keys import SplitKeys
 from led_kernels.hf.checks import check_can_split_keys, check_decoder_arguments
 from led_kernels.hf.compat import (
@@ -276,14 +275,8 @@ class FusedLEDDecoder(LEDDecoder):
         hidden_states = self.layernorm_embedding(
             inputs_embeds + self.embed_positions(shape, cache_position[:1])
         )
-        context = self.context
-        chance = (
-            nullcontext()
-            if context is None
-            else context.chance(hidden_states.device, is_common=True, is_drawn=self.training)
-        )
         states, attentions, cross_attentions = [], [], []
-        with chance:
+        with fork_rng(self.context, hidden_states.device, same_on_all_ranks=True, enabled=self.training):
             hidden_states = nn.functional.dropout(hidden_states, p=self.dropout, training=self.training)
             for layer in self.layers:
                 if output_hidden_states:
@@ -304,8 +297,8 @@ class FusedLEDDecoder(LEDDecoder):
                 )
                 attentions += weights[:1]
                 cross_attentions += weights[1:]
-        if context is not None:
-            context.watch(hidden_states)
+        if self.context is not None:
+            self.context.watch(hidden_states)
         return decoder_output(
             config.return_dict if return_dict is None else return_dict,
             cache,

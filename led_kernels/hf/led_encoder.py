@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from typing import ClassVar
 
 import torch
@@ -17,7 +16,7 @@ from transformers.models.led.modeling_led import (
 
 from led_kernels.arguments import autocast
 from led_kernels.distributed.collectives import own_rows
-from led_kernels.distributed.context import ContextParallel, ContextParallelMask
+from led_kernels.distributed.context import ContextParallel, ContextParallelMask, fork_rng
 from led_kernels.hf.checks import check_can_split
 from led_kernels.hf.compat import takes_arguments_of
 from led_kernels.hf.shared import STOCK_MASKS, FusedLayer, FusedSelfAttention, Options, run_layers
@@ -117,7 +116,7 @@ class FusedLEDEncoder(LEDEncoder):
         output_attentions = config.output_attentions if output_attentions is None else output_attentions
         if output_hidden_states is None:
             output_hidden_states = config.output_hidden_states
-        first, chance = 0, nullcontext()
+        first = 0
         if self.context is not None:
             check_can_split(self, output_attentions or output_hidden_states)
             mask = ContextParallelMask(whole, self.context.group)
@@ -125,11 +124,10 @@ class FusedLEDEncoder(LEDEncoder):
             given = (
                 given[:, mask.own] if inputs_embeds is None else own_rows(given, mask.own, self.context.group)
             )
-            chance = self.context.chance(given.device, is_common=False, is_drawn=self.training)
         if inputs_embeds is None:
             given = self.embed_tokens(given)
         hidden_states = self.layernorm_embedding(given + self.embed_positions(given.shape[:2], first))
-        with chance:
+        with fork_rng(self.context, given.device, same_on_all_ranks=False, enabled=self.training):
             hidden_states = nn.functional.dropout(hidden_states, p=self.dropout, training=self.training)
             output = run_layers(
                 self.layers,

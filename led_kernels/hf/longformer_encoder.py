@@ -13,7 +13,7 @@ from transformers.models.longformer.modeling_longformer import (
 )
 
 from led_kernels.distributed.collectives import gather_over_ranks
-from led_kernels.distributed.context import ContextParallel, ContextParallelMask
+from led_kernels.distributed.context import ContextParallel, ContextParallelMask, fork_rng
 from led_kernels.hf.checks import check_can_split
 from led_kernels.hf.compat import takes_arguments_of
 from led_kernels.hf.shared import STOCK_MASKS, FusedSelfAttention, Options, as_longformer_mask, run_layers
@@ -69,7 +69,7 @@ class FusedLongformerEncoder(LongformerEncoder):
         check_can_split(self, output_attentions or output_hidden_states)
         group = self.context.group
         split = ContextParallelMask(mask, group)
-        with self.context.chance(split.device, is_common=False, is_drawn=self.training):
+        with fork_rng(self.context, split.device, same_on_all_ranks=False, enabled=self.training):
             output = run_layers(self.layer, hidden_states[:, split.own], split, **settings)
         rows = self.context.watch(gather_over_ranks(output[0], split.bounds, split.rank, group))
         return LongformerBaseModelOutput(last_hidden_state=rows) if return_dict else (rows,)

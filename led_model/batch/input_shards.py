@@ -116,15 +116,10 @@ class Rows(Source):
             for batch in file.iter_batches(_ROWS_AT_ONCE, groups, columns):
                 # Of the rows before the first one no Python objects are made.
                 wanted = batch.slice(min(skip, batch.num_rows), left)
-                yield from as_rows(wanted)
+                yield from wanted.to_pylist()
                 skip, left = max(skip - batch.num_rows, 0), left - wanted.num_rows
                 if not left:
                     return
-
-
-def as_rows(batch: Any) -> list[dict[str, Any]]:
-    """Returns the rows of a ``pyarrow.RecordBatch`` as Python's objects."""
-    return batch.to_pylist()
 
 
 Sources: TypeAlias = tuple[Source, ...]

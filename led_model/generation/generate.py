@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from led_kernels import LongformerMask
-from led_kernels.distributed.context import even_part
+from led_kernels.distributed.context import even_part, fork_rng
 from led_kernels.processes import unsharded
 from led_model.checks import (
     check_binary,
@@ -50,12 +49,8 @@ def _with_all_weights(generate: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(generate)
     def generate_unsharded(model: GenerativeModel, *args: Any, **kwargs: Any) -> Any:
-        context = model.led.decoder.context
-        chance = nullcontext()
-        if context is not None:
-            device = model.final_logits_bias.device
-            chance = context.chance(device, is_common=True, is_drawn=True)
-        with unsharded(model), chance:
+        device = model.final_logits_bias.device
+        with unsharded(model), fork_rng(model.led.decoder.context, device, same_on_all_ranks=True):
             return generate(model, *args, **kwargs)
 
     return generate_unsharded

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from led_kernels.arguments import autocast
-from led_kernels.distributed.context import ContextParallel
+from led_kernels.distributed.context import ContextParallel, fork_rng
 from led_kernels.distributed.split_keys import SplitKeys
 from led_model.checks import check_hidden_states
 from led_model.config import LEDConfig
@@ -164,7 +164,7 @@ class LEDDecoder(EmbeddedStack):
         inputs = (hidden, mask, cache_indices, documents, cross_mask, cache, record)
         if self.context is None:
             return self._run_layers(*inputs)
-        with self.context.chance(hidden.device, is_common=True, is_drawn=self.training):
+        with fork_rng(self.context, hidden.device, same_on_all_ranks=True, enabled=self.training):
             return self.context.watch(self._run_layers(*inputs))
 
     def _run_layers(

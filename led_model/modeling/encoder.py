@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from led_kernels import LongformerMask
 from led_kernels.distributed.collectives import own_rows
-from led_kernels.distributed.context import ContextParallel, ContextParallelMask
+from led_kernels.distributed.context import ContextParallel, ContextParallelMask, fork_rng
 from led_model.checks import check_inputs
 from led_model.config import LEDConfig
 from led_model.modeling.embedding import EmbeddedStack
@@ -94,7 +94,7 @@ class LEDEncoder(EmbeddedStack):
         ids = None if input_ids is None else input_ids[:, split.own]
         embeds = None if inputs_embeds is None else own_rows(inputs_embeds, split.own, context.group)
         embedded = self.embed_inputs("input_ids", ids, "inputs_embeds", embeds, one_position_each=False)
-        with context.chance(mask.device, is_common=False, is_drawn=self.training):
+        with fork_rng(context, mask.device, same_on_all_ranks=False, enabled=self.training):
             return context.watch(self._run_layers(self.normed_embeddings(embedded, position), split, None))
 
     def _run_layers(

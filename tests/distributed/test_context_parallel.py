@@ -62,8 +62,9 @@ def test_tokens_that_are_drawn_are_the_same_on_all_ranks(name, found):
 
 
 @every_model
-def test_frozen_parameters_and_a_graph_that_is_kept(name, found):
-    assert_close(found, f"frozen {name}")
+@pytest.mark.parametrize("what", ["frozen", "after a failure"])
+def test_frozen_parameters_and_a_backward_that_follows_one_that_raised(what, name, found):
+    assert_close(found, f"{what} {name}")
 
 
 @every_model
@@ -73,11 +74,6 @@ def test_autocast(name, found):
         plain, plain_bf16, split, split_bf16 = result(of_rank, f"autocast {name}")
         assert abs(split - plain) <= 1e-6 * plain
         assert abs(split_bf16 - plain) <= 2 * max(abs(plain_bf16 - plain), 2**-9 * plain)
-
-
-@every_model
-def test_gradients_after_a_backward_that_raised(name, found):
-    assert_close(found, f"after a failure {name}")
 
 
 @every_model

@@ -350,20 +350,8 @@ def test_a_shard_that_cannot_be_read_here_is_not_written(save, tmp_path, monkeyp
     """It is another node's turn then, and at last it is reported; its documents are not lost."""
     monkeypatch.chdir(tmp_path)
     Path("a.jsonl").write_text('{"text": "A text."}\n' * 5)
-    args = build_parser().parse_args(
-        [
-            "summarize",
-            "a.jsonl",
-            "--model",
-            str(save()),
-            "--engine",
-            "ray",
-            "--output",
-            "out",
-            "--shard-rows",
-            "2",
-        ]
-    )
+    flags = ["--model", str(save()), "--engine", "ray", "--output", "out", "--shard-rows", "2"]
+    args = build_parser().parse_args(["summarize", "a.jsonl", *flags])
     _, shards, problems = find_shards(args)
     assert (len(shards), problems) == (3, [])
     with OutputDirectory("out", {"inputs": []}) as directory:
