@@ -22,6 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 from led_kernels.distributed import context_parallel
 from led_kernels.hf import apply_led_kernels
 from led_model import LEDConfig, LEDForConditionalGeneration
+from tests.distributed.compare import relative_differences
 from tests.distributed.processes import run_checks
 from tests.model.small import VOCAB_SIZE, random_inputs, randomize, small_config
 
@@ -99,17 +100,7 @@ def expected(name: str, dtype: torch.dtype = torch.float64) -> dict[str, Tensor]
 
 
 def differences(model: nn.Module, loss: Tensor, reference: dict[str, Tensor]) -> dict[str, float]:
-    """Returns how far loss and gradients are from ``reference``, in units of the largest number of each.
-
-    A gradient that has to be 0, such as that of a key's bias, is taken in units of a thousandth of the largest of all.
-    """
-    found = {"loss": loss} | gradients(model)
-    assert found.keys() == reference.keys()
-    least = 1e-3 * max(grad.abs().max().item() for grad in reference.values())
-    return {
-        name: ((found[name].double() - x.double()).abs().max() / max(x.abs().max().item(), least)).item()
-        for name, x in reference.items()
-    }
+    return relative_differences({"loss": loss} | gradients(model), reference)
 
 
 def meshes() -> DeviceMesh:

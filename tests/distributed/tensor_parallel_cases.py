@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import transformers
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -24,6 +25,7 @@ from led_kernels.hf import apply_led_kernels
 from led_kernels.testing import assert_within_error_bound
 from led_model import LEDConfig, LEDForConditionalGeneration
 from led_model.checkpoint.tensor_names import to_hf_state_dict
+from tests.distributed.compare import relative_differences
 from tests.distributed.processes import run_checks
 from tests.hf.hf_cases import VOCABULARY, HFCase, fused, led_model, longformer_model
 from tests.model.small import randomize
@@ -33,8 +35,14 @@ BATCH, SOURCE, TARGET = 4, 19, 6
 GLOBALS = {"none": 0, "some": 2, "many": 9}  # more than a head is wide, or not
 
 
-def stock_model(**overrides: Any) -> nn.Module:
-    model = led_model(CASE, decoder_layers=2, decoder_attention_heads=4, **overrides).double()
+def stock_model(untrained: bool = False, **overrides: Any) -> nn.Module:
+    """Returns transformers' model, with weights of before training or such that attention is far from uniform."""
+    overrides = {"decoder_layers": 2, "decoder_attention_heads": 4} | overrides
+    if untrained:
+        torch.manual_seed(0)
+        config = CASE.led_config(init_std=transformers.LEDConfig().init_std, **overrides)
+        return transformers.LEDForConditionalGeneration(config).eval().double()
+    model = led_model(CASE, **overrides).double()
     randomize(model, 1)
     return model
 
@@ -138,6 +146,13 @@ def fp32_step(build: Callable[..., nn.Module]) -> bool:
     for name, plain in step(stock_model().float(), inputs()).items():
         assert_within_error_bound(found[name], oracle[name], plain, name)
     return True
+
+
+def untrained_step_in_fp32(build: Callable[..., nn.Module], mesh: DeviceMesh) -> float:
+    """Compares a step in fp32 of a model that nobody has trained with one in fp64 on one device."""
+    exact = build(untrained=True)
+    model = parallelize(copy.deepcopy(exact).float(), mesh)
+    return max(relative_differences(step(model, inputs()), step(exact, inputs())).values())
 
 
 def same_tokens(build: Callable[..., nn.Module], **settings: Any) -> bool:
@@ -435,6 +450,8 @@ def on_four_ranks() -> dict[str, Any]:
     checks["refuses feed-forward"] = lambda: refusal(drop_in(decoder_ffn_dim=25))
     for name, build in MODELS.items():
         checks[f"step {name} four"] = partial(same_step, build, 2, mesh=four())
+        for ranks, mesh in {2: two(), 4: four()}.items():
+            checks[f"step {name} fp32 {ranks}"] = partial(untrained_step_in_fp32, build, mesh)
         checks[f"fsdp {name}"] = partial(with_fsdp, build)
         checks[f"ddp {name}"] = partial(with_ddp, build)
         checks[f"tokens {name} fsdp"] = partial(fsdp_generates, build)

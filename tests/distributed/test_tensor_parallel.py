@@ -48,7 +48,14 @@ def test_loss_and_gradients(kind, name, found):
 
 
 @every_model
-def test_loss_and_gradients_in_fp32(name, found):
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_loss_and_gradients_in_fp32(ranks, name, found):
+    assert_all_within(found, f"step {name} fp32 {ranks}", 1e-6)
+
+
+@every_model
+def test_error_bound_in_fp32(name, found):
+    """With wider weights one process alone rounds by more than 1e-6."""
     assert_all_true(found, f"step {name} fp32")
 
 
