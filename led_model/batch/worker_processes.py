@@ -64,6 +64,7 @@ class Processes:
     _workers: list[_Worker] = field(init=False, default_factory=list)
     _past: list[Work] = field(init=False, default_factory=list)  # of processes that died
     _deaths: int = field(init=False, default=0)  # since a process has loaded its model
+    _said: set[str] = field(init=False, default_factory=set)  # by processes while they load their models
 
     def run(
         self, documents: Iterable[Document | Outcome], *, in_order: bool = False
@@ -116,7 +117,7 @@ class Processes:
         with _interrupts_held_back():
             process.start()
         there.close()  # or the end of the process would not be noticed
-        return _Worker(device, process, here, is_first=not self._workers and not self._past)
+        return _Worker(device, process, here)
 
     def _outcomes(self, portions: Portions, lead: int | None) -> Iterator[tuple[int, Outcome]]:
         """Yields outcomes with the numbers of their documents.
@@ -157,8 +158,11 @@ class Processes:
         elif kind == "done":
             worker.work, worker.is_idle = what, True
         elif kind == "said":
-            # What loading the model has to say is the same in all processes.
-            if worker.is_loaded or worker.is_first:
+            # What loading the model has to say is the same in most processes, of which any may be the first.
+            if worker.is_loaded:
+                relay(what)
+            elif what not in self._said:
+                self._said.add(what)
                 relay(what)
         else:
             error, trace = what
@@ -196,7 +200,6 @@ class _Worker:
     device: str
     process: multiprocessing.process.BaseProcess
     connection: Connection
-    is_first: bool = False
     is_loaded: bool = False
     is_idle: bool = False
     has: dict[int, Document] = field(default_factory=dict)

@@ -21,7 +21,7 @@ from led_model.batch import Document, Outcome
 from led_model.batch.ahead import ReadAhead
 from led_model.batch.loading import TaskSpec
 from led_model.batch.portions import Portions, to_the_end
-from led_model.batch.worker_processes import ProcessDied, Processes, _Voice
+from led_model.batch.worker_processes import ProcessDied, Processes, _Voice, _Worker
 from led_model.cli.results import ResultFile
 from tests.model.commands import PARAGRAPHS, TEXT, TEXTS, led, records
 from tests.model.deadly import Deadly
@@ -272,6 +272,17 @@ def test_what_loading_has_to_say_is_said_once(save, many, capsys):
         == 3
     )
     assert capsys.readouterr().err.count("typical_p") == 1
+
+
+def test_what_any_process_has_to_say_is_said(capsys):
+    """A process that loads its model more slowly than the others read all documents has said nothing yet."""
+    processes = Processes(TaskSpec("summarize", "m"), ["cpu", "cpu"], 1, {})
+    first, second = (_Worker("cpu", None, None) for _ in range(2))
+    for worker, line in [(second, "a warning"), (first, "a warning"), (first, "another one")]:
+        assert list(processes._heard(worker, ("said", line), None)) == []
+    second.is_loaded = True
+    list(processes._heard(second, ("said", "a warning"), None))
+    assert capsys.readouterr().err.splitlines() == ["a warning", "another one", "a warning"]
 
 
 def test_no_document_is_dealt_out_that_is_too_far_ahead():
